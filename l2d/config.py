@@ -1,0 +1,129 @@
+"""Configuration of an L2D model: the shape of its diffusion path and the base that it belongs to.
+
+- `L2DConfig`: what `config.json` of a checkpoint holds
+- `SamplerConfig`, re-exported: what may be set at inference
+"""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+from l2d.sampler_config import SamplerConfig
+
+__all__ = ["L2DConfig", "SamplerConfig"]
+
+
+class L2DConfig(PreTrainedConfig):
+    """Configuration of `L2DForCausalLM`.
+
+    Args:
+        base_name_or_path: hub name or folder of the frozen base; it is loaded from there.
+        base_revision: revision of the base on the hub.
+        base_fingerprint: hash of the base's weights; loading with another base is refused.
+        base_config: the base's own configuration, as a dictionary.
+        variant: `"lora"` (low-rank deltas on the path's projections) or `"full"` (trained copies of them).
+        lora_rank, lora_alpha: LoRA deltas are scaled by `lora_alpha / lora_rank`.
+        diffusion_dim: dimension d of the space in which tokens are noised.
+        noise_std: sigma, the standard deviation of the noise at t = 0.
+        input_width: hidden width of the projection from the noised token to the base's hidden size.
+        conditioning_width, frequency_width: widths of the time embedding and of its sinusoidal features.
+        embedding_norm: norm of every token's embedding; `None` is `sqrt(diffusion_dim)` (unit variance).
+        input_scale: factor on the variance-rescaled input.
+        min_noise: training times are drawn from `[0, 1 - min_noise]`.
+        guidance_classes: names of the classes for classifier-free guidance; `None` for a model without.
+        sampler: defaults for `SamplerConfig` that belong to this checkpoint.
+    """
+
+    model_type = "l2d"
+    has_no_defaults_at_init = False
+
+    def __init__(
+        self,
+        base_name_or_path: str | None = None,
+        base_revision: str | None = None,
+        base_fingerprint: str | None = None,
+        base_config: dict[str, Any] | None = None,
+        variant: str = "lora",
+        lora_rank: int = 32,
+        lora_alpha: float = 32.0,
+        diffusion_dim: int = 256,
+        noise_std: float = 64.0,
+        input_width: int = 256,
+        conditioning_width: int = 256,
+        frequency_width: int = 256,
+        embedding_norm: float | None = None,
+        input_scale: float = 1.0,
+        min_noise: float = 0.0,
+        guidance_classes: list[str] | None = None,
+        sampler: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        self.base_name_or_path = base_name_or_path
+        self.base_revision = base_revision
+        self.base_fingerprint = base_fingerprint
+        self.base_config = base_config
+        self.variant = variant
+        self.lora_rank = lora_rank
+        self.lora_alpha = lora_alpha
+        self.diffusion_dim = diffusion_dim
+        self.noise_std = noise_std
+        self.input_width = input_width
+        self.conditioning_width = conditioning_width
+        self.frequency_width = frequency_width
+        self.embedding_norm = embedding_norm
+        self.input_scale = input_scale
+        self.min_noise = min_noise
+        self.guidance_classes = list(guidance_classes) if guidance_classes else None
+        self.sampler = dict(sampler or {})
+        super().__init__(**kwargs)
+        self._validate()
+
+    def _validate(self) -> None:
+        if self.variant not in ("lora", "full"):
+            raise ValueError(f"variant={self.variant!r} is not known; choose 'lora' or 'full'.")
+        for name in ("lora_rank", "diffusion_dim", "input_width", "conditioning_width", "frequency_width"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        if self.frequency_width % 2:
+            raise ValueError(f"frequency_width={self.frequency_width} must be even: half cosines, half sines.")
+        for name in ("lora_alpha", "noise_std", "input_scale"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value!r} must be a number above 0.")
+        if not isinstance(self.min_noise, (int, float)) or not 0 <= self.min_noise < 1:
+            raise ValueError(f"min_noise={self.min_noise!r} must be at least 0 and below 1.")
+        classes = self.guidance_classes or []
+        if len(set(classes)) != len(classes) or not all(isinstance(name, str) for name in classes):
+            raise ValueError(f"guidance_classes={classes!r} must be distinct names.")
+        SamplerConfig().replace(**self.sampler).class_index(self.guidance_classes)
+
+    @property
+    def token_norm(self) -> float:
+        """Norm of every token's embedding in the diffusion space."""
+        return self.diffusion_dim**0.5 if self.embedding_norm is None else self.embedding_norm
+
+    def default_sampler(self, sampler: SamplerConfig | dict[str, Any] | None = None, **changes: Any) -> SamplerConfig:
+        """The checkpoint's sampler settings, overridden by `sampler` (a dictionary, or whole) and `changes`."""
+        if not isinstance(sampler, SamplerConfig):
+            sampler = SamplerConfig().replace(**{**self.sampler, **(sampler or {})})
+        return sampler.replace(**changes)
+
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> PreTrainedConfig:
+        """The base's configuration, which tells caches, trainers and harnesses about layers, heads and lengths."""
+        if not self.base_config:
+            return self
+        if getattr(self, "_text_config", None) is None:
+            self._text_config = base_config_from_dict(self.base_config).get_text_config()
+        return self._text_config
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for `config.json`, without the cached base configuration."""
+        output = super().to_dict()
+        output.pop("_text_config", None)
+        return output
+
+
+def base_config_from_dict(base_config: dict[str, Any]) -> PreTrainedConfig:
+    """Rebuild a base's configuration object from its dictionary (`model_type` included)."""
+    return AutoConfig.for_model(**base_config)

@@ -1,0 +1,169 @@
+"""The diffusion path: the base's layers again, with a few trained weights, over the main path's keys and values.
+
+- `Queries`, `NoisedTargets`: what the path is asked, in decoding and scoring, and in training
+- `Modulation`: scales, shifts and gates of every layer for a list of times
+- `DiffusionPath`: trained modules; flat queries in, hidden states out
+
+A query is (row, position, state x, time t, class). Queries never see each other, so any number of them, for any
+purpose, is one batch. Legend: N flat queries, H hidden size, C conditioning width, d diffusion dimension, V vocabulary.
+"""
+
+import dataclasses
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from l2d.attention import QueryLayout
+from l2d.config import L2DConfig
+from l2d.embeddings import InputProjection, TimeEmbedding, VocabularyEmbedding, modulation_head
+from l2d.main_path import Decoder, LayerState
+from l2d.twin import TwinLayer, build_twin
+
+
+@dataclasses.dataclass
+class Queries:
+    """Padded queries: index (B, Q) int64 with -1 at padding, x (B, Q, d), time (B, Q), classes (B, Q) int64 or None."""
+
+    index: torch.Tensor
+    x: torch.Tensor
+    time: torch.Tensor
+    classes: torch.Tensor | None = None
+
+
+@dataclasses.dataclass
+class NoisedTargets:
+    """Training queries: K noise draws for every response position.
+
+    Attributes:
+        index: (B, Q) int64, position whose next token is predicted; -1 at padding.
+        targets: (B, Q) int64, that next token.
+        time: (K, B, Q) float32, t of every draw.
+        noise: (K, B, Q, d) float32, unit normal.
+        classes: (K, B, Q) int64 after dropout, or `None` for "no class" everywhere.
+    """
+
+    index: torch.Tensor
+    targets: torch.Tensor
+    time: torch.Tensor
+    noise: torch.Tensor
+    classes: torch.Tensor | None = None
+
+
+@dataclasses.dataclass
+class Modulation:
+    """Per layer (N, 6H): scale, shift and gate of attention, then of the MLP; and (N, H): `w(t) - w(0)`."""
+
+    layers: list[torch.Tensor]
+    output: torch.Tensor
+
+    def select(self, rows: torch.Tensor) -> "Modulation":
+        """The modulation of some rows of a table, repeated as often as `rows` (N,) names them."""
+        return Modulation([layer[rows] for layer in self.layers], self.output[rows])
+
+
+class DiffusionLayer(nn.Module):
+    """One layer of the path: a twin of the base's layer and the head that modulates it."""
+
+    def __init__(self, twin: TwinLayer, width: int, hidden_size: int):
+        super().__init__()
+        self.twin = twin
+        self.modulation = modulation_head(width, 6 * hidden_size)
+
+    def forward(
+        self, hidden: torch.Tensor, modulation: torch.Tensor, layout: QueryLayout, layer: LayerState
+    ) -> torch.Tensor:
+        """Hidden stream (N, H) through attention and MLP, modulated by (N, 6H)."""
+        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
+        hidden = hidden + gate1.to(hidden.dtype) * self.twin.attend(hidden, scale1, shift1, layout, layer)
+        return hidden + gate2.to(hidden.dtype) * self.twin.transform(hidden, scale2, shift2)
+
+
+class DiffusionPath(nn.Module):
+    """All trained weights of an L2D model."""
+
+    def __init__(self, config: L2DConfig, base: PreTrainedModel):
+        super().__init__()
+        text = base.config.get_text_config()
+        hidden_size, width = text.hidden_size, config.conditioning_width
+        decoder = Decoder(base)
+        self.vocabulary = VocabularyEmbedding(
+            decoder.embeddings.weight.shape[1], config.diffusion_dim, config.token_norm
+        )
+        self.input_projection = InputProjection(
+            config.diffusion_dim,
+            config.input_width,
+            hidden_size,
+            config.noise_std,
+            config.token_norm**2 / config.diffusion_dim,
+            config.input_scale,
+        )
+        self.time_embedding = TimeEmbedding(config.frequency_width, width)
+        classes = len(config.guidance_classes or [])
+        self.class_embedding = nn.Embedding(classes + 1, width, dtype=torch.float32) if classes else None
+        if self.class_embedding is not None:
+            nn.init.normal_(self.class_embedding.weight, std=0.02)
+        self.layers = nn.ModuleList(
+            DiffusionLayer(twin, width, hidden_size) for twin in build_twin(decoder, base.config, config)
+        )
+        self.output_modulation = modulation_head(width, hidden_size)
+        self.gradient_checkpointing = False
+        self._decoder = decoder
+        self._table: tuple[tuple, Modulation] | None = None
+
+    def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embeddings (..., d) float32 of tokens (...), with gradients to the vocabulary embedding."""
+        return self.vocabulary(nn.functional.embedding(tokens, self._decoder.embeddings.weight).detach())
+
+    def vocabulary_table(self) -> torch.Tensor:
+        """Embeddings of all tokens, (V, d) float32, cached."""
+        return self.vocabulary.table(self._decoder.embeddings.weight)
+
+    def conditioning(self, time: torch.Tensor, classes: torch.Tensor | None = None) -> torch.Tensor:
+        """Time embedding plus class embedding, (..., C); `classes=None` is "no class"."""
+        embedding = self.time_embedding(time)
+        if self.class_embedding is None:
+            return embedding
+        if classes is None:
+            return embedding + self.class_embedding.weight[-1]
+        return embedding + self.class_embedding(classes)
+
+    def modulate(self, time: torch.Tensor, classes: torch.Tensor | None = None) -> Modulation:
+        """Modulation of every layer at times (N,) for classes (N,) or "no class"."""
+        embedding = self.conditioning(time, classes)
+        at_zero = self.conditioning(torch.zeros_like(time[:1]) if classes is None else torch.zeros_like(time), classes)
+        output = self.output_modulation(embedding) - self.output_modulation(at_zero)
+        output = output * (time != 0).unsqueeze(-1)  # exactly the base at t = 0, whatever the rounding of the two terms
+        return Modulation([layer.modulation(embedding) for layer in self.layers], output)
+
+    @torch.no_grad()
+    def modulation_table(self, times: torch.Tensor, kinds: tuple[int, ...] | None) -> Modulation:
+        """Modulation at grid times (E,) for each class of `kinds` (`None`: "no class"), kept until weights change.
+
+        Row `k * E + e` belongs to class `kinds[k]` and time `times[e]`.
+        """
+        device = self.output_modulation[0].weight.device
+        weights = tuple(
+            p._version for name, p in self.named_parameters() if "modulation" in name or "embedding" in name
+        )
+        key = (tuple(times.tolist()), kinds, device, weights)
+        if self._table is None or self._table[0] != key:
+            grid = times.to(device, torch.float32)
+            classes = None
+            if kinds is not None:
+                classes = torch.tensor(kinds, device=device).repeat_interleave(len(grid))
+                grid = grid.repeat(len(kinds))
+            self._table = (key, self.modulate(grid, classes))
+        return self._table[1]
+
+    def forward(self, x: torch.Tensor, time: torch.Tensor, modulation: Modulation, layout: QueryLayout) -> torch.Tensor:
+        """Fused hidden states (N, H) before the final norm, for states x (N, d) at times (N,)."""
+        main = layout.hidden()
+        hidden = self.input_projection(x, time).to(self.layers[0].twin.stream_dtype(main.dtype))
+        for layer, scales, kept in zip(self.layers, modulation.layers, layout.state.layers, strict=True):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                hidden = checkpoint(layer, hidden, scales, layout, kept, use_reentrant=False)
+            else:
+                hidden = layer(hidden, scales, layout, kept)
+        return main + modulation.output.to(main.dtype) * hidden.to(main.dtype)

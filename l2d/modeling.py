@@ -1,0 +1,291 @@
+"""`L2DForCausalLM`: a frozen base with a trained diffusion path beside it.
+
+- `from_base`: a new model; `from_pretrained`, `save_pretrained`: only trained tensors are on disk
+- `forward`: the base's logits, or the training loss of given diffusion queries
+- `generate`, `score`, `solve`: see `generation.py`, `scoring.py` and `sampling.py`
+
+Legend: B rows, S positions, Q queries per row, K draws, V vocabulary, H hidden size, d diffusion dimension.
+"""
+
+import copy
+import dataclasses
+import os
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
+
+from l2d import checkpoint
+from l2d.attention import QueryLayout
+from l2d.config import L2DConfig, SamplerConfig
+from l2d.diffusion_path import DiffusionPath, NoisedTargets, Queries
+from l2d.fingerprint import fingerprint
+from l2d.generation import generate
+from l2d.main_path import Decoder, MainPathState, run_main_path
+from l2d.sampling import Solution, solve
+from l2d.scoring import ScoreOutput, score
+
+__all__ = ["L2DConfig", "L2DForCausalLM", "L2DTrainingOutput"]
+
+
+@dataclasses.dataclass
+class L2DTrainingOutput(ModelOutput):
+    """nll (K, B, Q) float32, 0 at padding; correct (K, B, Q) bool: argmax is the target; valid (B, Q) bool."""
+
+    nll: torch.Tensor | None = None
+    correct: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+
+
+class L2DForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal LM that can spend a chosen budget of evaluations on every token.
+
+    Build it with `from_base` (fresh path) or `from_pretrained` (trained path); `base` is never changed.
+    """
+
+    config_class = L2DConfig
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _no_split_modules: list[str] = []
+
+    def __init__(self, config: L2DConfig, base: PreTrainedModel | None = None):
+        if base is None:
+            raise ValueError(
+                "L2DForCausalLM needs its base model: use L2DForCausalLM.from_base(base) for a fresh path or "
+                "L2DForCausalLM.from_pretrained(folder) for a trained one."
+            )
+        super().__init__(config)
+        self.base = base.requires_grad_(False).eval()
+        self.path = DiffusionPath(config, base)
+        self._decoder = Decoder(base)
+        frozen = {id(parameter) for parameter in base.parameters()}
+        self._trained_names = tuple(
+            name for name, parameter in self.path.named_parameters("path") if id(parameter) not in frozen
+        )
+        for _, parameter in self.trained_parameters():
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+        self.generation_config = base.generation_config
+        for module in self.modules():  # nothing here may be initialised a second time
+            module._is_hf_initialized = True
+        self.post_init()
+
+    # ---- building, loading, saving -------------------------------------------------------------------------------
+
+    @classmethod
+    def from_base(
+        cls, base: PreTrainedModel | str | os.PathLike, config: L2DConfig | None = None, **load_kwargs: Any
+    ) -> "L2DForCausalLM":
+        """A fresh model around `base` (loaded from a hub name or folder with `load_kwargs` where it is not a model).
+
+        At initialisation the path changes nothing: every budget gives the base's own logits.
+        """
+        config = copy.deepcopy(config) if config is not None else L2DConfig()
+        if not isinstance(base, PreTrainedModel):
+            config.base_revision = load_kwargs.get("revision", config.base_revision)
+            base = checkpoint.load_base(base, **load_kwargs)
+        config.base_name_or_path = config.base_name_or_path or checkpoint.base_name(base)
+        checkpoint.describe_base(config, base)
+        config.base_fingerprint = None if next(base.parameters()).is_meta else fingerprint(base)
+        return cls(config, base=base)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        *model_args: Any,
+        base: PreTrainedModel | str | os.PathLike | None = None,
+        config: L2DConfig | None = None,
+        **kwargs: Any,
+    ) -> "L2DForCausalLM":
+        """Load a trained checkpoint and its base.
+
+        Args:
+            base: another place to find the base (folder, hub name or a loaded model); its weights must be the same.
+            kwargs: `dtype`, `device_map`, `trust_remote_code`, ... for the base.
+
+        Raises `ValueError` where the base is missing or another one, or where a tensor is missing, unexpected, of
+        another shape or not finite.
+        """
+        return checkpoint.load(cls, pretrained_model_name_or_path, base=base, config=config, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs: Any) -> None:
+        """Write `config.json`, `generation_config.json` and the trained tensors (safetensors), never the base."""
+        full = self.state_dict() if state_dict is None else state_dict
+        missing = [name for name in self._trained_names if name not in full]
+        if missing:
+            raise ValueError(f"state_dict lacks {len(missing)} trained tensors, {missing[0]!r} first.")
+        trained = {name: full[name].contiguous() for name in self._trained_names}
+        super().save_pretrained(save_directory, state_dict=trained, **kwargs)
+
+    def trained_parameters(self):
+        """Iterate over (name, parameter) of all trained weights, in a fixed order."""
+        for name in self._trained_names:
+            yield name, self.get_parameter(name)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Everything is initialised where it is built."""
+
+    def tie_weights(self, *args: Any, **kwargs: Any) -> None:
+        """The base ties its own weights."""
+
+    def train(self, mode: bool = True) -> "L2DForCausalLM":
+        """Set the path's mode; the base stays in evaluation mode."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Recompute the diffusion path's layers in the backward pass; the main path keeps nothing anyway."""
+        self.path.gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep the diffusion path's activations again."""
+        self.path.gradient_checkpointing = False
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether the path's layers are recomputed in the backward pass."""
+        return self.path.gradient_checkpointing
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The base's input embedding."""
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The base's output head."""
+        return self.base.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        """The base's decoder stack."""
+        return self.base.get_decoder()
+
+    # ---- the two paths -------------------------------------------------------------------------------------------
+
+    def main_path(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Any = None,
+    ) -> MainPathState:
+        """Run the base once over `input_ids` (B, S) and keep what the diffusion path needs."""
+        return run_main_path(self._decoder, input_ids, attention_mask, position_ids, cache)
+
+    def base_logits(self, state: MainPathState, index: torch.Tensor | None = None) -> torch.Tensor:
+        """The base's logits at all positions, (B, S, V), or at positions `index` (B, Q): (B, Q, V)."""
+        hidden = state.hidden
+        if index is not None:
+            hidden = hidden.gather(1, index.clamp(min=0).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+        return self._decoder.logits(hidden)
+
+    def path_hidden(
+        self,
+        state: MainPathState,
+        rows: torch.Tensor,
+        index: torch.Tensor,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        classes: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Fused hidden states (N, H) of flat queries: rows, index, time, classes (N,) and x (N, d)."""
+        modulation = self.path.modulate(time.float(), classes)
+        return self.path(x, time, modulation, QueryLayout(state, rows, index))
+
+    def path_logits(self, state: MainPathState, queries: Queries) -> torch.Tensor:
+        """Logits (B, Q, V) float of padded queries; zero at padding."""
+        rows, slots = torch.nonzero(queries.index >= 0, as_tuple=True)
+        classes = None if queries.classes is None else queries.classes[rows, slots]
+        hidden = self.path_hidden(
+            state, rows, queries.index[rows, slots], queries.x[rows, slots], queries.time[rows, slots], classes
+        )
+        logits = self._decoder.logits(hidden)
+        output = logits.new_zeros(*queries.index.shape, logits.shape[-1])
+        output[rows, slots] = logits
+        return output
+
+    def vocabulary_table(self) -> torch.Tensor:
+        """Embeddings of all tokens in the diffusion space, (V, d) float32, cached."""
+        return self.path.vocabulary_table()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        queries: NoisedTargets | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | L2DTrainingOutput:
+        """The base's output, bit for bit (t = 0), or with `queries` the loss of the diffusion path.
+
+        Args:
+            input_ids, attention_mask, position_ids: (B, S); without a mask, restarting positions are packed documents.
+            queries: noised targets at response positions; the main path then runs without autograd state.
+        """
+        if queries is None:
+            return self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+        state = self.main_path(input_ids, attention_mask, position_ids)
+        return self._training_output(state, queries)
+
+    def _training_output(self, state: MainPathState, queries: NoisedTargets) -> L2DTrainingOutput:
+        valid = queries.index >= 0
+        draws = queries.time.shape[0]
+        rows, slots = torch.nonzero(valid, as_tuple=True)
+        # Flat queries are ordered by row, then position, then draw: draws of one position are neighbours.
+        repeated = rows.repeat_interleave(draws)
+        targets = queries.targets[rows, slots]
+        time = queries.time[:, rows, slots].t().reshape(-1)
+        noise = queries.noise[:, rows, slots].transpose(0, 1).flatten(0, 1)
+        classes = None if queries.classes is None else queries.classes[:, rows, slots].t().reshape(-1)
+        clean = self.path.embed_tokens(targets).repeat_interleave(draws, dim=0)
+        x = (1 - time)[:, None] * (noise * self.config.noise_std) + time[:, None] * clean
+        index = queries.index[rows, slots].repeat_interleave(draws)
+        hidden = self.path_hidden(state, repeated, index, x, time, classes)
+        logits = self._decoder.logits(hidden)
+        wanted = targets.repeat_interleave(draws)
+        losses = nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+        nll = losses.new_zeros(draws, *valid.shape)
+        correct = torch.zeros_like(nll, dtype=torch.bool)
+        nll[:, rows, slots] = losses.view(-1, draws).t()
+        correct[:, rows, slots] = (logits.argmax(-1) == wanted).view(-1, draws).t()
+        return L2DTrainingOutput(nll=nll, correct=correct, valid=valid)
+
+    # ---- inference -----------------------------------------------------------------------------------------------
+
+    def sampler(self, sampler: SamplerConfig | dict[str, Any] | None = None) -> SamplerConfig:
+        """Sampler settings: the checkpoint's defaults overridden by `sampler`, checked against the model's classes."""
+        sampler = self.config.default_sampler(sampler)
+        sampler.class_index(self.config.guidance_classes)
+        return sampler
+
+    def solve(
+        self,
+        state: MainPathState,
+        index: torch.Tensor,
+        x0: torch.Tensor,
+        sampler: SamplerConfig | dict[str, Any] | None = None,
+        classes: torch.Tensor | None = None,
+        record: bool = True,
+    ) -> Solution:
+        """Integrate from start noise `x0` (B, Q, d) at positions `index` (B, Q); see `sampling.solve`."""
+        return solve(self, state, index, x0, self.sampler(sampler), classes=classes, record=record)
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any):
+        """Decode token by token with the L2D sampler; see `generation.generate` for all arguments."""
+        return generate(self, inputs, **kwargs)
+
+    def score(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> ScoreOutput:
+        """Log-probabilities of given continuations; see `scoring.score` for all arguments."""
+        return score(self, input_ids, attention_mask, **kwargs)
+
+
+AutoConfig.register("l2d", L2DConfig, exist_ok=True)
+AutoModelForCausalLM.register(L2DConfig, L2DForCausalLM, exist_ok=True)

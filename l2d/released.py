@@ -1,0 +1,340 @@
+"""The released implementation (SakanaAI/L2D): its checkpoints, and its solver with all its habits.
+
+- `load_released`: a model from its state dict, or from a folder with safetensors or `weights_only` pickle files
+- `parameter_name`: reference parameter name -> ours, and whether it is transposed
+- `released_config`: its keyword arguments -> `L2DConfig`
+- `released_solve`: integrates as it does (torchdiffeq, one step size per batch, zero velocity at t >= 1)
+
+`python -m l2d.released SOURCE TARGET --settings FILE.json [--base FOLDER]` converts a checkpoint.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torchdiffeq import odeint
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from l2d.config import L2DConfig, base_config_from_dict
+from l2d.diffusion_path import Queries
+from l2d.main_path import MainPathState
+from l2d.modeling import L2DForCausalLM
+from l2d.noise import draw_token
+from l2d.sampler_config import temperature_at
+from l2d.sampling import Solution, clean_estimate
+
+_NAMES = (
+    (r"model\.flow_token_embedder\.embedder\.layers_module\.0\.(weight|bias)", r"path.vocabulary.projection.\1"),
+    (r"model\.flow_to_lm_encoder\.embedder\.layers_module\.(\d)\.(weight|bias)", r"path.input_projection.layers.\1.\2"),
+    (r"model\.timestep_embedder\.mlp\.(\d)\.(weight|bias)", r"path.time_embedding.layers.\1.\2"),
+    (r"model\.data_label_embedder\.weight", r"path.class_embedding.weight"),
+    (r"model\.layers\.(\d+)\.modulation_head\.mlp\.(\d)\.(weight|bias)", r"path.layers.\1.modulation.\2.\3"),
+    (r"model\.modulation_head\.mlp\.(\d)\.(weight|bias)", r"path.output_modulation.\1.\2"),
+    (
+        r"model\.layers\.(\d+)\.(self_attn|mlp)\.flow_(\w+_proj)\.([AB])",
+        r"path.layers.\1.twin.\2.\3.lora_\4.diffusion.weight",
+    ),
+    (r"model\.layers\.(\d+)\.(self_attn|mlp)\.flow_(\w+_proj)\.(weight|bias)", r"path.layers.\1.twin.\2.\3.\4"),
+)
+_RESCALING = {"mult": lambda dim: dim**0.5, "none": lambda dim: 1.0, "div": lambda dim: dim**-0.5}
+# What this package implements of the released implementation's switches; anything else is refused.
+_FIXED_SETTINGS = {
+    "base_params_to_freeze": "all",
+    "noise_schedule": "identity",
+    "minimum_training_noise_units": "time",
+    "flow_representation_space": "mapping",
+    "flow_representation_num_layers": 1,
+    "flow_representation_normalize": True,
+    "flow_to_lm_translation_depth": 2,
+    "flow_to_lm_rescale_in_float32": True,
+    "preserve_behavior_at_flow_start": True,
+    "modulate_hidden_states": False,
+    "full_dit_modulation": True,
+    "timestep_modulation_num_layers": 2,
+    "freeze_modulation_at_flow_start": False,
+    "separate_flow_params": True,
+    "nstep_clamp_predictions": False,
+}
+
+
+def parameter_name(reference: str) -> tuple[str, bool] | None:
+    """Our name of a reference parameter, and whether its matrix is transposed; `None` for the base's own tensors.
+
+    Raises `ValueError` for a name that belongs to neither.
+    """
+    if ".wrapped_layer." in reference or "flow" not in reference and _is_base_name(reference):
+        return None
+    for pattern, replacement in _NAMES:
+        if re.fullmatch(pattern, reference):
+            return re.sub(pattern, replacement, reference), reference.endswith((".A", ".B"))
+    raise ValueError(f"{reference!r} is not a tensor of a released L2D checkpoint that this package can read.")
+
+
+def _is_base_name(name: str) -> bool:
+    return not any(part in name for part in ("modulation_head", "timestep_embedder", "data_label_embedder"))
+
+
+def released_config(flow_kwargs: dict[str, Any], **overrides: Any) -> L2DConfig:
+    """Our configuration for the keyword arguments that a released model was built with.
+
+    Raises `ValueError` for a switch whose other setting is not implemented here.
+    """
+    for name, wanted in _FIXED_SETTINGS.items():
+        if flow_kwargs.get(name, wanted) != wanted:
+            raise ValueError(
+                f"{name}={flow_kwargs[name]!r} of the released implementation is not supported; only {wanted!r} is."
+            )
+    rescaling = flow_kwargs.get("flow_representation_rescaling", "mult")
+    if rescaling not in _RESCALING:
+        raise ValueError(f"flow_representation_rescaling={rescaling!r} is not known; choose one of mult, none, div.")
+    dim = flow_kwargs.get("flow_representation_dim", 256)
+    rank = flow_kwargs.get("flow_lora_rank") or 32
+    alpha = flow_kwargs.get("flow_lora_alpha")
+    classes = flow_kwargs.get("guidance_modulation_num_classes") or 0
+    ode = flow_kwargs.get("ode_kwargs") or {}
+    settings = {
+        "variant": "lora" if flow_kwargs.get("separate_flow_params_with_lora") else "full",
+        "lora_rank": rank,
+        "lora_alpha": float(2 * rank if alpha in (None, -1) else alpha),
+        "diffusion_dim": dim,
+        "noise_std": float(flow_kwargs.get("noise_rescaling", 64.0)),
+        "input_width": flow_kwargs.get("flow_to_lm_hidden_size", 256),
+        "conditioning_width": flow_kwargs.get("timestep_modulation_hidden_size", 256),
+        "frequency_width": flow_kwargs.get("timestep_modulation_freq_embedding_size", 256),
+        "embedding_norm": None if rescaling == "mult" else _RESCALING[rescaling](dim),
+        "input_scale": float(flow_kwargs.get("flow_to_lm_timestep_rescaling", 1.0)),
+        "min_noise": float(flow_kwargs.get("minimum_training_noise", 0.0)),
+        "guidance_classes": [f"class_{number}" for number in range(classes)] or None,
+        "sampler": {
+            "solver": {"heun": "heun2"}.get(ode.get("method", "midpoint"), ode.get("method", "midpoint")),
+            "rtol": ode.get("rtol", 1e-5),
+            "atol": ode.get("atol", 1e-5),
+            "final_time": flow_kwargs.get("nstep_final_timestep", 1.0),
+            "choice": flow_kwargs.get("nstep_x1_estimation", "sample"),
+            "choice_temperature": flow_kwargs.get("nstep_temperature_schedule", 0.0),
+            "normalize_average": flow_kwargs.get("nstep_normalize_x1_predictions", False),
+        },
+    }
+    return L2DConfig(**{**settings, **overrides})
+
+
+@torch.no_grad()
+def load_released(
+    source: dict[str, torch.Tensor] | str | Path,
+    flow_kwargs: dict[str, Any],
+    base_config: dict[str, Any] | None = None,
+    *,
+    base: PreTrainedModel | None = None,
+    **overrides: Any,
+) -> L2DForCausalLM:
+    """Build a float32 model from a released checkpoint.
+
+    Args:
+        source: state dict, or a folder that holds it.
+        flow_kwargs: keyword arguments of the released flow wrapper (`L2DConfig` fields that shapes do not tell).
+        base_config: the base's configuration with its `model_type` (or `family`); not needed with `base`.
+        base: the base model, where the checkpoint does not hold it or another copy is to be used.
+
+    Raises `ValueError` for missing, unknown or misshapen tensors.
+    """
+    state = source if isinstance(source, dict) else read_folder(Path(source))
+    if base is None:
+        base = _build_base(state, base_config or {})
+    model = L2DForCausalLM.from_base(base, released_config(flow_kwargs, **overrides))
+    wanted = dict(model.trained_parameters())
+    for reference, tensor in state.items():
+        named = parameter_name(reference)
+        if named is None:
+            continue
+        name, transposed = named
+        if name not in wanted:
+            raise ValueError(f"tensor {reference!r} has no place in a model with these settings: check flow_kwargs.")
+        value = tensor.t() if transposed else tensor
+        parameter = wanted.pop(name)
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"tensor {reference!r} has shape {tuple(tensor.shape)}, the settings say otherwise: check flow_kwargs."
+            )
+        parameter.copy_(value)
+    if wanted:
+        raise ValueError(f"the released checkpoint lacks {len(wanted)} tensors, that of {next(iter(wanted))!r} first.")
+    return model.eval()
+
+
+def read_folder(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a released checkpoint folder; pickle files are read with `weights_only=True`."""
+    files = sorted(folder.glob("*.safetensors"))
+    pickles = sorted(folder.glob("pytorch_model*.bin"))
+    if not files and not pickles:
+        raise ValueError(f"{str(folder)!r} holds neither *.safetensors nor pytorch_model*.bin files.")
+    state: dict[str, torch.Tensor] = {}
+    for file in files:
+        state.update(load_file(file))
+    for file in [] if files else pickles:
+        state.update(torch.load(file, map_location="cpu", weights_only=True))
+    return state
+
+
+def _build_base(state: dict[str, torch.Tensor], base_config: dict[str, Any]) -> PreTrainedModel:
+    settings = dict(base_config)
+    family = settings.pop("family", None)
+    settings.setdefault("model_type", family)
+    if settings["model_type"] is None:
+        raise ValueError("base_config needs a model_type, 'llama' or 'qwen2'; or pass base=.")
+    for outdated in ("torch_dtype", "transformers_version", "_name_or_path", "architectures"):
+        settings.pop(outdated, None)
+    base = AutoModelForCausalLM.from_config(base_config_from_dict(settings), dtype=torch.float32)
+    tensors = {name: t for name, t in state.items() if "flow" not in name and _is_base_name(name)}
+    result = base.load_state_dict(tensors, strict=False)
+    missing = [
+        name for name in result.missing_keys if not (name == "lm_head.weight" and base.config.tie_word_embeddings)
+    ]
+    if missing or result.unexpected_keys:
+        raise ValueError(f"the base's tensors do not fit base_config: {(missing + result.unexpected_keys)[:3]}.")
+    base.tie_weights()
+    return base.eval()
+
+
+class _ReleasedField:
+    """Velocity as the released code computes it, with a record of everything it was asked."""
+
+    def __init__(self, model: L2DForCausalLM, state: MainPathState, index: torch.Tensor, settings: dict[str, Any]):
+        self.model, self.state, self.index = model, state, index
+        self.table = model.vocabulary_table()
+        self.s = settings
+        self.asked: list[float] = []
+        self.temperatures: list[float] = []
+        self.chosen: list[torch.Tensor] = []
+
+    def _branch(self, x: torch.Tensor, time: float, classes: torch.Tensor | None) -> torch.Tensor:
+        times = torch.full(self.index.shape, time, dtype=torch.float32, device=x.device)
+        logits = self.model.path_logits(self.state, Queries(self.index, x.float(), times, classes))
+        temperature = temperature_at(self.s["temperature"], time + self.s["delta"])
+        uniforms = None
+        if self.s["choice"] == "sample" and temperature > 0:
+            uniforms = torch.rand(self.index.shape, dtype=torch.float64, generator=self.s["generator"]).to(x.device)
+        clean, _ = clean_estimate(logits, self.table, self.s["choice"], temperature, self.s["normalize"], uniforms)
+        token = logits.argmax(-1) if uniforms is None else draw_token(torch.softmax(logits / temperature, -1), uniforms)
+        self.temperatures.append(temperature)
+        self.chosen.append(token)
+        return (clean.double() - x) / (1 - time)
+
+    def __call__(self, time: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        now = float(time)
+        self.asked.append(now)
+        if len(self.asked) > self.s["max_evaluations"]:
+            raise ValueError(f"the solver asked more than max_evaluations={self.s['max_evaluations']} times.")
+        if self.s["guarded"] and now >= 1:
+            return torch.zeros_like(x)
+        conditional = self._branch(x, now, self.s["classes"])
+        if self.s["guidance_scale"] is None:
+            return conditional
+        scale = self.s["guidance_scale"]
+        return scale * conditional + (1 - scale) * self._branch(x, now, None)
+
+
+@torch.no_grad()
+def released_solve(
+    model: L2DForCausalLM,
+    state: MainPathState,
+    index: torch.Tensor,
+    x0: torch.Tensor,
+    *,
+    method: str,
+    steps: int,
+    family: str = "llama",
+    choice: str = "sample",
+    temperature: float | str = 0.0,
+    normalize: bool = False,
+    guidance_scale: float | None = None,
+    classes: torch.Tensor | None = None,
+    start_time: float = 0.0,
+    final_time: float = 1.0,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    options: dict[str, Any] | None = None,
+    max_evaluations: int = 20000,
+    generator: torch.Generator | None = None,
+) -> Solution:
+    """Integrate as the released implementation does, quirks included, for comparison with it.
+
+    Args:
+        index: (B, Q); x0: (B, Q, d), scaled; steps: number of time levels n.
+        family: "llama" or "qwen2", which differ in where the velocity is zeroed and the temperature is read.
+        guidance_scale: `None` where guidance is not applied (every network call is then conditional on `classes`).
+        classes: (B,) guidance class per row, `None` for "no class".
+
+    Returns `Solution`: trajectory at the n levels (interpolated for adaptive methods), `evaluation_times` of every ask,
+    zeroed ones included, and `chosen` (Q', B, Q) and `temperatures` (Q',) of every network call, branches in turn.
+    """
+    method = "heun2" if method == "heun" else method
+    fixed = method in ("euler", "midpoint", "heun2", "heun3", "rk4")
+    heun_like = "heun" in method or method == "rk4"
+    grid = torch.linspace(start_time, final_time, steps, dtype=torch.float32)
+    spacing = float(grid[1] - grid[0])
+    if fixed:
+        delta = spacing / 2 if method == "midpoint" else spacing
+    else:
+        delta = spacing if family == "qwen2" and method == "adaptive_heun" else 0.0
+    spread = None if classes is None else classes[:, None].expand_as(index)
+    field = _ReleasedField(
+        model,
+        state,
+        index,
+        {
+            "choice": choice,
+            "temperature": temperature,
+            "normalize": normalize,
+            "delta": delta,
+            "guarded": heun_like or (not fixed and family == "llama"),
+            "classes": spread,
+            "guidance_scale": guidance_scale,
+            "max_evaluations": max_evaluations,
+            "generator": generator,
+        },
+    )
+    extra = {} if options is None else {"options": dict(options)}
+    trajectory = odeint(field, x0.double(), grid.to(x0.device), rtol=rtol, atol=atol, method=method, **extra)
+    times = torch.full(index.shape, float(grid[-1]), device=x0.device)
+    final = model.path_logits(state, Queries(index, trajectory[-1].float(), times, spread))
+    return Solution(
+        final_logits=final,
+        trajectory=trajectory,
+        times=grid,
+        evaluation_times=torch.tensor(field.asked, dtype=torch.float64),
+        temperatures=torch.tensor(field.temperatures, dtype=torch.float64),
+        chosen=torch.stack(field.chosen),
+    )
+
+
+def main() -> None:
+    """Command line: convert a released checkpoint into one of ours."""
+    parser = argparse.ArgumentParser(prog="python -m l2d.released", description=main.__doc__)
+    parser.add_argument("source", type=Path, help="folder of the released checkpoint")
+    parser.add_argument("target", type=Path, help="folder to write, which must not exist")
+    parser.add_argument(
+        "--settings", type=Path, required=True, help="JSON with flow_kwargs and, without --base, base_config"
+    )
+    parser.add_argument("--base", help="folder or hub name of the base, where it is not part of the checkpoint")
+    arguments = parser.parse_args()
+    if arguments.target.exists():
+        parser.error(f"target={str(arguments.target)!r} exists already; name a new folder.")
+    try:
+        settings = json.loads(arguments.settings.read_text())
+        base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype="auto") if arguments.base else None
+        model = load_released(arguments.source, settings["flow_kwargs"], settings.get("base_config"), base=base)
+        if base is None:
+            model.base.save_pretrained(arguments.target / "base")
+            model.config.base_name_or_path = str((arguments.target / "base").resolve())
+        model.save_pretrained(arguments.target)
+    except (ValueError, OSError, KeyError) as error:
+        parser.error(str(error))
+    print(f"wrote {arguments.target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Scoring: log-probabilities of given continuations at any budget.
+
+- `score`: one main-path forward, then all wanted positions of all rows as sites of one solve
+- `ScoreOutput`: log-probabilities, greedy flags and what they cost
+
+Positions are independent given the main path, so nothing here is sequential. The estimate depends on the start noise;
+`mc_samples` averages probabilities over several draws. Noise belongs to (request, position): the noise under which a
+token is scored is the noise under which it would have been generated.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from l2d.main_path import MainPathState
+from l2d.noise import RequestNoise, default_keys
+from l2d.sampler_config import SamplerConfig
+from l2d.sampling import Sites, choice_uniforms_needed, solve_sites
+from l2d.solvers import fixed_grid
+
+if TYPE_CHECKING:
+    from l2d.modeling import L2DForCausalLM
+
+_SITES_PER_SOLVE = 256
+
+
+@dataclasses.dataclass
+class ScoreOutput:
+    """Per position (B, S), zero where nothing was scored.
+
+    logprobs float32 (natural logarithm); greedy bool: the token is the most likely one; asked, computed, rounds int64:
+    evaluations asked for, network queries made, batched passes (summed over `mc_samples`); capped: number of solves
+    that ran into `max_evaluations`.
+    """
+
+    logprobs: torch.Tensor
+    greedy: torch.Tensor
+    asked: torch.Tensor
+    computed: torch.Tensor
+    rounds: torch.Tensor
+    capped: int = 0
+
+
+@torch.no_grad()
+def score(
+    model: "L2DForCausalLM",
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    continuation_mask: torch.Tensor | None = None,
+    sampler: SamplerConfig | dict[str, Any] | None = None,
+    request_keys: list[bytes | str | int] | None = None,
+) -> ScoreOutput:
+    """Score the tokens of right-padded rows that `continuation_mask` marks.
+
+    Args:
+        input_ids, attention_mask: (B, S), padding on the right.
+        continuation_mask: (B, S) bool, true at tokens to score; position 0 has nothing before it. Default: all others.
+        sampler: overrides of the checkpoint's sampler settings.
+        request_keys: identity of each row for its noise; default: the tokens before its first scored one, so that all
+            continuations of one context share their noise.
+
+    Raises `ValueError` for a mask that marks position 0 or padding.
+    """
+    sampler = model.sampler(sampler)
+    if continuation_mask is None:
+        continuation_mask = torch.ones_like(input_ids, dtype=torch.bool)
+        continuation_mask[:, 0] = False
+        if attention_mask is not None:
+            continuation_mask &= attention_mask.bool()
+    wanted = continuation_mask.bool()
+    if bool(wanted[:, 0].any()) or (attention_mask is not None and bool((wanted & ~attention_mask.bool()).any())):
+        raise ValueError("continuation_mask marks position 0 or padding: only tokens with a context can be scored.")
+    keys = request_keys or _context_keys(input_ids, wanted)
+    noises = [RequestNoise(sampler.seed, key) for key in keys]
+    state = model.main_path(input_ids, attention_mask)
+    rows, places = torch.nonzero(wanted, as_tuple=True)
+    shape = input_ids.shape
+    output = ScoreOutput(
+        logprobs=torch.zeros(shape, device=input_ids.device),
+        greedy=torch.zeros(shape, dtype=torch.bool, device=input_ids.device),
+        **{
+            name: torch.zeros(shape, dtype=torch.int64, device=input_ids.device)
+            for name in ("asked", "computed", "rounds")
+        },
+    )
+    for r, p in zip(rows.split(_SITES_PER_SOLVE), places.split(_SITES_PER_SOLVE), strict=True):
+        _score_sites(model, state, input_ids, r, p, sampler, noises, output)
+    return output
+
+
+def _context_keys(input_ids: torch.Tensor, wanted: torch.Tensor) -> list[bytes]:
+    first = wanted.float().argmax(1).tolist()
+    return [default_keys([row[:count]])[0] for row, count in zip(input_ids.tolist(), first, strict=True)]
+
+
+def _score_sites(
+    model: "L2DForCausalLM",
+    state: MainPathState,
+    input_ids: torch.Tensor,
+    rows: torch.Tensor,
+    places: torch.Tensor,
+    sampler: SamplerConfig,
+    noises: list[RequestNoise],
+    output: ScoreOutput,
+) -> None:
+    tokens = input_ids[rows, places]
+    draws = 1 if sampler.is_base else sampler.mc_samples
+    total = None
+    for draw in range(draws):
+        sites = make_sites(model, sampler, rows, places - 1, places.tolist(), [noises[r] for r in rows.tolist()], draw)
+        solved = solve_sites(model, state, sites, sampler, sampler.class_index(model.config.guidance_classes))
+        logprobs = torch.log_softmax(model._decoder.logits(solved.hidden).float(), dim=-1)
+        total = logprobs if total is None else torch.logaddexp(total, logprobs)
+        asked = solved.computed if sampler.adaptive else torch.full_like(solved.computed, sampler.budget)
+        output.asked[rows, places] += asked
+        output.computed[rows, places] += solved.computed
+        output.rounds[rows, places] += solved.rounds
+        output.capped += int(solved.capped.sum())
+    total -= float(np.log(draws))
+    output.logprobs[rows, places] = total.gather(-1, tokens[:, None]).squeeze(-1)
+    output.greedy[rows, places] = total.argmax(-1) == tokens
+
+
+def make_sites(
+    model: "L2DForCausalLM",
+    sampler: SamplerConfig,
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    positions: list[int],
+    noises: list[RequestNoise],
+    draw: int = 0,
+) -> Sites:
+    """Sites (N,) with the start noise and uniform numbers of their requests at sequence positions `positions` (N)."""
+    dim, std = model.config.diffusion_dim, model.config.noise_std
+    device = rows.device
+    if sampler.is_base:
+        return Sites(rows, index, torch.zeros(len(rows), dim, dtype=torch.float64, device=device))
+    pairs = list(zip(noises, positions, strict=True))
+    normal = torch.from_numpy(np.stack([noise.normal(position, draw, dim) for noise, position in pairs]))
+    start = (normal * std).to(device).double()
+    uniforms = None
+    if choice_uniforms_needed(sampler):
+        count = sampler.max_evaluations if sampler.adaptive else fixed_grid(sampler).evaluations
+        uniforms = np.stack([noise.choices(position, draw, count) for noise, position in pairs])
+        uniforms = torch.from_numpy(uniforms).to(device)
+    return Sites(rows, index, start, uniforms)

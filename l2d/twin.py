@@ -1,0 +1,212 @@
+"""The twin of a base's decoder layers: same structure, shared frozen weights, trained deltas or copies.
+
+- `build_twin`: one `TwinLayer` per layer of the base, with LoRA injected or parameters cloned
+- `TwinLayer`: attention and MLP of one layer with modulated norms, for every known layout of norms
+- `ModulatedNorm`: a frozen norm of the base plus a trained scale and shift
+
+No modelling code is copied: a structural copy of the base's own modules shares all their tensors, so a base that
+transformers can run is a base that the path can follow, as long as its norms are laid out in a way found here.
+"""
+
+import copy
+import itertools
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from transformers import PreTrainedConfig
+
+from l2d.attention import IMPLEMENTATION, QueryLayout
+from l2d.config import L2DConfig
+from l2d.embeddings import at_least_float32
+from l2d.main_path import Decoder, LayerState
+
+ADAPTER = "diffusion"
+_UNUSED_PROJECTIONS = ("k_proj", "v_proj")
+
+
+class _NoProjection(nn.Module):
+    """In place of a projection whose result nobody reads: keys and values are the main path's."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        self.features = features
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.new_zeros(1).expand(*hidden.shape[:-1], self.features)
+
+
+class ModulatedNorm:
+    """`xhat * (g + scale) + shift` with the base's frozen RMSNorm weight `g`; xhat is the normalised input.
+
+    Not a module: the weights stay the base's. Bases that store `g - 1` (Gemma) are told apart by trying.
+    """
+
+    def __init__(self, norm: nn.Module):
+        self.norm = norm
+        self.eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
+        self.plus_one = self._stores_difference(norm)
+
+    def _stores_difference(self, norm: nn.Module) -> bool:
+        if getattr(norm, "weight", None) is None or self.eps is None or getattr(norm, "bias", None) is not None:
+            raise ValueError(
+                f"base models with {type(norm).__name__} norms are not supported: L2D modulates RMS norms."
+            )
+        probe = copy.deepcopy(norm, {id(norm.weight): nn.Parameter(torch.linspace(0.5, 1.5, norm.weight.numel()))})
+        x = torch.linspace(-1, 2, norm.weight.numel())
+        with torch.no_grad():
+            result, xhat = probe(x), self._normalise(x)
+            for plus_one in (False, True):
+                if torch.allclose(result, xhat * (probe.weight + plus_one), atol=1e-5):
+                    return plus_one
+        raise ValueError(f"base models with {type(norm).__name__} norms are not supported: not an RMS norm.")
+
+    def _normalise(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps)
+
+    def __call__(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Inputs, scales and shifts (N, H) to (N, H) in the dtype of `x`; computed in float32."""
+        weight = at_least_float32(self.norm.weight) + (1.0 if self.plus_one else 0.0)
+        return torch.addcmul(at_least_float32(shift), self._normalise(x), weight + scale).to(x.dtype)
+
+
+class TwinLayer(nn.Module):
+    """Attention and MLP of one base layer, as the diffusion path uses them."""
+
+    def __init__(self, layer: nn.Module, attention: nn.Module, mlp: nn.Module, variant: str):
+        super().__init__()
+        self.self_attn, self.mlp, self.variant = attention, mlp, variant
+        slots = _norm_slots(layer)
+        inner = (slots["attention_in"] or slots["attention_out"], slots["mlp_in"] or slots["mlp_out"])
+        self._modulated = tuple(ModulatedNorm(norm) for norm in inner)
+        self._before = (slots["attention_in"] is not None, slots["mlp_in"] is not None)
+        # Frozen norms after the block where there is one before it too (Gemma 2 and 3); kept out of our parameters.
+        self._after = tuple(
+            slots[f"{name}_out"] if slots[f"{name}_in"] is not None else None for name in ("attention", "mlp")
+        )
+        self._multiplier = getattr(layer, "residual_multiplier", None)
+
+    def stream_dtype(self, base_dtype: torch.dtype) -> torch.dtype:
+        """Dtype of the hidden stream: the base's, or that of the trained copies where they are kept in float32."""
+        copies = [p.dtype for p in self.parameters() if p.requires_grad] if self.variant == "full" else []
+        return copies[0] if copies else base_dtype
+
+    def attend(
+        self, hidden: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, layout: QueryLayout, layer: LayerState
+    ) -> torch.Tensor:
+        """What attention adds to the stream (N, H), before its gate."""
+        inputs = self._modulated[0](hidden, scale, shift) if self._before[0] else hidden
+        output = self.self_attn(
+            hidden_states=inputs.unsqueeze(0),
+            position_embeddings=layout.rotary(layer),
+            attention_mask=None,
+            past_key_values=None,
+            main_path=(layout, layer),
+        )[0].squeeze(0)
+        return self._finish(0, output, scale, shift)
+
+    def transform(self, hidden: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """What the MLP adds to the stream (N, H), before its gate."""
+        inputs = self._modulated[1](hidden, scale, shift) if self._before[1] else hidden
+        output = self.mlp(inputs.unsqueeze(0))
+        output = (output[0] if isinstance(output, tuple) else output).squeeze(0)
+        return self._finish(1, output, scale, shift)
+
+    def _finish(self, block: int, output: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        if not self._before[block]:
+            output = self._modulated[block](output, scale, shift)
+        elif self._after[block] is not None:
+            output = self._after[block](output)
+        return output if self._multiplier is None else output * self._multiplier
+
+
+def _norm_slots(layer: nn.Module) -> dict[str, nn.Module | None]:
+    """Which norms a layer has before and after its attention and its MLP."""
+
+    def get(name: str) -> nn.Module | None:
+        module = getattr(layer, name, None)
+        return module if isinstance(module, nn.Module) else None
+
+    before, after = get("input_layernorm"), get("post_attention_layernorm")
+    mlp_before, mlp_after = get("pre_feedforward_layernorm"), get("post_feedforward_layernorm")
+    if before is not None and after is not None and mlp_before is None and mlp_after is None:
+        return {"attention_in": before, "attention_out": None, "mlp_in": after, "mlp_out": None}
+    if before is not None and after is not None and mlp_before is not None and mlp_after is not None:
+        return {"attention_in": before, "attention_out": after, "mlp_in": mlp_before, "mlp_out": mlp_after}
+    if before is None and mlp_before is None and after is not None and mlp_after is not None:
+        return {"attention_in": None, "attention_out": after, "mlp_in": None, "mlp_out": mlp_after}
+    raise ValueError(
+        f"base models with {type(layer).__name__} layers are not supported: L2D knows layers with norms before "
+        "attention and MLP, around both, or after both, and this one has another layout (parallel blocks, for example)."
+    )
+
+
+def _structural_copy(module: nn.Module, config: PreTrainedConfig | None = None) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer with the original."""
+    memo: dict[int, object] = {id(t): t for t in itertools.chain(module.parameters(), module.buffers())}
+    original = getattr(module, "config", None)
+    if original is not None:
+        memo[id(original)] = config if config is not None else original
+    return copy.deepcopy(module, memo)
+
+
+def _targets(attention: nn.Module, mlp: nn.Module) -> tuple[list[str], list[str]]:
+    """Names of the linear layers that the path trains: all but unused projections and routers."""
+    attention_names = [
+        name for name, m in attention.named_modules() if isinstance(m, nn.Linear) and name not in _UNUSED_PROJECTIONS
+    ]
+    mlp_names = [name for name, m in mlp.named_modules() if isinstance(m, nn.Linear) and name.split(".")[-1] != "gate"]
+    return attention_names, mlp_names
+
+
+def _inject_lora(module: nn.Module, names: list[str], config: L2DConfig) -> None:
+    if not names:
+        return
+    pattern = "|".join(name.replace(".", r"\.") for name in names)
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=rf"({pattern})",
+        init_lora_weights="gaussian",
+        lora_dropout=0.0,
+    )
+    inject_adapter_in_model(lora, module, adapter_name=ADAPTER)
+
+
+def _clone_parameters(module: nn.Module, names: list[str]) -> None:
+    for name in names:
+        linear = module.get_submodule(name)
+        for key, parameter in list(linear.named_parameters(recurse=False)):
+            setattr(linear, key, nn.Parameter(parameter.detach().clone()))
+
+
+def build_twin(decoder: Decoder, base_config: PreTrainedConfig, config: L2DConfig) -> list[TwinLayer]:
+    """Twins of all layers; only LoRA factors (`lora`) or cloned projections (`full`) are new tensors.
+
+    Raises `ValueError` for a base whose layers are laid out in an unknown way.
+    """
+    twins = []
+    for layer in decoder.layers:
+        if not isinstance(getattr(layer, "self_attn", None), nn.Module) or not isinstance(
+            getattr(layer, "mlp", None), nn.Module
+        ):
+            raise ValueError(
+                f"base model type {base_config.model_type!r} is not supported: "
+                f"its {type(layer).__name__} has no `self_attn` and `mlp`."
+            )
+        path_config = copy.copy(layer.self_attn.config)
+        path_config._attn_implementation_internal = IMPLEMENTATION
+        attention = _structural_copy(layer.self_attn, path_config)
+        for name in _UNUSED_PROJECTIONS:
+            projection = getattr(attention, name, None)
+            if isinstance(projection, nn.Linear):
+                setattr(attention, name, _NoProjection(projection.out_features))
+        mlp = _structural_copy(layer.mlp)
+        attention_names, mlp_names = _targets(attention, mlp)
+        for module, names in ((attention, attention_names), (mlp, mlp_names)):
+            if config.variant == "lora":
+                _inject_lora(module, names, config)
+            else:
+                _clone_parameters(module, names)
+        twins.append(TwinLayer(layer, attention, mlp, config.variant))
+    return twins
