@@ -9,10 +9,10 @@ purpose, is one batch. Legend: N flat queries, H hidden size, C conditioning wid
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from l2d.attention import QueryLayout
@@ -108,7 +108,7 @@ class DiffusionPath(nn.Module):
             DiffusionLayer(twin, width, hidden_size) for twin in build_twin(decoder, base.config, config)
         )
         self.output_modulation = modulation_head(width, hidden_size)
-        self.gradient_checkpointing = False
+        self.checkpointing: tuple[Callable, int] | None = None  # function, and every how many layers
         self._decoder = decoder
         self._table: tuple[tuple, Modulation] | None = None
 
@@ -161,9 +161,10 @@ class DiffusionPath(nn.Module):
         """Fused hidden states (N, H) before the final norm, for states x (N, d) at times (N,)."""
         main = layout.hidden()
         hidden = self.input_projection(x, time).to(self.layers[0].twin.stream_dtype(main.dtype))
-        for layer, scales, kept in zip(self.layers, modulation.layers, layout.state.layers, strict=True):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = checkpoint(layer, hidden, scales, layout, kept, use_reentrant=False)
+        layers = zip(self.layers, modulation.layers, layout.state.layers, strict=True)
+        for number, (layer, scales, kept) in enumerate(layers):
+            if self.checkpointing is not None and torch.is_grad_enabled() and number % self.checkpointing[1] == 0:
+                hidden = self.checkpointing[0](layer, hidden, scales, layout, kept)
             else:
                 hidden = layer(hidden, scales, layout, kept)
         return main + modulation.output.to(main.dtype) * hidden.to(main.dtype)

@@ -80,7 +80,6 @@ class MainPathState:
         key_mask: (B, S) bool, `None` where no key is padding.
         segments: (B, S) int64 document numbers of packed rows, `None` where rows hold one document.
         offset: keys that come before the first new position (S - L).
-        positions: (B or 1, L) rotary positions of the new tokens.
     """
 
     layers: list[LayerState]

@@ -10,10 +10,12 @@ Legend: B rows, S positions, Q queries per row, K draws, V vocabulary, H hidden 
 import copy
 import dataclasses
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
@@ -143,18 +145,22 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         self.base.eval()
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+    def _set_gradient_checkpointing(
+        self, enable: bool = True, gradient_checkpointing_func: Callable = torch_checkpoint, every_n_layers: int = 1
+    ) -> None:
         """Recompute the diffusion path's layers in the backward pass; the main path keeps nothing anyway."""
-        self.path.gradient_checkpointing = True
+        self.path.checkpointing = (gradient_checkpointing_func, every_n_layers) if enable else None
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Keep the diffusion path's activations again."""
-        self.path.gradient_checkpointing = False
+    def enable_input_require_grads(self) -> None:
+        """Nothing to do: gradients start in the diffusion path."""
+
+    def disable_input_require_grads(self) -> None:
+        """Nothing to do: gradients start in the diffusion path."""
 
     @property
     def is_gradient_checkpointing(self) -> bool:
         """Whether the path's layers are recomputed in the backward pass."""
-        return self.path.gradient_checkpointing
+        return self.path.checkpointing is not None
 
     def get_input_embeddings(self) -> nn.Module:
         """The base's input embedding."""

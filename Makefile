@@ -1,0 +1,38 @@
+# make setup   an own environment in .venv, with the versions of constraints.txt (skipped while it is current)
+# make test    checks the style and runs all tests
+# make demo    the demo, about 7 minutes on 2 cores; OUT=FOLDER for another folder, OVERWRITE=1 to replace a finished one
+# make clean   removes the environment and what tools leave behind; demos stay
+# PYTHON=...   the Python that the environment is made with, 3.11 or newer
+
+PYTHON ?= python3
+VENV := .venv
+OUT ?= demo
+STAMP := $(VENV)/.l2d-setup
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup test demo clean
+
+setup: $(STAMP)
+
+# Some systems' Python comes without ensurepip; then its own pip puts a pip into the environment.
+$(STAMP): constraints.txt pyproject.toml $(wildcard lm_eval_ext/*.pth)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "PYTHON=$(PYTHON) must be Python 3.11 or newer: make ... PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --without-pip $(VENV) \
+	  && $(PYTHON) -m pip --python $(VENV)/bin/python install --quiet pip; }
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt $(TORCH)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	@touch $@
+
+test: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/python -m pytest
+
+demo: setup
+	$(VENV)/bin/python -m training.demo --out '$(OUT)' $(if $(OVERWRITE),--overwrite)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -exec rm -rf {} +

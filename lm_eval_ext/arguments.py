@@ -1,0 +1,242 @@
+"""What `lm_eval --model l2d --model_args ...` may hold, validated before anything heavy is loaded.
+
+- `UsageError`: a user's mistake; uncaught, it ends the process with one line instead of a traceback
+- `parse_arguments`: model args -> `Settings` (checkpoint, base, sampler, what the harness itself takes)
+- `read_checkpoint`: the `config.json` of an L2D checkpoint, as a dictionary
+- `sampler_changes`: the sampler settings among a request's generation kwargs
+
+No torch is imported. `SAMPLER_ARGUMENTS` and `HARNESS_ARGUMENTS` are the tables of names.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from l2d.sampler_config import SamplerConfig
+
+BUDGET = "diffusion_budget"
+"""Name under which users set `SamplerConfig.budget`."""
+
+
+class UsageError(SystemExit, ValueError):
+    """A `ValueError` about what the user asked for.
+
+    The harness catches nothing, so that a plain `ValueError` would bury its sentence under a traceback through the
+    harness's frames. As a `SystemExit` an uncaught one prints its sentence alone and exits with status 1; code that
+    calls us catches it as the `ValueError` that it is.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message)
+        self.code = f"l2d: {message}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Validated model args.
+
+    Attributes:
+        pretrained: folder of the checkpoint, or the model itself where code hands one over.
+        base: name or folder of the base that replaces the one recorded in the checkpoint, or `None`.
+        sampler: settings of every solve; a request's generation kwargs may change them.
+        harness: arguments of the harness's own model class, only those that were given.
+    """
+
+    pretrained: Any
+    base: str | None
+    sampler: SamplerConfig
+    harness: dict[str, Any]
+
+
+def _whole(low: int) -> Callable[[Any], Any]:
+    def check(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)) or float(value) != int(float(value)):
+            raise ValueError
+        if int(float(value)) < low:
+            raise ValueError
+        return int(float(value))
+
+    check.__doc__ = f"a whole number of at least {low}"
+    return check
+
+
+def _truth(value: Any) -> bool:
+    """true or false"""
+    if isinstance(value, str) and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _text(value: Any) -> str:
+    """a name or path"""
+    if not isinstance(value, str) or not value:
+        raise ValueError
+    return value
+
+
+def _anything(value: Any) -> Any:
+    """anything"""
+    return value
+
+
+def _dtype(value: Any) -> Any:
+    """auto, float32, bfloat16, float16 or float64"""
+    if isinstance(value, str) and value not in ("auto", "float32", "bfloat16", "float16", "float64"):
+        raise ValueError
+    if not isinstance(value, str) and type(value).__module__ != "torch":
+        raise ValueError
+    return value
+
+
+def _device(value: Any) -> str:
+    """cpu, cuda, mps, xpu, npu or hpu, optionally with an index as in cuda:0"""
+    if not re.fullmatch(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d+)?", str(value)):
+        raise ValueError
+    return str(value)
+
+
+def _batch_size(value: Any) -> int | str:
+    """a whole number of at least 1, 'auto' or 'auto:N'"""
+    if isinstance(value, str) and re.fullmatch(r"auto(:\d+(\.\d+)?)?", value):
+        return value
+    return _whole(1)(value)
+
+
+def _memory(value: Any) -> int | str:
+    """a number of bytes or a size such as 10GiB"""
+    if isinstance(value, bool) or not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?i?B?", str(value), re.IGNORECASE):
+        raise ValueError
+    return value
+
+
+def _mapping(value: Any) -> dict:
+    """a JSON object"""
+    if not isinstance(value, dict):
+        raise ValueError
+    return value
+
+
+HARNESS_ARGUMENTS: dict[str, Callable[[Any], Any]] = {
+    "tokenizer": _anything,
+    "dtype": _dtype,
+    "device": _device,
+    "batch_size": _batch_size,
+    "max_batch_size": _whole(1),
+    "max_length": _whole(2),
+    "truncation": _truth,
+    "add_bos_token": _truth,
+    "prefix_token_id": _whole(0),
+    "use_fast_tokenizer": _truth,
+    "trust_remote_code": _truth,
+    "attn_implementation": _text,
+    "parallelize": _truth,
+    "max_memory_per_gpu": _memory,
+    "max_cpu_memory": _memory,
+    "offload_folder": _text,
+    "think_end_token": _anything,
+    "enable_thinking": _truth,
+    "chat_template_args": _mapping,
+}
+"""What the harness's own Hugging Face model class takes and this one passes on, with the check of each."""
+
+SAMPLER_ARGUMENTS: dict[str, str] = {
+    BUDGET if field.name == "budget" else field.name: field.name for field in dataclasses.fields(SamplerConfig)
+}
+"""Name for users -> field of `SamplerConfig`. Each may also come with a task's or a run's generation kwargs."""
+
+ARGUMENTS = ("pretrained", "base", *SAMPLER_ARGUMENTS, *HARNESS_ARGUMENTS)
+"""All model args."""
+
+
+def parse_arguments(arguments: dict[str, Any]) -> Settings:
+    """Validate model args as the harness hands them over (numbers may arrive as floats, words as strings).
+
+    Raises `UsageError` for unknown names, ill-typed values, a missing folder, a folder that holds no L2D checkpoint,
+    and sampler settings that are impossible in themselves or for this checkpoint.
+    """
+    for name in arguments:
+        if name not in ARGUMENTS:
+            raise UsageError(f"model argument {name!r} is not known: {_nearest(name, ARGUMENTS)}")
+    given = {name: value for name, value in arguments.items() if value is not None}
+    harness = {name: _checked(name, given[name]) for name in HARNESS_ARGUMENTS if name in given}
+    changes = sampler_changes(arguments, keep_none=("guidance_class",))
+    _sampler({}, changes, lambda sampler: None)  # what is impossible anywhere is said before the folder is looked at
+    pretrained, base = given.get("pretrained"), given.get("base")
+    if pretrained is None:
+        raise UsageError("model argument 'pretrained' is missing: give --model_args pretrained=FOLDER of a checkpoint.")
+    config = read_checkpoint(pretrained) if isinstance(pretrained, (str, Path)) else pretrained.config.to_dict()
+    if base is not None:
+        _check_base(base)
+    classes = config.get("guidance_classes")
+    sampler = _sampler(config.get("sampler") or {}, changes, lambda sampler: sampler.class_index(classes))
+    pretrained = str(pretrained) if isinstance(pretrained, Path) else pretrained
+    return Settings(pretrained, None if base is None else str(base), sampler, harness)
+
+
+def sampler_changes(values: dict[str, Any], keep_none: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The entries of `values` that set the sampler, under the names of `SamplerConfig`."""
+    return {
+        field: values[name]
+        for name, field in SAMPLER_ARGUMENTS.items()
+        if name in values and (values[name] is not None or name in keep_none)
+    }
+
+
+def read_checkpoint(folder: str | Path) -> dict[str, Any]:
+    """`config.json` of the L2D checkpoint in `folder`; `UsageError` if there is none or it is another model's."""
+    if not Path(folder).is_dir():
+        raise UsageError(f"pretrained={str(folder)!r} is not a folder: give the folder of an L2D checkpoint.")
+    try:
+        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        kind = config["model_type"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"pretrained={str(folder)!r} holds no readable config.json: give the folder of an L2D checkpoint."
+        ) from error
+    if kind != "l2d":
+        raise UsageError(
+            f"pretrained={str(folder)!r} is a {kind!r} model, not an L2D checkpoint: "
+            "evaluate it with --model hf, or give the folder of a model trained on top of it."
+        )
+    return config
+
+
+def _check_base(base: Any) -> None:
+    if not isinstance(base, (str, Path)) or not str(base):
+        raise UsageError(f"base={base!r} must be the name or folder of the base model.")
+    looks_local = str(base).startswith(("/", "./", "../", "~")) or str(base).count("/") > 1
+    if looks_local and not Path(base).is_dir():
+        raise UsageError(f"base={str(base)!r} is not a folder: give the folder or the hub name of the base model.")
+
+
+def _checked(name: str, value: Any) -> Any:
+    check = HARNESS_ARGUMENTS[name]
+    try:
+        return check(value)
+    except (ValueError, OverflowError) as error:
+        raise UsageError(f"{name}={_shown(value)} must be {check.__doc__}.") from error
+
+
+def _sampler(stored: dict[str, Any], changes: dict[str, Any], check: Callable[[SamplerConfig], Any]) -> SamplerConfig:
+    try:
+        sampler = SamplerConfig().replace(**{**stored, **changes})
+        check(sampler)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return sampler
+
+
+def _nearest(name: str, known: tuple[str, ...]) -> str:
+    near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+
+
+def _shown(value: Any) -> str:
+    """`value` as the user wrote it: the harness turns -1 into -1.0."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else repr(value)

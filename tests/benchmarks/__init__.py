@@ -1,0 +1,1 @@
+"""Benchmarks: each measures a ratio to a peer within one run. `python -m tests.benchmarks.NAME --help`."""

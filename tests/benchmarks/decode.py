@@ -1,0 +1,137 @@
+"""One L2D token against one plain decode step of the same base, interleaved in one run.
+
+    python -m tests.benchmarks.decode --shape 135m --batch-size 1 --budget 15 [--changes 0.2] [--no-speculation]
+
+Prints medians: `plain_step_s` (Hugging Face greedy step with its cache), `token_s`, and their `ratio`; the change rate
+that was met; and `exact`, the share of tokens equal to the sequential solver's. `--json FILE` writes the same figures.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from transformers import DynamicCache
+from transformers.generation.streamers import BaseStreamer
+
+from l2d import L2DForCausalLM
+from tests.benchmarks.models import SHAPES, make_base, make_model
+
+
+def synchronize(device: str) -> None:
+    """Wait for the accelerator, if there is one."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+class PlainDecoder:
+    """Greedy decoding of the base, one step at a time."""
+
+    def __init__(self, base, prompts: torch.Tensor):
+        self.base, self.cache = base, DynamicCache(config=base.config)
+        self.token = self._advance(prompts)
+
+    @torch.no_grad()
+    def _advance(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = self.base(ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits
+        return logits[:, -1].argmax(-1, keepdim=True)
+
+    def step(self) -> None:
+        """One token for every row."""
+        self.token = self._advance(self.token)
+
+
+class Stopwatch(BaseStreamer):
+    """Times the tokens of `generate`; between them it times one step of the plain decoder."""
+
+    def __init__(self, plain: PlainDecoder, device: str):
+        self.plain, self.device = plain, device
+        self.tokens: list[float] = []
+        self.steps: list[float] = []
+        self.started: float | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called after the prompt and after every token."""
+        synchronize(self.device)
+        now = time.perf_counter()
+        if self.started is not None:
+            self.tokens.append(now - self.started)
+        begin = time.perf_counter()
+        self.plain.step()
+        synchronize(self.device)
+        self.started = time.perf_counter()
+        self.steps.append(self.started - begin)
+
+    def end(self) -> None:
+        """Nothing to do."""
+
+
+def measure(model: L2DForCausalLM, arguments: argparse.Namespace) -> dict[str, float]:
+    """All figures of one setting."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (arguments.batch_size, arguments.prompt)
+    prompts = torch.randint(1, model.base.config.vocab_size, shape, generator=generator).to(model.device)
+    sampler = {"budget": arguments.budget, "solver": arguments.solver, "speculation": arguments.speculation}
+    if arguments.guidance:
+        sampler |= {"guidance_scale": 1.5, "guidance_class": "a"}
+    watch = Stopwatch(PlainDecoder(model.base, prompts), arguments.device)
+    settings = dict(max_new_tokens=arguments.tokens + 3, sampler=sampler, return_record=True)
+    out, record = model.generate(prompts, streamer=watch, **settings)
+    check = min(arguments.check_tokens, arguments.tokens + 3)
+    plain = model.generate(prompts, max_new_tokens=check, sampler={**sampler, "speculation": False}) if check else out
+    new = slice(arguments.prompt, arguments.prompt + check)
+    token, step = statistics.median(watch.tokens[3:]), statistics.median(watch.steps[3:])
+    flat = [sum(rows, []) for rows in (record.rounds, record.changes, record.computed)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {
+        "plain_step_s": step,
+        "token_s": token,
+        "ratio": token / step,
+        "rounds_per_token": statistics.fmean(flat[0]),
+        "changes_per_token": statistics.fmean(flat[1]),
+        "computed_per_token": statistics.fmean(flat[2]),
+        "exact": float((out[:, new] == plain[:, new]).double().mean()) if check else None,
+        "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if arguments.device.startswith("cuda") else peak,
+    }
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.decode", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--budget", type=int, nargs="+", default=[15])
+    parser.add_argument("--solver", default="midpoint")
+    parser.add_argument("--variant", choices=("lora", "full"), default="lora")
+    parser.add_argument("--guidance", action="store_true", help="guidance with scale 1.5")
+    parser.add_argument("--changes", type=float, help="changes per token to scale the path to (default: at least 1)")
+    parser.add_argument("--no-speculation", dest="speculation", action="store_false")
+    parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
+    parser.add_argument("--tokens", type=int, default=30, help="timed tokens per row")
+    parser.add_argument("--check-tokens", type=int, default=8, help="tokens compared with the sequential solver")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    base = make_base(arguments.shape, getattr(torch, arguments.dtype), arguments.device)
+    model, rate = make_model(base, arguments.variant, arguments.changes, ["a", "b"] if arguments.guidance else None)
+    print(f"{arguments.shape}, batch {arguments.batch_size}, {arguments.dtype}, {arguments.threads} threads, "
+          f"{arguments.solver}, change rate met in calibration {rate:.2f}")  # fmt: skip
+    results = []
+    budgets = arguments.budget
+    for budget in budgets:
+        arguments.budget = budget
+        figures = measure(model, arguments)
+        results.append({"budget": budget, **figures})
+        print(f"T = {budget:4d}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if v is not None))
+    if arguments.json:
+        arguments.json.write_text(json.dumps({**vars(arguments), "json": None, "results": results}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Models for benchmarks: random bases of real shapes, and paths whose token changes at a chosen rate.
+
+- `make_base`: a random Llama of a named shape
+- `make_model`: an L2D model around it, scaled until the chosen token changes about as often as asked
+"""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from l2d import L2DConfig, L2DForCausalLM
+
+SHAPES = {
+    "tiny": dict(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=512,
+    ),
+    "135m": dict(
+        hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3,
+        vocab_size=49152,
+    ),
+    "1b": dict(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+        vocab_size=128256,
+    ),
+}  # fmt: skip
+
+
+def make_base(shape: str, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
+    """A random Llama of `shape`, without end tokens."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SHAPES[shape], max_position_embeddings=8192, tie_word_embeddings=True, eos_token_id=None, pad_token_id=0
+    )
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(dtype).eval()
+
+
+@torch.no_grad()
+def scale_path(model: L2DForCausalLM, gain: float) -> None:
+    """Random weights everywhere, with the output modulation scaled by `gain`: the strength of the whole path."""
+    generator = torch.Generator(model.device).manual_seed(1)
+    for name, parameter in model.trained_parameters():
+        width = parameter.shape[-1] if parameter.dim() > 1 else 16
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, device=model.device) / width**0.5)
+        if name.startswith("path.output_modulation.2"):
+            parameter.mul_(gain)
+
+
+def change_rate(model: L2DForCausalLM, prompts: torch.Tensor, budget: int, tokens: int = 12, **sampler) -> float:
+    """Mean number of changes of the chosen token per generated token."""
+    _, record = model.generate(
+        prompts, max_new_tokens=tokens, sampler={"budget": budget, **sampler}, return_record=True
+    )
+    changes = [c for row in record.changes for c in row]
+    return sum(changes) / len(changes)
+
+
+def make_model(
+    base: LlamaForCausalLM, variant: str, changes: float | None, classes: list[str] | None = None
+) -> tuple[L2DForCausalLM, float]:
+    """An L2D model whose token changes about `changes` times per trajectory at T = 15 (`None`: at least once).
+
+    Returns the model and the rate that was met.
+    """
+    model = L2DForCausalLM.from_base(base, L2DConfig(variant=variant, guidance_classes=classes)).eval()
+    generator = torch.Generator().manual_seed(2)
+    prompts = torch.randint(1, base.config.vocab_size, (4, 16), generator=generator).to(base.device)
+    best = None
+    gains = [0.02 * 1.5**step for step in range(24)]
+    for gain in gains if changes is not None else reversed(gains[::4]):
+        scale_path(model, gain)
+        rate = change_rate(model, prompts, 15)
+        if changes is None:
+            if rate >= 1:
+                return model, rate
+        elif best is None or abs(rate - changes) < abs(best[1] - changes):
+            best = (gain, rate)
+        if changes is not None and rate > 2 * changes + 0.2:
+            break
+    if best is None:
+        raise SystemExit("no scaling of the random path changes the token at least once per trajectory.")
+    scale_path(model, best[0])
+    return model, best[1]

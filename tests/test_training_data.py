@@ -1,0 +1,200 @@
+"""Data: reading, columns, tokens and labels. `python -m pytest tests/test_training_data.py`"""
+
+import datasets
+import pytest
+
+from tests.training_runs import sums, write_jsonl
+from training.config import DataArguments, L2DTrainingConfig
+from training.data import encode, load_examples
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}{{ eos_token }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "What is 2 + 3?"},
+    {"role": "assistant", "content": "5"},
+    {"role": "user", "content": "And 4?"},
+    {"role": "assistant", "content": "9 cats"},
+]
+
+
+@pytest.fixture
+def chat(tokenizer):
+    """The tokenizer with a template that marks all of the assistant's words."""
+    kept, tokenizer.chat_template = tokenizer.chat_template, TEMPLATE
+    yield tokenizer
+    tokenizer.chat_template = kept
+
+
+@pytest.fixture
+def training(tmp_path):
+    """`training(**settings)`: trainer settings."""
+    return lambda **settings: L2DTrainingConfig(output_dir=str(tmp_path), gradient_checkpointing=False, **settings)
+
+
+def targets(tokenizer, row) -> str:
+    """The text of what is trained on."""
+    return tokenizer.decode([label for label in row["labels"] if label != -100])
+
+
+def test_prompt_and_completion(tokenizer, training):
+    rows = datasets.Dataset.from_list(sums(3))
+    encoded, summary = encode(rows, tokenizer, training(), 64, "train")
+    assert encoded.column_names == ["input_ids", "labels"]
+    for row, source in zip(encoded, sums(3), strict=True):
+        assert tokenizer.decode(row["input_ids"]) == f"<s>{source['prompt']}{source['completion']}</s>"
+        assert targets(tokenizer, row) == f"{source['completion']}</s>"
+        assert all(label in (-100, token) for label, token in zip(row["labels"], row["input_ids"], strict=True))
+    assert summary.startswith("train: 3 examples")
+
+
+def test_prompt_too_if_asked(tokenizer, training):
+    encoded, _ = encode(
+        datasets.Dataset.from_list(sums(1)), tokenizer, training(completion_only_loss=False), 64, "train"
+    )
+    assert encoded[0]["labels"] == encoded[0]["input_ids"]
+
+
+def test_only_assistant_turns(chat, training):
+    rows = datasets.Dataset.from_list([{"messages": TALK}])
+    encoded, _ = encode(rows, chat, training(), 64, "train")
+    assert targets(chat, encoded[0]) == "5</s>9 cats</s>"
+    everything, _ = encode(rows, chat, training(assistant_only_loss=False), 64, "train")
+    assert everything[0]["labels"] == everything[0]["input_ids"]
+
+
+def test_conversational_prompt_and_completion(chat, training):
+    rows = datasets.Dataset.from_list([{"prompt": TALK[:3], "completion": TALK[3:]}])
+    encoded, _ = encode(rows, chat, training(), 64, "train")
+    assert targets(chat, encoded[0]) == "9 cats</s>"
+
+
+def test_sharegpt_conversations(chat, training, tmp_path):
+    turns = [{"from": turn["role"], "value": turn["content"]} for turn in TALK]
+    path = write_jsonl(tmp_path / "talk.jsonl", [{"conversations": turns}])
+    rows, _ = load_examples(DataArguments(dataset=str(path)), None, 0)
+    encoded, _ = encode(rows, chat, training(), 64, "train")
+    assert targets(chat, encoded[0]) == "5</s>9 cats</s>"
+
+
+def test_template_without_marks_is_refused(chat, training):
+    chat.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    rows = datasets.Dataset.from_list([{"messages": TALK}])
+    with pytest.raises(ValueError, match="chat_template_path"):
+        encode(rows, chat, training(), 64, "train")
+    chat.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        encode(rows, chat, training(), 64, "train")
+
+
+def test_examples_without_response_are_left_out(chat, training):
+    rows = datasets.Dataset.from_list([*sums(2), {"prompt": "Say nothing:", "completion": ""}])
+    encoded, summary = encode(rows, chat, training(), 64, "train")
+    assert len(encoded) == 2 and "left out 1 without a response" in summary
+    with pytest.raises(ValueError, match="no train example has a response"):
+        encode(rows.select([2]), chat, training(), 64, "train")
+    with pytest.raises(ValueError, match="no eval example has a response"):
+        encode(datasets.Dataset.from_list([{"messages": TALK[:1]}]), chat, training(), 64, "eval")
+
+
+def test_long_examples(tokenizer, training):
+    rows = datasets.Dataset.from_list([*sums(2), {"prompt": "Q", "completion": " 7" * 100}])
+    with pytest.raises(ValueError, match=r"train example 2 has \d+ tokens, more than max_length=64"):
+        encode(rows, tokenizer, training(), 64, "train")
+    encoded, summary = encode(rows, tokenizer, training(too_long="drop"), 64, "train")
+    assert len(encoded) == 2 and "dropped 1 longer than 64 tokens" in summary
+    encoded, summary = encode(rows, tokenizer, training(too_long="truncate"), 64, "train")
+    assert len(encoded[2]["input_ids"]) == len(encoded[2]["labels"]) == 64 and "cut 1" in summary
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "saved", "saved splits", "folder"])
+def test_sources(tmp_path, kind):
+    data = datasets.Dataset.from_list([{"question": f"{i}?", "answer": str(i)} for i in range(6)])
+    path, split = tmp_path / f"data.{kind}", "train"
+    if kind in ("jsonl", "json"):
+        data.to_json(path)
+    elif kind in ("csv", "parquet"):
+        getattr(data, f"to_{kind}")(path)
+    elif kind == "folder":
+        path.mkdir()
+        data.to_parquet(path / "train-0.parquet")
+    else:
+        path, split = tmp_path / "data", "train" if kind == "saved" else "more"
+        (data if kind == "saved" else datasets.DatasetDict(more=data)).save_to_disk(path)
+    arguments = DataArguments(
+        dataset=str(path),
+        train_split=split,
+        eval_holdout=2,
+        columns={"prompt": "Q: {question}\nA:", "completion": "answer"},
+    )
+    train, evaluation = load_examples(arguments, None, seed=0)
+    assert (len(train), len(evaluation)) == (4, 2)
+    assert sorted([*train["prompt"], *evaluation["prompt"]]) == [f"Q: {i}?\nA:" for i in range(6)]
+    assert {str(answer) for answer in [*train["completion"], *evaluation["completion"]]} == set("012345")
+
+
+def test_numbers_are_texts(tokenizer, training):
+    encoded, _ = encode(
+        datasets.Dataset.from_list([{"prompt": "6 * 7 =", "completion": 42}]), tokenizer, training(), 64, ""
+    )
+    assert targets(tokenizer, encoded[0]) == "42</s>"
+
+
+def test_prompts_that_end_inside_a_token(tokenizer, training):
+    rows = datasets.Dataset.from_list([{"prompt": "The cat sat ", "completion": "on the mat"}])
+    encoded, summary = encode(rows, tokenizer, training(), 64, "train")
+    assert targets(tokenizer, encoded[0]) == " on the mat</s>" and "1 prompts end inside a token" in summary
+
+
+def test_eval_file_and_slices(tmp_path):
+    path = write_jsonl(tmp_path / "data.jsonl", sums(9))
+    other = write_jsonl(tmp_path / "other.jsonl", sums(3))
+    train, evaluation = load_examples(
+        DataArguments(dataset=str(path), train_split="train[:5]", eval_dataset=str(other)), None, 0
+    )
+    assert (len(train), len(evaluation)) == (5, 3)
+    arguments = DataArguments(dataset=str(path), train_split="train[:5]", eval_split="train[5:]")
+    assert [len(part) for part in load_examples(arguments, None, 0)] == [5, 4]
+
+
+def test_guidance_classes(tmp_path):
+    rows = [{**row, "kind": kind} for row, kind in zip(sums(3), ["gsm", "mbpp", None], strict=True)]
+    path = write_jsonl(tmp_path / "data.jsonl", rows)
+    mapped = DataArguments(dataset=str(path), guidance_column="kind", guidance_map={"gsm": "math", "mbpp": "code"})
+    assert load_examples(mapped, ["code", "math"], 0)[0]["guidance_class"][:] == [1, 0, 2]
+    constant = DataArguments(dataset=str(path), guidance_class="code")
+    assert load_examples(constant, ["code", "math"], 0)[0]["guidance_class"][:] == [0, 0, 0]
+    with pytest.raises(ValueError, match="'gsm'.*guidance_map"):
+        load_examples(DataArguments(dataset=str(path), guidance_column="kind"), ["code", "math"], 0)
+
+
+REFUSED = {
+    "no file": ({"dataset": "nowhere.jsonl"}, "does not exist"),
+    "no hub name": ({"dataset": "no/such-data"}, "dataset='no/such-data' cannot be read"),
+    "no split": ({"eval_split": "validation"}, "validation"),
+    "columns": ({"columns": {"prompt": "question", "completion": "completion"}}, "'question'"),
+    "columns of what": ({"columns": {"response": "completion"}}, "'response'"),
+    "class column": ({"guidance_column": "kind"}, "guidance_column='kind'"),
+    "holdout": ({"eval_holdout": 6}, "eval_holdout=6"),
+}
+
+
+@pytest.mark.parametrize("settings, words", REFUSED.values(), ids=REFUSED)
+def test_refused(tmp_path, settings, words):
+    path = write_jsonl(tmp_path / "data.jsonl", sums(6))
+    with pytest.raises(ValueError, match=words):
+        load_examples(DataArguments(**{"dataset": str(path), **settings}), ["math"], 0)
+
+
+def test_empty_or_unusable(tmp_path):
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match="is empty"):
+        load_examples(DataArguments(dataset=str(tmp_path / "empty.jsonl")), None, 0)
+    path = write_jsonl(tmp_path / "text.jsonl", [{"text": "just words"}])
+    with pytest.raises(ValueError, match="set columns"):
+        load_examples(DataArguments(dataset=str(path)), None, 0)
+    (tmp_path / "broken.jsonl").write_text("{not json")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_examples(DataArguments(dataset=str(tmp_path / "broken.jsonl")), None, 0)

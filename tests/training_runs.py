@@ -1,0 +1,99 @@
+"""Helpers of the training tests: recipes for tiny runs, and ways to run them.
+
+- `SMALL`: settings of a run that takes a second
+- `write_recipe`, `write_jsonl`, `sums`: files that a run reads
+- `train_here`, `train_in_process`, `launch_two`: in this process, in one of its own, in two with gloo
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+
+REPOSITORY = Path(__file__).parents[1]
+SMALL: dict[str, Any] = {
+    "method": "l2d",
+    "variant": "full",
+    "diffusion_dim": 8,
+    "input_width": 8,
+    "conditioning_width": 8,
+    "frequency_width": 8,
+    "noise_std": 2.0,
+    "learning_rate": 0.003,
+    "per_device_train_batch_size": 4,
+    "max_steps": 3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+}
+BASELINE = {name: SMALL[name] for name in SMALL if name not in (
+    "variant", "diffusion_dim", "input_width", "conditioning_width", "frequency_width", "noise_std"
+)}  # fmt: skip
+
+
+def sums(count: int) -> list[dict[str, str]]:
+    """`count` different prompts and completions of unequal lengths."""
+    return [{"prompt": f"Question: {i} and {7 * i}?\nAnswer:", "completion": f" {8 * i}"} for i in range(count)]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """Write a data file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def write_recipe(path: Path, **settings: Any) -> Path:
+    """Write a recipe; settings that are `None` are left out, paths become text."""
+    plain = {k: str(v) if isinstance(v, Path) else v for k, v in settings.items() if v is not None}
+    path.write_text(yaml.safe_dump(plain))
+    return path
+
+
+def train_here(recipe: Path, *options: str) -> None:
+    """Run the entry point in this process."""
+    from training.train import main
+
+    main(["--config", str(recipe), *options])
+
+
+def train_in_process(arguments: list[str], code: str | None = None, **kwargs: Any) -> subprocess.CompletedProcess:
+    """`python -m training.train ARGUMENTS`, or `python -c CODE ARGUMENTS`, in a process of its own."""
+    start = ["-m", "training.train"] if code is None else ["-c", code]
+    return _run([sys.executable, *start, *arguments], **kwargs)
+
+
+def launch_two(arguments: list[str], script: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess:
+    """The same with `accelerate launch` and two gloo processes; `script` runs instead of the entry point."""
+    config = REPOSITORY / "training" / "accelerate_configs" / "cpu_2.yaml"
+    target = ["-m", "training.train"] if script is None else [str(script)]
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return _run([*launcher, *target, *arguments], **kwargs)
+
+
+def _run(command: list[str], env: dict[str, str] | None = None, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads()), **(env or {})}
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint folder."""
+    return load_file(folder / "model.safetensors")
+
+
+def same_bits(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
+    """Whether two checkpoints hold the same names and bits."""
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def logged(folder: Path, name: str = "loss") -> dict[int, float]:
+    """Logged value of `name` by step."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    return {entry["step"]: entry[name] for entry in state["log_history"] if name in entry}

@@ -1,0 +1,8 @@
+"""Training of L2D models and of the finetuning baselines that they are compared with.
+
+- `train`: the entry point, `python -m training.train --config FILE.yaml`
+- `config`, `recipe`: what a recipe may say; reading and checking it
+- `data`: data sets to token ids and labels, the same for every method
+- `trainer`: `L2DTrainer`, which draws times and noise at response positions and computes the loss
+- `checkpoints`: which folders may be written to, and from which a run may resume
+"""

@@ -1,0 +1,142 @@
+"""Which folders may be written to, and from which checkpoint a run may resume.
+
+- `choose_checkpoint`: `resume_from_checkpoint` -> the newest complete checkpoint, or the one that was named
+- `missing_parts`: what a checkpoint folder lacks for a bit-equal resume
+- `check_output_dir`, `clear_output_dir`: nothing is overwritten without being asked
+
+A checkpoint is complete when weights, optimizer, scheduler, random states of every process and the trainer's state are
+there and whole. Trainer writes them one after the other, so a killed run can leave a folder that lacks some, and
+resuming from that would go wrong silently.
+"""
+
+import glob
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable
+
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model_fsdp_0")
+_OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
+NO_RESUME = (None, False, "false", "False")
+_RESULTS = ("all_results.json", "train_results.json", "eval_results.json", "trainer_state.json")
+
+
+def choose_checkpoint(setting: str | bool | None, output_dir: str, processes: int) -> tuple[str | None, str | None]:
+    """The checkpoint to resume from and a sentence that says why, or `(None, reason or None)` to start afresh.
+
+    Args:
+        setting: `None` or false; `true` (newest complete checkpoint, which must exist); `"auto"` (the same, but starts
+            afresh where the folder holds no checkpoint yet); or a folder.
+        processes: number of processes of this run; their random states must all be there.
+
+    Raises `ValueError` if the named checkpoint is incomplete or there is none.
+    """
+    if setting in NO_RESUME:
+        return None, None
+    if setting not in (True, "true", "True", "auto"):
+        if not os.path.isdir(setting):
+            raise ValueError(f"resume_from_checkpoint={setting!r} is no folder: name a checkpoint, true or auto.")
+        if lacking := missing_parts(setting, processes):
+            raise ValueError(
+                f"resume_from_checkpoint={setting!r} is incomplete and would not resume exactly, it lacks "
+                f"{', '.join(lacking)} (with {processes} processes): choose another, or auto for the newest complete."
+            )
+        return setting, f"resuming from {setting}, as asked"
+    skipped = []
+    for folder in _checkpoints(output_dir):
+        if lacking := missing_parts(folder, processes):
+            skipped.append(f"{os.path.basename(folder)} (lacks {', '.join(lacking)})")
+            continue
+        why = f"; skipped {', '.join(skipped)}" if skipped else ""
+        return folder, f"resuming from {folder}, the newest complete checkpoint{why}"
+    found = f"only incomplete ones: {', '.join(skipped)}" if skipped else "none"
+    if setting == "auto":
+        return None, f"no complete checkpoint in {output_dir} ({found}): starting from the beginning"
+    raise ValueError(f"resume_from_checkpoint=True needs a complete checkpoint in {output_dir!r}, which holds {found}.")
+
+
+def _checkpoints(output_dir: str) -> list[str]:
+    """Checkpoint folders, newest step first."""
+    steps = [int(match[1]) for name in _listing(output_dir) if (match := re.fullmatch(r"checkpoint-(\d+)", name))]
+    return [os.path.join(output_dir, f"checkpoint-{step}") for step in sorted(steps, reverse=True)]
+
+
+def _listing(folder: str) -> list[str]:
+    return os.listdir(folder) if os.path.isdir(folder) else []
+
+
+def missing_parts(checkpoint: str, processes: int = 1) -> list[str]:
+    """Names of what `checkpoint` lacks, or holds only in part, to resume with `processes` processes."""
+    random_states = ["rng_state.pth"] if processes <= 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+    lacking = []
+    for names in (_WEIGHTS, _OPTIMIZERS):
+        paths = [path for name in names for path in glob.glob(os.path.join(glob.escape(checkpoint), name))]
+        if not any(_whole(path) for path in paths):
+            lacking.append(names[0])
+    parts = ("scheduler.pt", *random_states, "trainer_state.json")
+    return lacking + [name for name in parts if not _whole(os.path.join(checkpoint, name))]
+
+
+def _whole(path: str) -> bool:
+    """Whether `path` is there and was written to its end."""
+    if os.path.isdir(path):
+        return bool(os.listdir(path))
+    if not os.path.isfile(path):
+        return False
+    checks: dict[str, Callable[[str], bool]] = {
+        ".safetensors": _whole_safetensors, ".json": _whole_json, ".pt": zipfile.is_zipfile, ".pth": zipfile.is_zipfile
+    }  # fmt: skip
+    return checks.get(os.path.splitext(path)[1], lambda path: os.path.getsize(path) > 0)(path)
+
+
+def _whole_json(path: str) -> bool:
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+    except ValueError:
+        return False
+    shards = set(content.get("weight_map", {}).values())
+    return all(_whole(os.path.join(os.path.dirname(path), shard)) for shard in shards)
+
+
+def _whole_safetensors(path: str) -> bool:
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        try:
+            header = json.loads(file.read(size))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return os.path.getsize(path) == 8 + size + max(ends, default=0)
+
+
+def check_output_dir(output_dir: str, resume: str | bool | None, overwrite: bool, base: str) -> None:
+    """Raise `ValueError` if `output_dir` holds something and neither resuming nor overwriting was asked for.
+
+    A folder that holds the `base` is never written to.
+    """
+    if os.path.exists(output_dir) and not os.path.isdir(output_dir):
+        raise ValueError(f"output_dir={output_dir!r} is a file: give a folder.")
+    if os.path.isdir(output_dir) and os.path.isdir(base) and os.path.samefile(output_dir, base):
+        raise ValueError(f"output_dir={output_dir!r} is where the base is: choose another folder.")
+    resume = resume not in NO_RESUME
+    if resume and overwrite:
+        raise ValueError("resume_from_checkpoint continues a run and overwrite_output_dir starts it afresh: keep one.")
+    content = _listing(output_dir)
+    if not content or overwrite or (resume and _checkpoints(output_dir)):
+        return
+    raise ValueError(
+        f"output_dir={output_dir!r} already holds {sorted(content)[0]!r} and {len(content) - 1} more: choose another "
+        "folder, resume_from_checkpoint: auto to continue a run in it, or overwrite_output_dir: true."
+    )
+
+
+def clear_output_dir(output_dir: str) -> None:
+    """Remove what an earlier run left in `output_dir` (checkpoints, weights, results), and nothing else."""
+    for folder in _checkpoints(output_dir):
+        shutil.rmtree(folder)
+    for name in _listing(output_dir):
+        if name in _RESULTS or re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name):
+            os.remove(os.path.join(output_dir, name))

@@ -1,0 +1,298 @@
+"""What a training recipe may say: three dataclasses, each with its own defaults and checks.
+
+- `ModelArguments`: the method, the base, and the shape of the diffusion path
+- `DataArguments`: where the examples come from and which columns hold what
+- `L2DTrainingConfig`: TRL's `SFTConfig` with the options of diffusion training and a few other defaults
+- `check_recipe`: what must hold between them; every option that would be ignored is refused
+"""
+
+import dataclasses
+import json
+import os
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from trl import SFTConfig
+
+from l2d.config import L2DConfig
+
+METHODS = ("l2d", "lora_sft", "full_sft")
+
+_PATH_ONLY = {
+    "variant", "diffusion_dim", "noise_std", "input_width", "conditioning_width", "frequency_width", "min_noise",
+    "guidance_classes", "sampler",
+}  # fmt: skip
+L2D_SETTINGS = _PATH_ONLY | {"base_revision", "lora_rank", "lora_alpha"}  # what ModelArguments hands to L2DConfig
+L2D_ONLY = _PATH_ONLY | {
+    "guidance_column", "guidance_class", "guidance_map",
+    "draws", "time_power", "guidance_dropout", "eval_draws", "time_bins",
+}  # fmt: skip
+LORA_SFT_ONLY = {"lora_target_modules"}
+ALWAYS_IGNORED = {
+    "model_init_kwargs": "use base_revision, dtype and attn_implementation",
+    "dataset_text_field": "text without a response has nothing to train on; use columns to name prompt and completion",
+    "dataset_kwargs": "the examples are prepared before the trainer sees them",
+    "truncation_mode": "use too_long: truncate",
+    "pad_token": "set it in the base's tokenizer",
+    "do_train": "training is what this command does",
+    "do_eval": "use eval_strategy, or give eval data for one evaluation at the end",
+    "do_predict": "evaluate the checkpoint with lm_eval",
+}
+
+
+@dataclass
+class ModelArguments:
+    """The method, the base, and the shape of the diffusion path (names and defaults of `L2DConfig`)."""
+
+    method: str = field(default="l2d", metadata={"help": "l2d, lora_sft or full_sft."})
+    base: str | None = field(default=None, metadata={"help": "Hub name or folder of the pre-trained causal LM."})
+    base_revision: str | None = field(default=None, metadata={"help": "Revision of the base on the hub."})
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "Weights of the frozen base: auto (as stored), float32, bfloat16 or float16. Default: auto under "
+            "mixed precision, float32 otherwise and for full_sft. What is trained is always float32."
+        },
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2."})
+    variant: str = field(default="lora", metadata={"help": "Trained part of the path's projections: lora or full."})
+    lora_rank: int = field(default=32, metadata={"help": "Rank, for variant lora and for lora_sft."})
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "Deltas are scaled by lora_alpha / lora_rank. Default: 32, lora_sft: 64."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Modules that lora_sft adapts. Default: every linear layer."}
+    )
+    diffusion_dim: int = field(default=256, metadata={"help": "Dimension in which tokens are noised."})
+    noise_std: float = field(default=64.0, metadata={"help": "Standard deviation of the noise at t = 0."})
+    input_width: int = field(default=256, metadata={"help": "Hidden width of the projection of the noised token."})
+    conditioning_width: int = field(default=256, metadata={"help": "Width of the time embedding."})
+    frequency_width: int = field(default=256, metadata={"help": "Number of sinusoidal features of the time."})
+    min_noise: float = field(default=0.0, metadata={"help": "Training times are drawn from [0, 1 - min_noise]."})
+    guidance_classes: list[str] | None = field(
+        default=None, metadata={"help": "Names of the classes for classifier-free guidance."}
+    )
+    sampler: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Inference defaults to store with the checkpoint, e.g. {budget: 15}."}
+    )
+
+    def __post_init__(self) -> None:
+        one_of("method", self.method, METHODS)
+        if self.dtype is not None:
+            one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
+        self.sampler = mapping("sampler", self.sampler)
+        at_least("lora_rank", self.lora_rank, 1)
+        if self.lora_alpha is None:
+            self.lora_alpha = 64.0 if self.method == "lora_sft" else 32.0
+        if self.base is not None and os.path.isdir(self.base):
+            self.base = os.path.abspath(self.base)
+
+    def l2d_config(self) -> L2DConfig:
+        """The configuration of the model to be trained; raises `ValueError` for impossible values."""
+        return L2DConfig(base_name_or_path=self.base, **{name: getattr(self, name) for name in L2D_SETTINGS})
+
+
+@dataclass
+class DataArguments:
+    """Where the examples come from and which columns hold what."""
+
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Hub name, or a local .json, .jsonl, .parquet or .csv file, or a folder (save_to_disk too)."},
+    )
+    dataset_config: list[str] | None = field(
+        default=None, metadata={"help": "Configuration (subset) of the data set; several are concatenated."}
+    )
+    train_split: str = field(default="train", metadata={"help": "Split to train on; slices such as train[:1000] work."})
+    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation data; default: the same data set."})
+    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on. Default: no evaluation."})
+    eval_holdout: int | None = field(
+        default=None, metadata={"help": "Number of training examples to set aside for evaluation instead."}
+    )
+    columns: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "What prompt and completion (or messages) are made of: a column's name, or a text with columns in "
+            "braces, e.g. {prompt: 'Question: {question}\\nAnswer:', completion: ' {answer}'}."
+        },
+    )
+    guidance_column: str | None = field(default=None, metadata={"help": "Column that holds each example's class."})
+    guidance_map: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Class for each value of guidance_column; values left out have no class."}
+    )
+    guidance_class: str | None = field(default=None, metadata={"help": "One class for all examples."})
+
+    def __post_init__(self) -> None:
+        self.columns = mapping("columns", self.columns)
+        self.guidance_map = mapping("guidance_map", self.guidance_map)
+        if self.eval_holdout is not None:
+            at_least("eval_holdout", self.eval_holdout, 1)
+        if self.eval_holdout is not None and (self.eval_dataset or self.eval_split):
+            raise ValueError(
+                "eval_holdout sets training examples aside, and eval_dataset or eval_split name other ones: keep one."
+            )
+        if self.guidance_class is not None and self.guidance_column is not None:
+            raise ValueError("guidance_class and guidance_column both give the examples' class: keep one of them.")
+        if self.guidance_map is not None and self.guidance_column is None:
+            raise ValueError("guidance_map maps the values of guidance_column, which is not set: set it.")
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether any evaluation data are named."""
+        return bool(self.eval_dataset or self.eval_split or self.eval_holdout)
+
+
+@dataclass
+class L2DTrainingConfig(SFTConfig):
+    """TRL's `SFTConfig` with the options of diffusion training.
+
+    Other defaults than there: `max_length` (the base's own limit, and longer examples are an error, not cut),
+    `assistant_only_loss` (on for conversations), `use_cpu` (on where there is no accelerator), `bf16` (on where there
+    is one), and `ddp_find_unused_parameters` (off).
+    """
+
+    draws: int = field(default=1, metadata={"help": "Draws of (time, noise) per response position and step."})
+    time_power: float = field(default=1.0, metadata={"help": "Times are u ** time_power with u uniform."})
+    guidance_dropout: float = field(
+        default=0.2, metadata={"help": "Probability, per token, of training it with no class."}
+    )
+    eval_draws: int = field(default=1, metadata={"help": "Draws of (time, noise) per position in evaluation."})
+    time_bins: int = field(default=4, metadata={"help": "Loss and accuracy are reported in this many bins of time."})
+    too_long: str = field(
+        default="error", metadata={"help": "Examples longer than max_length: error, drop or truncate."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start afresh in an output_dir that already holds something."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest example in tokens. Default: the base's own limit."}
+    )
+    assistant_only_loss: bool | None = field(
+        default=None, metadata={"help": "Train on assistant turns only. Default: yes for conversations (messages)."}
+    )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "Every trained parameter takes part in every step, so DDP need not look."}
+    )
+
+    def __post_init__(self) -> None:
+        # Without this, several processes on a machine without accelerator would each train alone, unnoticed.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu
+        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
+        super().__post_init__()
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != self.world_size:
+            raise ValueError(
+                f"{launched} processes were launched and {self.world_size} would train together: "
+                "start them with accelerate launch or torchrun."
+            )
+        for name in ("draws", "eval_draws", "time_bins"):
+            at_least(name, getattr(self, name), 1)
+        if self.max_length is not None:
+            at_least("max_length", self.max_length, 2)
+        if not 0 < self.time_power < float("inf"):
+            raise ValueError(f"time_power={self.time_power} must be a number above 0.")
+        if not 0 <= self.guidance_dropout <= 1:
+            raise ValueError(f"guidance_dropout={self.guidance_dropout} must be a probability, from 0 to 1.")
+        one_of("too_long", self.too_long, ("error", "drop", "truncate"))
+
+
+def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTrainingConfig, given: set[str]) -> None:
+    """Refuse recipes that are incomplete or say something that would be ignored.
+
+    Args:
+        given: names of the options that the recipe or the command line sets.
+
+    Raises `ValueError` with one sentence.
+    """
+    required = {"base": "hub name or folder", "dataset": "hub name, file or folder", "output_dir": "folder to write to"}
+    for name, what in required.items():
+        if name not in given:
+            raise ValueError(f"{name} is not set: give a {what}, in the recipe or as --{name}.")
+    for name, remedy in ALWAYS_IGNORED.items():
+        if name in given:
+            raise ValueError(f"{name} would be ignored: {remedy}.")
+    foreign = set() if model.method == "l2d" else L2D_ONLY
+    foreign = foreign | (set() if model.method == "lora_sft" else LORA_SFT_ONLY)
+    if model.method == "full_sft" or (model.method == "l2d" and model.variant == "full"):
+        foreign = foreign | {"lora_rank", "lora_alpha"}
+    if ignored := sorted(foreign & given):
+        kind = "variant full" if model.method == "l2d" else f"method {model.method}"
+        raise ValueError(f"{', '.join(ignored)} would be ignored by {kind}: leave out, or choose another method.")
+    if training.chat_template_path and not os.path.isfile(training.chat_template_path):
+        raise ValueError(f"chat_template_path={training.chat_template_path!r} must be a Jinja file that exists.")
+    if not data.has_eval and (training.eval_strategy != "no" or training.eval_on_start):
+        raise ValueError("eval_strategy asks for evaluation, and there are no data: set eval_split or eval_holdout.")
+    if model.method == "l2d":
+        refuse_ignored_by_l2d(training)
+        _check_guidance(model, data)
+        model.l2d_config()
+
+
+def refuse_ignored_by_l2d(training: SFTConfig) -> None:
+    """Refuse trainer options that `L2DTrainer` would not follow, with a `ValueError` that names the flag."""
+    switched_on = {
+        "label_smoothing_factor": training.label_smoothing_factor != 0,
+        "loss_type": training.loss_type != "nll",
+        "neftune_noise_alpha": training.neftune_noise_alpha is not None,
+        "activation_offloading": training.activation_offloading,
+        "use_liger_kernel": training.use_liger_kernel,
+        "router_aux_loss_coef": training.router_aux_loss_coef is not None,
+        "packing": training.packing or bool(training.eval_packing),
+        "padding_free": training.padding_free,
+        "activation_checkpointing_kwargs": bool(training.activation_checkpointing_kwargs),
+        "bf16_full_eval": training.bf16_full_eval,
+        "fp16_full_eval": training.fp16_full_eval,
+    }
+    for name, on in switched_on.items():
+        if on:
+            raise ValueError(f"{name}={getattr(training, name)} cannot be followed by method l2d: leave it out.")
+
+
+def _check_guidance(model: ModelArguments, data: DataArguments) -> None:
+    classes = model.guidance_classes or []
+    source = data.guidance_column or data.guidance_class
+    if source and not classes:
+        raise ValueError("guidance_column and guidance_class need guidance_classes: list the names of the classes.")
+    if classes and not source:
+        raise ValueError(
+            f"guidance_classes={classes} needs guidance_column or guidance_class: say which applies where."
+        )
+    named = [data.guidance_class] if data.guidance_class is not None else list((data.guidance_map or {}).values())
+    for name in named:
+        if name not in classes:
+            raise ValueError(f"guidance class {name!r} is not among guidance_classes={classes}: add it, or correct it.")
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    """Raise `ValueError` unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(allowed)}.")
+
+
+def at_least(name: str, value: Any, low: int) -> None:
+    """Raise `ValueError` unless `value` is a whole number of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {low}.")
+
+
+def mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    """A dictionary from a recipe, or from JSON on the command line; `ValueError` for anything else."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError:
+            value = [value]
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"{name}={value!r} must be a mapping: YAML in a recipe, JSON on the command line.")
+    return value
+
+
+def option_types() -> dict[str, Any]:
+    """Name and type hint of every option that a recipe may set."""
+    classes = (ModelArguments, DataArguments, L2DTrainingConfig)
+    hints = [(dataclasses.fields(cls), typing.get_type_hints(cls)) for cls in classes]
+    return {f.name: types[f.name] for fields, types in hints for f in fields if f.init}

@@ -1,0 +1,336 @@
+"""Data sets to token ids and labels, the same for every training method.
+
+- `load_examples`: hub name, file or folder -> training and evaluation examples with named columns
+- `load_tokenizer`: the base's tokenizer, ready for training
+- `encode`: examples -> `input_ids`, `labels` (-100 wherever nothing is to be learned), optional `guidance_class`
+
+Two kinds of examples: `prompt` and `completion` (texts or lists of messages), where the completion and the
+end-of-sequence token are targets, and `messages`, where the assistant's turns are. Labels are aligned with
+`input_ids`; the shift by one happens in the loss.
+"""
+
+import json
+import os
+import re
+import string
+from typing import Any
+
+import datasets
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from trl import get_training_chat_template, maybe_convert_to_chatml
+
+from training.config import DataArguments, L2DTrainingConfig, ModelArguments
+
+IGNORED = -100  # label of a token that is no target
+_FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+_KEPT = ("prompt", "completion", "messages", "tools", "guidance_class")
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def load_examples(
+    data: DataArguments, guidance_classes: list[str] | None, seed: int
+) -> tuple[datasets.Dataset, datasets.Dataset | None]:
+    """Training and evaluation examples with columns `prompt`, `completion` or `messages` (and `guidance_class`).
+
+    Raises `ValueError` for data that are not there, are empty, or lack the columns.
+    """
+    train = _read("dataset", data.dataset, data.dataset_config, data.train_split)
+    evaluation = None
+    if data.eval_holdout:
+        if data.eval_holdout >= len(train):
+            raise ValueError(f"eval_holdout={data.eval_holdout} leaves nothing of {len(train)} examples to train on.")
+        parts = train.train_test_split(test_size=data.eval_holdout, seed=seed)
+        train, evaluation = parts["train"], parts["test"]
+    elif data.has_eval:
+        split = data.eval_split or ("train" if data.eval_dataset and _is_file(data.eval_dataset) else "test")
+        name = "eval_dataset" if data.eval_dataset else "dataset"
+        evaluation = _read(name, data.eval_dataset or data.dataset, data.dataset_config, split)
+    named = [_name_columns(part, data, guidance_classes) if part is not None else None for part in (train, evaluation)]
+    return named[0], named[1]
+
+
+def _is_file(source: str) -> bool:
+    return os.path.splitext(source)[1] in _FILE_TYPES
+
+
+def _read(argument: str, source: str, configs: list[str] | None, split: str) -> datasets.Dataset:
+    try:
+        parts = [_read_one(argument, source, config, split) for config in configs or [None]]
+    except (OSError, datasets.exceptions.DatasetsError, KeyError) as error:
+        raise ValueError(f"{argument}={source!r} cannot be read (split {split!r}): {error}") from error
+    if len(parts) > 1:  # subsets may differ in columns that nobody reads
+        common = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+        parts = [datasets.concatenate_datasets([part.select_columns(common) for part in parts])]
+    if len(parts[0]) == 0:
+        raise ValueError(f"{argument}={source!r}, split {split!r}, is empty: there is nothing to train on.")
+    return parts[0]
+
+
+def _read_one(argument: str, source: str, config: str | None, split: str) -> datasets.Dataset:
+    if _is_file(source):
+        if not os.path.isfile(source):
+            raise ValueError(f"{argument}={source!r} does not exist: give a file, a folder or a hub name.")
+        if os.path.getsize(source) == 0:
+            raise ValueError(f"{argument}={source!r} is empty: there is nothing to train on.")
+        kind = _FILE_TYPES[os.path.splitext(source)[1]]
+        return datasets.load_dataset(kind, data_files={"train": source}, split=split)
+    if not any(os.path.isfile(os.path.join(source, name)) for name in ("dataset_dict.json", "state.json")):
+        return datasets.load_dataset(source, config, split=split)
+    saved = datasets.load_from_disk(source)
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if split not in saved:
+        raise ValueError(f"{argument}={source!r} has no split {split!r}: choose one of {', '.join(saved)}.")
+    return saved[split]
+
+
+def _name_columns(
+    dataset: datasets.Dataset, data: DataArguments, guidance_classes: list[str] | None
+) -> datasets.Dataset:
+    """Build `prompt` and `completion` or `messages`, and `guidance_class`, and drop the other columns."""
+    available = dataset.column_names
+    columns = dict(data.columns or {})
+    for target, source in columns.items():
+        if target not in ("prompt", "completion", "messages"):
+            raise ValueError(f"columns names {target!r}: only prompt, completion and messages can be made of columns.")
+        for name in _fields(source):
+            if name not in available:
+                raise ValueError(f"columns refers to {name!r}, which is not in the data: {', '.join(available)}.")
+    if "messages" not in available and "conversations" in available and "messages" not in columns:
+        columns["messages"] = "conversations"
+    if data.guidance_column and data.guidance_column not in available:
+        raise ValueError(f"guidance_column={data.guidance_column!r} is not in the data: {', '.join(available)}.")
+    known = {*available, *columns}
+    if not {"prompt", "completion"} <= known and "messages" not in known:
+        raise ValueError(
+            f"the data have the columns {', '.join(available)}: set columns, so that prompt and completion, or "
+            "messages, can be made of them, for example columns: {prompt: question, completion: answer}."
+        )
+    if columns or guidance_classes:
+        dataset = dataset.map(
+            _named,
+            fn_kwargs={
+                "columns": columns,
+                "classes": guidance_classes,
+                "column": data.guidance_column,
+                "translate": data.guidance_map,
+                "constant": data.guidance_class,
+            },
+            desc="Naming columns",
+        )
+    unused = ("messages",) if {"prompt", "completion"} <= known else ("prompt", "completion")
+    return dataset.select_columns([name for name in _KEPT if name in dataset.column_names and name not in unused])
+
+
+def _fields(source: Any) -> list[str]:
+    """Columns that an entry of `columns` is made of: itself, or those in its braces."""
+    if not isinstance(source, str):
+        raise ValueError(f"columns: {source!r} must be a column's name or a text with columns in braces.")
+    if "{" not in source:
+        return [source]
+    return [name for _, name, _, _ in string.Formatter().parse(source) if name is not None]
+
+
+def _named(example: dict[str, Any], columns: dict, classes, column, translate, constant) -> dict[str, Any]:
+    named = {
+        target: source.format_map(example) if "{" in source else example[source] for target, source in columns.items()
+    }
+    if classes:
+        value = constant if column is None else example[column]
+        if translate is not None:
+            value = translate.get(value)
+        elif column is not None and value is not None and value not in classes:
+            raise ValueError(
+                f"guidance_column={column!r} holds {value!r}, which is not among guidance_classes={classes}: "
+                "add it, or set guidance_map."
+            )
+        named["guidance_class"] = len(classes) if value is None else classes.index(value)
+    return named
+
+
+# ---- tokens and labels -------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(model: ModelArguments, training: L2DTrainingConfig) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with an end-of-sequence and a padding token and the chat template asked for.
+
+    Raises `ValueError` if it cannot be found or has no end-of-sequence token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            model.base, revision=model.base_revision, trust_remote_code=training.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"base={model.base!r} has no tokenizer that can be loaded: {error}") from error
+    if training.eos_token is not None:
+        if training.eos_token not in tokenizer.get_vocab():
+            raise ValueError(f"eos_token={training.eos_token!r} is not in the vocabulary of base={model.base!r}.")
+        tokenizer.eos_token = training.eos_token
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of base={model.base!r} has no end-of-sequence token: set eos_token.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if training.chat_template_path is not None:
+        with open(training.chat_template_path, encoding="utf-8") as file:
+            tokenizer.chat_template = file.read()
+    return tokenizer
+
+
+def encode(
+    examples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, training: L2DTrainingConfig, limit: int, name: str
+) -> tuple[datasets.Dataset, str]:
+    """Token ids and labels of all examples, and one line that says how many tokens there are and what was left out.
+
+    Args:
+        limit: longest allowed example in tokens; `training.too_long` says what happens to longer ones.
+        name: of the split, for messages.
+
+    Raises `ValueError` if an example is too long, or if no example with a response remains.
+    """
+    chat = "messages" in examples.column_names or isinstance(examples[0]["prompt"], list)
+    mark = chat and "messages" in examples.column_names and training.assistant_only_loss is not False
+    if training.assistant_only_loss and not mark:
+        raise ValueError(
+            "assistant_only_loss=True is for conversations (messages), and these are prompts and completions: leave it "
+            "out, only completions are trained on."
+        )
+    encoded = examples.map(
+        _encode_example,
+        fn_kwargs={
+            "tokenizer": tokenizer,
+            "template": _chat_template(tokenizer, mark) if chat else None,
+            "mark_assistant": mark,
+            "whole": training.completion_only_loss is False or (chat and training.assistant_only_loss is False),
+        },
+        remove_columns=[column for column in examples.column_names if column != "guidance_class"],
+        num_proc=training.dataset_num_proc,
+        desc=f"Tokenizing {name} examples",
+    )
+    encoded, too_long = _limit_length(encoded, training, limit, name)
+    keep = [row for row, count in enumerate(encoded["targets"]) if count]
+    if not keep:
+        raise ValueError(
+            f"no {name} example has a response to train on: check that completions, or assistant turns, are not empty."
+        )
+    without = len(encoded) - len(keep)
+    encoded = encoded.select(keep) if without else encoded
+    summary = _summary(encoded, name, without, too_long, training, limit)
+    return encoded.remove_columns(["length", "targets", "split"]), summary
+
+
+def _chat_template(tokenizer: PreTrainedTokenizerBase, mark_assistant: bool) -> str | None:
+    """The template to render conversations with; `None` is the tokenizer's own."""
+    if tokenizer.chat_template is None:
+        raise ValueError("the data are conversations, and the tokenizer has no chat template: set chat_template_path.")
+    if not mark_assistant or re.search(r"\{%-?\s*generation\s*-?%\}", str(tokenizer.chat_template)):
+        return None
+    try:
+        return get_training_chat_template(tokenizer)
+    except ValueError as error:
+        raise ValueError(
+            "the base's chat template does not mark the assistant's turns: set chat_template_path to a template with "
+            "{% generation %} around them, or assistant_only_loss: false to train on all turns."
+        ) from error
+
+
+def _encode_example(
+    example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template: str | None, mark_assistant: bool, whole: bool
+) -> dict[str, Any]:
+    """`input_ids`, `labels` and their counts for one example; without a response all labels are -100."""
+    if "messages" in example:
+        tokens, labels = _encode_conversation(example, tokenizer, template, mark_assistant)
+        return _counted(tokens, labels) | {"split": False}
+    tokens, labels, split = _encode_pair(example, tokenizer, template, whole)
+    return _counted(tokens, labels) | {"split": split}
+
+
+def _counted(tokens: list[int], labels: list[int]) -> dict[str, Any]:
+    targets = sum(label != IGNORED for label in labels[1:])
+    return {"input_ids": tokens, "labels": labels, "length": len(tokens), "targets": targets}
+
+
+def _encode_pair(example, tokenizer, template: str | None, whole: bool) -> tuple[list[int], list[int], bool]:
+    """Token ids, labels, and whether the prompt ends inside a token."""
+    prompt, completion = _text(example["prompt"]), _text(example["completion"])
+    if isinstance(prompt, str):
+        tokens = tokenizer(prompt + completion)["input_ids"]
+        if not tokens or tokens[-1] != tokenizer.eos_token_id:
+            tokens = [*tokens, tokenizer.eos_token_id]
+        prompt_tokens = tokenizer(prompt)["input_ids"]
+        empty = not completion
+    else:
+        prompt, completion = _turns(prompt), _turns(completion)
+        tokens = _render(tokenizer, [*prompt, *completion], template, example)["input_ids"]
+        prompt_tokens = _render(tokenizer, prompt, template, example, add_generation_prompt=True)["input_ids"]
+        empty = not any(turn.get("content") or turn.get("tool_calls") for turn in completion)
+    # Tokens may merge across the boundary: the response begins where the prompt alone is tokenized differently.
+    start = 0
+    while start < min(len(prompt_tokens), len(tokens)) and prompt_tokens[start] == tokens[start]:
+        start += 1
+    split = start < len(prompt_tokens)
+    start = 0 if whole else start
+    labels = [IGNORED] * len(tokens) if empty else [IGNORED] * start + tokens[start:]
+    return tokens, labels, split
+
+
+def _text(value: Any) -> Any:
+    """Texts and lists of messages as they are, numbers as text, nothing as empty."""
+    return value if isinstance(value, (str, list)) else "" if value is None else str(value)
+
+
+def _encode_conversation(example, tokenizer, template, mark_assistant: bool) -> tuple[list[int], list[int]]:
+    turns = _turns(example["messages"])
+    if not any(turn["role"] == "assistant" and (turn.get("content") or turn.get("tool_calls")) for turn in turns):
+        return [tokenizer.eos_token_id], [IGNORED]
+    rendered = _render(tokenizer, turns, template, example, return_assistant_tokens_mask=mark_assistant)
+    tokens = rendered["input_ids"]
+    mask = rendered["assistant_masks"] if mark_assistant else [1] * len(tokens)
+    return tokens, [token if on else IGNORED for token, on in zip(tokens, mask, strict=True)]
+
+
+def _turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return maybe_convert_to_chatml({"messages": messages})["messages"]
+
+
+def _render(tokenizer, turns: list[dict[str, Any]], template: str | None, example: dict[str, Any], **options: Any):
+    tools = example.get("tools")
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    return tokenizer.apply_chat_template(
+        turns, tools=tools, chat_template=template, tokenize=True, return_dict=True, **options
+    )
+
+
+def _limit_length(
+    encoded: datasets.Dataset, training: L2DTrainingConfig, limit: int, name: str
+) -> tuple[datasets.Dataset, int]:
+    """Apply `too_long`; also returns how many examples were too long."""
+    lengths = encoded["length"]
+    count = sum(length > limit for length in lengths)
+    if not count:
+        return encoded, 0
+    if training.too_long == "error":
+        first = next(row for row, length in enumerate(lengths) if length > limit)
+        raise ValueError(
+            f"{name} example {first} has {lengths[first]} tokens, more than max_length={limit} (so have {count} in "
+            "all): set too_long to drop or truncate, or raise max_length as far as the base allows."
+        )
+    if training.too_long == "drop":
+        return encoded.select([row for row, length in enumerate(lengths) if length <= limit]), count
+    return encoded.map(_truncated, fn_kwargs={"limit": limit}, desc=f"Truncating {name} examples"), count
+
+
+def _truncated(example: dict[str, Any], limit: int) -> dict[str, Any]:
+    return _counted(example["input_ids"][:limit], example["labels"][:limit])
+
+
+def _summary(encoded: datasets.Dataset, name: str, without: int, too_long: int, training, limit: int) -> str:
+    tokens, targets = sum(encoded["length"]), sum(encoded["targets"])
+    line = f"{name}: {len(encoded):,} examples, {tokens:,} tokens, {targets:,} of them targets ({targets / tokens:.0%})"
+    if too_long:
+        done = "dropped" if training.too_long == "drop" else "cut"
+        line += f"; {done} {too_long:,} longer than {limit:,} tokens"
+    if split := sum(encoded["split"]):
+        line += f"; {split:,} prompts end inside a token (begin completions, not end prompts, with a space)"
+    return line + (f"; left out {without:,} without a response" if without else "")

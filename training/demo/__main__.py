@@ -1,0 +1,88 @@
+"""Runs the demo: `python -m training.demo --out FOLDER`.
+
+* trains a tiny base, L2D and two finetuning baselines, and evaluates all of them through `lm_eval`, offline, on the CPU
+* leaves `leaderboard.md`, `leaderboard.json` and `accuracy.png` in the folder, with every model, log and result file
+* an interrupted run continues; a finished one is not overwritten without `--overwrite`
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from training.demo.plan import ROOT, SETTINGS, STEPS, TASKS, build_steps, recipes, write_recipes
+from training.demo.runner import StepFailed, run_steps
+from training.demo.workspace import Workspace, open_workspace
+
+
+def main() -> None:
+    """Run the command; user errors and failed steps end with a message and exit status 2 or 1."""
+    parser = argparse.ArgumentParser(prog="python -m training.demo", description="A small real run of everything.")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all results (default: demo)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the demo that the folder holds")
+    options = parser.parse_args()
+    started = time.monotonic()
+    try:
+        workspace = open_workspace(options.out, {"recipes": recipes(options.out.absolute())}, options.overwrite)
+    except ValueError as error:
+        print("error:", error, file=sys.stderr)
+        sys.exit(2)
+    print(f"demo in {workspace.folder}: about 7 minutes on 2 cores; every step's output is in logs/", flush=True)
+    try:
+        write_recipes(workspace.folder)
+        run_steps(build_steps(workspace.folder), workspace, environment(workspace.folder), ROOT)
+    except StepFailed as error:
+        print("error:", error, file=sys.stderr)
+        print("the same command continues from here", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from here", file=sys.stderr)
+        sys.exit(130)
+    report(workspace)
+    workspace.finish()
+    print(f"\ndone in {time.monotonic() - started:.0f} s")
+
+
+def environment(out: Path) -> dict[str, str]:
+    """Environment of every step: offline, on the CPU, with caches in the demo's own folder."""
+    fixed = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(out / "cache"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    return {**os.environ, **fixed}
+
+
+def report(workspace: Workspace) -> None:
+    """Write table, rows and figure, and print the table, what it shows, and where everything is."""
+    from training.demo.plot import draw
+    from training.demo.report import findings, markdown, read_answers, read_rows, terminal_table, write_json
+
+    out = workspace.folder
+    rows = read_rows(out)
+    base, at_1 = SETTINGS[0], next(one for one in SETTINGS if one.method == "l2d" and one.budget == 1)
+    same_answers = {}
+    for task in TASKS:
+        ours, theirs = (read_answers(out, setting, "greedy", task) for setting in (at_1, base))
+        same_answers[task] = (sum(ours[prompt] == theirs[prompt] for prompt in theirs), len(theirs))
+    sentences = findings(rows, same_answers)
+    write_json(rows, out / "leaderboard.json")
+    (out / "leaderboard.md").write_text(markdown(rows, sentences), encoding="utf-8")
+    draw(rows, out / "accuracy.png")
+    print(f"\nexact match ± standard error; L2D and finetuning: {STEPS:,} steps on products only\n")
+    print(terminal_table(rows))
+    for heading, lines in sentences.items():
+        print(f"\n{heading}:")
+        print("\n".join(f"- {line}" for line in lines))
+    print()
+    for name in ("leaderboard.md", "leaderboard.json", "accuracy.png", "base", "l2d"):
+        print(f"{name:17s} {out / name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,231 @@
+"""The demo's report: what the harness measured, as rows, tables and plain sentences.
+
+* `read_rows`: the value and standard error of every setting, decoding and task, from `lm_eval`'s result files
+* `findings`: sentences computed from the rows: what is shown, and what is not
+* `terminal_table`, `markdown`: the rows for people
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from math import hypot
+from pathlib import Path
+
+from training.demo.plan import BUDGETS, DECODINGS, SETTINGS, STEPS, TASKS, Setting, result_folder
+
+METRIC = "exact_match"
+NAMES = {
+    "base": "base",
+    "l2d": "L2D",
+    "control": "L2D, one evaluation near the noise end",
+    "lora_sft": "LoRA finetuning",
+    "full_sft": "full finetuning",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One score: exact match of one task, as the harness reported it."""
+
+    method: str
+    budget: int
+    decoding: str
+    task: str
+    value: float
+    stderr: float
+    n: int
+    solver: str | None
+    final_time: float | None
+    file: str
+
+
+Scores = dict[tuple[str, int, str, str], Row]
+
+
+def read_rows(out: Path) -> list[Row]:
+    """All rows, in the order of `SETTINGS`. Raises `ValueError` if an evaluation left no result."""
+    return [row for setting in SETTINGS for decoding in DECODINGS for row in _setting_rows(out, setting, decoding)]
+
+
+def _setting_rows(out: Path, setting: Setting, decoding: str) -> list[Row]:
+    folder = result_folder(out, setting, decoding)
+    files = sorted(folder.glob("*/results_*.json"))
+    if not files:
+        raise ValueError(f"{folder} holds no results_*.json: the evaluation {setting.name} {decoding} is incomplete.")
+    results = json.loads(files[-1].read_text(encoding="utf-8"))
+    return [
+        Row(
+            method=setting.method,
+            budget=setting.budget,
+            decoding=decoding,
+            task=task,
+            value=results["results"][task][f"{METRIC},none"],
+            stderr=results["results"][task][f"{METRIC}_stderr,none"],
+            n=results["n-samples"][task]["effective"],
+            solver=setting.solver,
+            final_time=setting.final_time,
+            file=str(files[-1].relative_to(out)),
+        )
+        for task in TASKS
+    ]
+
+
+def write_json(rows: list[Row], path: Path) -> None:
+    """The rows as a JSON list."""
+    path.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n", encoding="utf-8")
+
+
+def read_answers(out: Path, setting: Setting, decoding: str, task: str) -> dict[str, str]:
+    """Prompt -> answer given, from the harness's samples file."""
+    file = sorted(result_folder(out, setting, decoding).glob(f"*/samples_{task}_*.jsonl"))[-1]
+    samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return {sample["doc"]["prompt"]: sample["resps"][0][0] for sample in samples}
+
+
+# ---- sentences ---------------------------------------------------------------------------------------------------
+
+
+def index_rows(rows: list[Row]) -> Scores:
+    """Rows by (method, budget, decoding, task)."""
+    return {(row.method, row.budget, row.decoding, row.task): row for row in rows}
+
+
+def findings(rows: list[Row], same_answers: dict[str, tuple[int, int]]) -> dict[str, list[str]]:
+    """Sentences under "shown" and "not shown"; every number and every judgement is computed from the rows.
+
+    Args:
+        same_answers: by task, how many greedy answers of L2D at budget 1 equal the base's, and of how many.
+    """
+    scores = index_rows(rows)
+    shown = [_curve(scores), _base_kept(scores, same_answers), _sampling(scores)]
+    other = [_skills_kept(scores), _finetuning_cost(scores)]
+    return {"shown": [*shown, *other], "not shown": [_control(scores), _against_finetuning(scores)]}
+
+
+def _curve(scores: Scores) -> str:
+    curve = [scores["l2d", budget, "greedy", TASKS[0]] for budget in BUDGETS]
+    points = ", ".join(f"{row.value:.3f} at T = {row.budget}" for row in curve)
+    first, at_15 = curve[0], scores["l2d", 15, "greedy", TASKS[0]]
+    falls = [f"{b.budget}" for a, b in zip(curve, curve[1:], strict=False) if b.value < a.value - _error(a, b)]
+    shape = f"it falls at T = {', '.join(falls)}" if falls else "it does not fall beyond the noise of the measurement"
+    return (
+        f"Budget curve (products, greedy): {points}; from T = 1 to T = 15 the accuracy changes by "
+        f"{_difference(first, at_15)}, and {shape}."
+    )
+
+
+def _base_kept(scores: Scores, same_answers: dict[str, tuple[int, int]]) -> str:
+    same, all_answers = (sum(counts) for counts in zip(*same_answers.values(), strict=True))
+    if same == all_answers:
+        return f"The base is untouched: at T = 1 all {all_answers:,} greedy answers, on both tasks, are the base's own."
+    return f"The base is NOT reproduced: at T = 1 only {same:,} of {all_answers:,} greedy answers are the base's own."
+
+
+def _sampling(scores: Scores) -> str:
+    def loss(method: str, budget: int) -> str:
+        greedy, sampled = (scores[method, budget, decoding, TASKS[0]] for decoding in DECODINGS)
+        return f"{greedy.value:.3f} greedy and {sampled.value:.3f} sampled"
+
+    return f"Sampling at temperature 1 (products): the base solves {loss('base', 1)}, L2D at T = 15 {loss('l2d', 15)}."
+
+
+def _skills_kept(scores: Scores) -> str:
+    base, at_1, at_15 = (scores[key] for key in _keys(("base", 1), ("l2d", 1), ("l2d", 15), task=TASKS[1]))
+    return (
+        f"The other skill (sums, greedy): {base.value:.3f} for the base and {at_1.value:.3f} for L2D at T = 1. Budgets "
+        f"above 1 use the diffusion path, which was trained on products only: {at_15.value:.3f} at T = 15."
+    )
+
+
+def _finetuning_cost(scores: Scores) -> str:
+    base, lora, full = (scores[key] for key in _keys(("base", 1), ("lora_sft", 1), ("full_sft", 1), task=TASKS[1]))
+    return (
+        f"What finetuning on products costs elsewhere (sums, greedy): LoRA {_difference(base, lora)}, full "
+        f"{_difference(base, full)}, against the base's {base.value:.3f}, and there is no T = 1 to go back to."
+    )
+
+
+def _control(scores: Scores) -> str:
+    greedy, sampled = (_control_against_curve(scores, decoding) for decoding in DECODINGS)
+    text = f"That iterating helps: one evaluation of the same path near the noise end (t = 0.02) gives {greedy}"
+    text += f"; {sampled}."
+    if "whole trajectory" not in greedy:
+        text += " So the greedy curve does not rise because steps improve on each other: a coarse grid only trusts the "
+        text += "base's first guess for longer."
+    return text
+
+
+def _control_against_curve(scores: Scores, decoding: str) -> str:
+    control, end = scores["control", 2, decoding, TASKS[0]], scores["l2d", 31, decoding, TASKS[0]]
+    gap, noise = control.value - end.value, 2 * _error(control, end)
+    verdict = "the whole trajectory is better" if gap < -noise else "it is better" if gap > noise else "as good"
+    return (
+        f"{decoding} {control.value:.3f} against {end.value:.3f} at T = 31 on the products "
+        f"({_difference(end, control)}: {verdict}{', within two standard errors' if verdict == 'as good' else ''})"
+    )
+
+
+def _against_finetuning(scores: Scores) -> str:
+    ours, lora, full = (scores[key] for key in _keys(("l2d", 15), ("lora_sft", 1), ("full_sft", 1), task=TASKS[0]))
+    ahead = [name for name, row in (("LoRA", lora), ("full", full)) if row.value > ours.value + _error(ours, row)]
+    verdict = f"{' and '.join(ahead)} finetuning did better" if ahead else "finetuning did not do better"
+    return (
+        "That L2D learns the trained skill better than finetuning (products, greedy, equal data and "
+        f"{STEPS:,} steps each): L2D {ours.value:.3f} at T = 15, LoRA {lora.value:.3f}, full {full.value:.3f}; "
+        f"{verdict}."
+    )
+
+
+def _keys(*settings: tuple[str, int], task: str) -> list[tuple[str, int, str, str]]:
+    return [(method, budget, "greedy", task) for method, budget in settings]
+
+
+def _error(first: Row, second: Row) -> float:
+    """Standard error of the difference of two scores, taken as independent."""
+    return hypot(first.stderr, second.stderr)
+
+
+def _difference(first: Row, second: Row) -> str:
+    return f"{second.value - first.value:+.3f} ± {_error(first, second):.3f}"
+
+
+# ---- tables ------------------------------------------------------------------------------------------------------
+
+
+def table(rows: list[Row]) -> list[list[str]]:
+    """Header and one line per setting: method, budget, and a score ± standard error per task and decoding."""
+    scores = index_rows(rows)
+    columns = [(task, decoding) for task in TASKS for decoding in DECODINGS]
+    header = ["method", "T", *(f"{task.removeprefix('l2d_demo_')} {decoding}" for task, decoding in columns)]
+    lines = []
+    for setting in SETTINGS:
+        cells = [scores[setting.method, setting.budget, decoding, task] for task, decoding in columns]
+        scored = [f"{row.value:.3f} ± {row.stderr:.3f}" for row in cells]
+        lines.append([NAMES[setting.method], str(setting.budget), *scored])
+    return [header, *lines]
+
+
+def terminal_table(rows: list[Row]) -> str:
+    """The table in columns of equal width."""
+    lines = table(rows)
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+
+
+def markdown(rows: list[Row], sentences: dict[str, list[str]]) -> str:
+    """`leaderboard.md`."""
+    header, *lines = table(rows)
+    counts = {row.task: row.n for row in rows}
+    problems = " and ".join(f"{count:,} for `{task}`" for task, count in counts.items())
+    text = ["# Demo: arithmetic with a tiny base", ""]
+    text += [
+        f"Exact match ± standard error on held-out problems ({problems}), as `lm_eval` reported them. T is the budget: "
+        "evaluations per token, 1 for plain models. Sampled: temperature 1. L2D, LoRA and full finetuning were trained "
+        "on products only.",
+        "",
+    ]
+    text += ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines]]
+    text += ["", "![Accuracy against budget](accuracy.png)", ""]
+    text += ["## What this shows", "", *(f"- {line}" for line in sentences["shown"]), ""]
+    text += ["## What this does not show", "", *(f"- {line}" for line in sentences["not shown"]), ""]
+    return "\n".join(text)

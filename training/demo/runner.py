@@ -1,0 +1,143 @@
+"""Runs the demo's steps.
+
+* `Step`: one command, with the output that it leaves and the steps that must come before it
+* `run_steps`: two at a time, one thread each; output to log files, progress and times to the terminal; a step that
+  fails ends the run with the last lines of its log
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from training.demo.workspace import Workspace
+
+POLL_SECONDS = 0.1
+NEWS_SECONDS = 20.0  # between lines of progress where the output is not a terminal
+LAST_LINES = 20
+
+
+class StepFailed(RuntimeError):
+    """A step's command failed; the message holds the end of its log."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo.
+
+    Attributes:
+        name: shown, and the name of its log file.
+        command: program and arguments.
+        output: file or folder that it leaves; removed before the command starts.
+        needs: names of the steps that must be complete before.
+        threads: threads that it may use; a step with two has the machine to itself.
+        result: reads one line worth showing from the complete step.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    output: Path
+    needs: tuple[str, ...] = ()
+    threads: int = 1
+    result: Callable[[], str] | None = None
+
+
+@dataclass
+class _Running:
+    step: Step
+    process: subprocess.Popen
+    log: Path
+    started: float
+
+
+def run_steps(steps: list[Step], workspace: Workspace, environment: dict[str, str], cwd: Path, slots: int = 2) -> None:
+    """Run all steps that are not complete, in the order given as far as `needs` and `slots` allow.
+
+    Raises `StepFailed`, after ending the other running steps.
+    """
+    screen = _Screen()
+    waiting = [step for step in steps if not workspace.complete(step.name, step.output)]
+    if done := len(steps) - len(waiting):
+        screen.line(f"{done} of {len(steps)} steps were complete already")
+    complete = {step.name for step in steps} - {step.name for step in waiting}
+    total, running = len(steps), []
+    (workspace.folder / "logs").mkdir(exist_ok=True)
+    try:
+        while waiting or running:
+            for step in list(waiting):
+                busy = sum(one.step.threads for one in running)
+                if complete.issuperset(step.needs) and busy + step.threads <= slots:
+                    waiting.remove(step)
+                    running.append(_start(step, workspace.folder, environment, cwd))
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                seconds = _end(one)
+                workspace.record(one.step.name, seconds)
+                complete.add(one.step.name)
+                result = f": {one.step.result()}" if one.step.result else ""
+                screen.line(f"[{len(complete):2d}/{total}] {one.step.name}, {seconds:.0f} s{result}")
+            screen.status(lambda: "   ".join(_progress(one) for one in running))
+            time.sleep(POLL_SECONDS)
+    finally:
+        for one in running:
+            one.process.terminate()
+        for one in running:
+            one.process.wait()
+
+
+def _start(step: Step, folder: Path, environment: dict[str, str], cwd: Path) -> _Running:
+    if step.output.is_dir():
+        shutil.rmtree(step.output)
+    step.output.unlink(missing_ok=True)
+    log = folder / "logs" / f"{step.name.replace(' ', '_')}.log"
+    environment = {**environment, "OMP_NUM_THREADS": str(step.threads), "MKL_NUM_THREADS": str(step.threads)}
+    with log.open("w", encoding="utf-8") as file:
+        print("$", *step.command, file=file, flush=True)
+        process = subprocess.Popen(step.command, stdout=file, stderr=subprocess.STDOUT, cwd=cwd, env=environment)
+    return _Running(step, process, log, time.monotonic())
+
+
+def _end(one: _Running) -> float:
+    if one.process.returncode != 0 or not one.step.output.exists():
+        lines = one.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n").splitlines()
+        ending = "\n".join("    " + line for line in lines[-LAST_LINES:])
+        status = f"exit status {one.process.returncode}"
+        raise StepFailed(f"{one.step.name} failed ({status}); the end of {one.log}:\n{ending}")
+    return time.monotonic() - one.started
+
+
+def _progress(one: _Running) -> str:
+    """Name, seconds so far, and the last `n/total` of the step's progress bar."""
+    with one.log.open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 2000))
+        ending = file.read().decode("utf-8", errors="replace")
+    bars = re.findall(r"\| (\d+/\d+) \[", ending)
+    return f"{one.step.name} {bars[-1] + ', ' if bars else ''}{time.monotonic() - one.started:.0f} s"
+
+
+class _Screen:
+    """Lines that stay, and on a terminal one line of progress below them."""
+
+    def __init__(self) -> None:
+        self.live = sys.stdout.isatty()
+        self.last = time.monotonic()
+
+    def line(self, text: str) -> None:
+        print("\r\x1b[K" * self.live + text, flush=True)
+        self.last = time.monotonic()
+
+    def status(self, text: Callable[[], str]) -> None:
+        now = time.monotonic()
+        if now - self.last < (0.5 if self.live else NEWS_SECONDS):
+            return
+        self.last = now
+        if self.live:
+            width = shutil.get_terminal_size().columns
+            print("\r\x1b[K" + text()[: width - 1], end="", flush=True)
+        else:
+            print("        " + text(), flush=True)

@@ -1,0 +1,146 @@
+"""Reads a recipe: one YAML file, with options of the command line on top.
+
+- `read_recipe`: command line -> checked `Recipe`
+- `Recipe`: the three groups of settings and the names of those that were set
+
+Unknown names, wrong types, `--config=FILE` and files that are not there are one-sentence `ValueError`s, raised before
+anything heavy is imported where that is possible.
+"""
+
+import difflib
+import os
+import re
+import types
+import typing
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+if TYPE_CHECKING:
+    from training.config import DataArguments, L2DTrainingConfig, ModelArguments
+
+USAGE = "python -m training.train --config FILE.yaml [--option value ...]"
+
+
+@dataclass
+class Recipe:
+    """A checked recipe: `settings` holds what was set, the other attributes hold it with all defaults filled in."""
+
+    model: "ModelArguments"
+    data: "DataArguments"
+    training: "L2DTrainingConfig"
+    settings: dict[str, Any]
+
+
+def read_recipe(arguments: list[str]) -> Recipe:
+    """Read and check `--config FILE.yaml` and further `--option value` pairs.
+
+    Raises `ValueError`, one sentence each, for whatever cannot be followed.
+    """
+    settings, rest = _split_config(arguments)
+
+    from trl import TrlParser
+
+    from training.config import DataArguments, L2DTrainingConfig, ModelArguments, check_recipe, option_types
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> typing.NoReturn:
+            raise ValueError(f"{message} (usage: {USAGE})")
+
+    hints = option_types()
+    for name, value in settings.items():
+        _check_known(name, hints)
+        settings[name] = _fitted(name, value, hints[name])
+    parser = Parser((ModelArguments, DataArguments, L2DTrainingConfig), allow_abbrev=False, prog="training.train")
+    parser.set_defaults_with_config(**settings)
+    if not rest or not {"-h", "--help"} & set(rest):
+        for flag in (word for word in rest if word.startswith("--")):
+            _check_known(re.sub("^no_", "", flag[2:].split("=")[0].replace("-", "_")), hints)
+    model, data, training = parser.parse_args_and_config(rest)
+    given = set(settings)
+    for word in rest:
+        if word.startswith("--"):
+            name = word[2:].split("=")[0].replace("-", "_")
+            name = name if name in hints else name.removeprefix("no_")
+            given.add(name)
+            value = next(getattr(part, name) for part in (model, data, training) if hasattr(part, name))
+            settings[name] = value.value if isinstance(value, Enum) else value
+    settings.pop("hub_token", None)  # what was set is saved beside the model
+    check_recipe(model, data, training, given)
+    return Recipe(model, data, training, settings)
+
+
+def _split_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The contents of the recipe file, and the words that remain on the command line."""
+    rest = list(arguments)
+    for word in rest:
+        if word.startswith("--config="):
+            raise ValueError(f"{word} must be written with a space: --config {word.removeprefix('--config=')}")
+    if "--config" not in rest:
+        return {}, rest
+    position = rest.index("--config")
+    if rest.count("--config") > 1 or position + 1 == len(rest):
+        raise ValueError(f"--config takes one recipe file, once (usage: {USAGE})")
+    path = rest[position + 1]
+    del rest[position : position + 2]
+    if not os.path.isfile(path):
+        raise ValueError(f"--config {path} does not exist: give the path of a YAML recipe.")
+    with open(path, encoding="utf-8") as file:
+        try:
+            settings = yaml.load(file, Loader=_Loader)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"--config {path} must hold a YAML mapping of option: value.")
+    return settings, rest
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: `1e-4` is a number, `no` and `on` are words, and a key may occur only once."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in pairs if not tag.endswith((":bool", ":float"))]
+        for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"{key!r} is set twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(?:[Tt]rue|TRUE|[Ff]alse|FALSE)$"), list("tTfF"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$"),
+    list("-+0123456789."),
+)
+
+
+def _check_known(name: Any, hints: dict[str, Any]) -> None:
+    if name not in hints:
+        near = difflib.get_close_matches(str(name), hints, 1)
+        hint = f"did you mean {near[0]!r}?" if near else "see python -m training.train --help."
+        raise ValueError(f"option {name!r} is not known: {hint}")
+
+
+def _fitted(name: str, value: Any, hint: Any) -> Any:
+    """`value`, as the option's type wants it; `ValueError` if it does not fit."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    names = {getattr(typing.get_origin(kind) or kind, "__name__", str(kind)) for kind in kinds}
+    if value is None and "NoneType" in names:
+        return None
+    if "list" in names and not isinstance(value, list) and not ("str" in names and isinstance(value, str)):
+        value = [value]
+    if type(value).__name__ in names or ("float" in names and type(value) is int):
+        return value
+    if isinstance(value, str) and any(isinstance(kind, type) and issubclass(kind, Enum) for kind in kinds):
+        return value
+    words = sorted(names - {"NoneType"})
+    if name == "resume_from_checkpoint" and isinstance(value, bool):
+        return value
+    raise ValueError(f"{name}={value!r} in the recipe must be of type {' or '.join(words)}.")

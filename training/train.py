@@ -1,0 +1,188 @@
+"""Trains an L2D model, or one of the finetuning baselines, from a recipe.
+
+    python -m training.train --config training/recipes/gsm8k_lora.yaml
+    accelerate launch --config_file training/accelerate_configs/ddp.yaml -m training.train --config RECIPE.yaml
+
+Options on the command line (`--learning_rate 3e-5`) go before those of the recipe. What cannot be followed is refused
+in one sentence with exit status 2, before the base is loaded. What is left in `output_dir`:
+
+- `l2d`: the trained tensors, for `L2DForCausalLM.from_pretrained` and `lm_eval --model l2d`
+- `lora_sft`: the base with the deltas merged in, a plain checkpoint for `--model hf` (the adapter is in `adapter/`)
+- `full_sft`: the finetuned base, a plain checkpoint
+- always: tokenizer, `recipe.yaml`, `train_results.json`, `eval_results.json`, `all_results.json`, `checkpoint-*`
+"""
+
+import dataclasses
+import os
+import sys
+import warnings
+from typing import Any
+
+import yaml
+
+from training.checkpoints import check_output_dir, choose_checkpoint, clear_output_dir
+from training.recipe import Recipe, read_recipe
+
+RANK = int(os.environ.get("RANK", "0"))
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclasses.dataclass
+class Job:
+    """Everything that training needs, checked, before any weights are loaded."""
+
+    recipe: Recipe
+    tokenizer: Any
+    train: Any
+    evaluation: Any
+    checkpoint: str | None
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; user errors end with one line on standard error and exit status 2."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")  # TRL sets it by default
+    try:
+        job = prepare(read_recipe(sys.argv[1:] if arguments is None else arguments))
+        trainer = build_trainer(job)
+    except ValueError as error:
+        if RANK == 0:
+            print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    run(trainer, job)
+
+
+def prepare(recipe: Recipe) -> Job:
+    """Check the folders, read and encode the data. Raises `ValueError`."""
+    from training.data import encode, load_examples, load_tokenizer
+
+    model, data, training = recipe.model, recipe.data, recipe.training
+    check_output_dir(training.output_dir, training.resume_from_checkpoint, training.overwrite_output_dir, model.base)
+    checkpoint, why = choose_checkpoint(training.resume_from_checkpoint, training.output_dir, PROCESSES)
+    say(why)
+    limit = length_limit(recipe)
+    with training.main_process_first(desc="preparing data"):
+        tokenizer = load_tokenizer(model, training)
+        train, evaluation = load_examples(data, model.guidance_classes, training.seed)
+        train, summary = encode(train, tokenizer, training, limit, "train")
+        say(summary)
+        if evaluation is not None:
+            evaluation, summary = encode(evaluation, tokenizer, training, limit, "eval")
+            say(summary)
+    # The examples are encoded and of the right length: the trainer is to take them as they are.
+    training.max_length, training.assistant_only_loss, training.chat_template_path = None, False, None
+    return Job(recipe, tokenizer, train, evaluation, checkpoint)
+
+
+def length_limit(recipe: Recipe) -> int:
+    """The longest example in tokens: `max_length`, or what the base was made for. Raises `ValueError`."""
+    from transformers import AutoConfig
+
+    model, training = recipe.model, recipe.training
+    try:
+        config = AutoConfig.from_pretrained(
+            model.base, revision=model.base_revision, trust_remote_code=training.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(f"base={model.base!r} is neither a model's folder nor a model on the hub: {error}") from error
+    if config.model_type == "l2d":
+        raise ValueError(f"base={model.base!r} is an L2D checkpoint: name the model that it was trained on.")
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = training.max_length or longest
+    if limit is None:
+        raise ValueError(f"base={model.base!r} does not say how long its inputs may be: set max_length.")
+    if longest is not None and limit > longest:
+        raise ValueError(f"max_length={limit} is more than base={model.base!r} takes: use at most {longest}.")
+    return limit
+
+
+def build_trainer(job: Job) -> Any:
+    """Load the base and wrap it in the trainer of the method."""
+    import torch
+    from transformers import set_seed
+    from trl import SFTTrainer
+
+    from l2d.checkpoint import load_base
+
+    model, training = job.recipe.model, job.recipe.training
+    set_seed(training.seed)
+    mixed = training.bf16 or training.fp16
+    dtype = model.dtype or ("auto" if mixed and model.method != "full_sft" else "float32")
+    options = {
+        "revision": model.base_revision,
+        "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+        "attn_implementation": model.attn_implementation,
+        "trust_remote_code": training.trust_remote_code,
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    common = {
+        "args": training,
+        "train_dataset": job.train,
+        "eval_dataset": job.evaluation,
+        "processing_class": job.tokenizer,
+    }
+    if model.method == "l2d":
+        from l2d import L2DForCausalLM
+        from training.trainer import L2DTrainer
+
+        trainer = L2DTrainer(model=L2DForCausalLM.from_base(model.base, model.l2d_config(), **options), **common)
+    else:
+        base = load_base(model.base, **options)
+        trainer = SFTTrainer(model=base, peft_config=lora_config(model), **common)
+    if job.recipe.training.overwrite_output_dir and RANK == 0:
+        clear_output_dir(training.output_dir)
+    return trainer
+
+
+def lora_config(model: Any) -> Any:
+    """PEFT's configuration for `lora_sft`, `None` for `full_sft`."""
+    if model.method != "lora_sft":
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=model.lora_rank,
+        lora_alpha=model.lora_alpha,
+        target_modules=model.lora_target_modules or "all-linear",
+    )
+
+
+def run(trainer: Any, job: Job) -> None:
+    """Train, evaluate, and leave the final model and its metrics in `output_dir`."""
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    every = sum(p.numel() for p in trainer.model.parameters())
+    say(f"{job.recipe.model.method}: {trained:,} trained parameters, {every - trained:,} frozen")
+    metrics = trainer.train(resume_from_checkpoint=job.checkpoint).metrics
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+    if job.evaluation is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    save(trainer, job)
+    trainer.end()
+
+
+def save(trainer: Any, job: Job) -> None:
+    """Write the final model, its tokenizer and the recipe."""
+    folder = job.recipe.training.output_dir
+    if job.recipe.model.method == "lora_sft":
+        trainer.save_model(os.path.join(folder, "adapter"))
+        trainer.model = trainer.accelerator.unwrap_model(trainer.model_wrapped).merge_and_unload()
+    trainer.save_model(folder)
+    if RANK == 0:
+        with open(os.path.join(folder, "recipe.yaml"), "w", encoding="utf-8") as file:
+            yaml.safe_dump(job.recipe.settings, file, sort_keys=False)
+    say(f"saved to {folder}")
+
+
+def say(line: str | None) -> None:
+    """Print a line, once for all processes."""
+    if line and RANK == 0:
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,268 @@
+"""`L2DTrainer`: TRL's `SFTTrainer` with the diffusion loss.
+
+- `response_positions`: labels -> positions whose next token is a target
+- `L2DTrainer.compute_loss`: draws times and noise there, asks the diffusion path, averages over targets and draws
+- `L2DTrainer.evaluation_loop`: the same loss on held-out data, also by bin of time, with noise seeded per example
+
+Legend: B rows, S positions, Q targets per row, K draws, d diffusion dimension, T time bins.
+"""
+
+import dataclasses
+import hashlib
+import os
+from typing import Any
+
+import safetensors.torch
+import torch
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.utils import SAFE_WEIGHTS_NAME
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from l2d.diffusion_path import NoisedTargets
+from l2d.modeling import L2DForCausalLM, L2DTrainingOutput
+from training.config import L2DTrainingConfig, refuse_ignored_by_l2d
+
+MODEL_CARD = """---
+library_name: transformers
+tags: [l2d, text-generation]
+---
+# {name}
+
+The trained diffusion path (variant {variant}) of an L2D model on the base `{base}`, which is loaded from there.
+
+    from l2d import L2DForCausalLM
+    model = L2DForCausalLM.from_pretrained("{name}")
+    model.generate(input_ids, sampler={{"budget": 15}})  # budget 1 is the base itself
+
+Evaluate it with `lm_eval --model l2d --model_args pretrained={name},diffusion_budget=15`. The recipe is `recipe.yaml`.
+"""
+
+
+class L2DTrainer(SFTTrainer):
+    """Trains the diffusion path of an `L2DForCausalLM`; the base stays as it is.
+
+    Takes what `SFTTrainer` takes. Raises `ValueError` for arguments that would have no effect.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the targets of the whole accumulated batch
+    _tag_names = ["l2d"]
+    _name = "L2D"
+
+    def __init__(self, model: L2DForCausalLM, args: L2DTrainingConfig, **kwargs: Any):
+        for name in ("peft_config", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} has no effect with method l2d: leave it out.")
+        refuse_ignored_by_l2d(args)
+        own_collator = kwargs.get("data_collator") is None
+        super().__init__(model=model, args=args, **kwargs)
+        # TRL replaces `forward` by one that computes a cross-entropy of its own; ours comes from the diffusion path.
+        vars(self.model).pop("forward", None)
+        # So that `num_items_in_batch` is counted at all, over labels[:, 1:], which are the targets.
+        self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        if own_collator:
+            self.data_collator = GuidanceCollator(**vars(self.data_collator))
+        self._sums = torch.zeros(args.time_bins, 3, dtype=torch.float64, device=args.device)
+        self._batch_of_step = (-1, 0)  # step, and number of the batch within its accumulation
+
+    # ---- loss ----------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor:
+        """Mean cross-entropy over targets and draws, of the whole accumulated batch in all processes."""
+        index, targets = response_positions(inputs["labels"])
+        queries = self._draw(inputs, index, targets)
+        output = self._ask(model, inputs, queries)
+        self._sums += sums_by_bin(output, queries.time, self.args.time_bins).sum(0)
+        count = output.valid.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = output.nll.sum() / (count.clamp(min=1) * self.args.draws)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # the count is over all processes, and DDP averages gradients
+        return loss
+
+    def _ask(self, model: torch.nn.Module, inputs: dict[str, Any], queries: NoisedTargets) -> L2DTrainingOutput:
+        return model(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs.get("attention_mask"),
+            position_ids=inputs.get("position_ids"),
+            queries=queries,
+        )
+
+    def _draw(self, inputs: dict[str, torch.Tensor], index: torch.Tensor, targets: torch.Tensor) -> NoisedTargets:
+        """Fresh times, noise and class dropout: a function of seed, process, step and batch within the step.
+
+        So a resumed run draws what an uninterrupted one would, and no two batches see the same noise.
+        """
+        step = self.state.global_step
+        self._batch_of_step = (step, self._batch_of_step[1] + 1 if self._batch_of_step[0] == step else 0)
+        generator = keyed_generator(self.args.seed, self.args.process_index, *self._batch_of_step, device=index.device)
+        shape, options = (self.args.draws, *index.shape), {"device": index.device, "generator": generator}
+        uniform = torch.rand(shape, **options)
+        noise = torch.randn(*shape, self.model.config.diffusion_dim, **options)
+        classes = None
+        if "guidance_class" in inputs:
+            dropped = torch.rand(shape, **options) < self.args.guidance_dropout
+            no_class = len(self.model.config.guidance_classes)
+            classes = inputs["guidance_class"][None, :, None].expand(shape).masked_fill(dropped, no_class)
+        return NoisedTargets(index, targets, self._times(uniform), noise, classes)
+
+    def _times(self, uniform: torch.Tensor) -> torch.Tensor:
+        return uniform**self.args.time_power * (1 - self.model.config.min_noise)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add accuracy, and loss and accuracy by time bin, of the steps since the last training log."""
+        if "loss" in logs:
+            logs.update(self._take_metrics())
+        super().log(logs, start_time)
+
+    def _take_metrics(self, prefix: str = "") -> dict[str, float]:
+        sums = self.accelerator.reduce(self._sums, "sum").cpu()
+        self._sums = torch.zeros_like(self._sums)
+        return metrics_by_bin(sums, prefix)
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def prediction_step(
+        self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Loss of one batch; its sums by time bin are added to those of the evaluation."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            queries = self.evaluation_queries(inputs)
+            output = self._ask(model, inputs, queries)
+        sums = sums_by_bin(output, queries.time, self.args.time_bins)  # (B, T, 3)
+        # Processes get equally many examples, some of them twice; gathering leaves the second ones out.
+        self._evaluation_sums += self.accelerator.gather_for_metrics(sums).sum(0)
+        return sums[..., 0].sum() / sums[..., 2].sum().clamp(min=1), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Loss and accuracy over all targets, whole and by time bin; leaves the training's random stream alone."""
+        self._evaluation_sums = torch.zeros_like(self._sums)
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        sums = self._evaluation_sums.cpu()
+        output.metrics[f"{metric_key_prefix}_loss"] = (sums[:, 0].sum() / sums[:, 2].sum()).item()
+        output.metrics.update(metrics_by_bin(sums, f"{metric_key_prefix}_"))
+        return output
+
+    def evaluation_queries(self, inputs: dict[str, torch.Tensor]) -> NoisedTargets:
+        """Times (stratified over the draws) and noise that depend on the seed and an example's own tokens only."""
+        index, targets = response_positions(inputs["labels"])
+        draws, dim = self.args.eval_draws, self.model.config.diffusion_dim
+        uniform = torch.zeros(draws, *index.shape)
+        noise = torch.zeros(*uniform.shape, dim)
+        counts = (index >= 0).sum(1).tolist()
+        masks = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+        for row, count in enumerate(counts):
+            generator = keyed_generator(self.args.seed, inputs["input_ids"][row][masks[row]].tolist())
+            strata = torch.arange(draws).unsqueeze(1) + torch.rand(draws, count, generator=generator)
+            uniform[:, row, :count] = strata / draws
+            noise[:, row, :count] = torch.randn(draws, count, dim, generator=generator)
+        classes = None
+        if "guidance_class" in inputs:
+            classes = inputs["guidance_class"][None, :, None].expand(uniform.shape)
+        return NoisedTargets(index, targets, self._times(uniform.to(index.device)), noise.to(index.device), classes)
+
+    # ---- checkpoints and data ------------------------------------------------------------------------------------
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Load the trained tensors, all of them and nothing else; sharded checkpoints go the way of `Trainer`."""
+        path = os.path.join(resume_from_checkpoint, SAFE_WEIGHTS_NAME)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not os.path.isfile(path):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        saved = safetensors.torch.load_file(path)
+        trained = dict(self.model.trained_parameters())
+        if different := sorted(saved.keys() ^ trained.keys()):
+            raise ValueError(
+                f"{path} does not fit the recipe's model: {len(different)} tensors differ, {different[0]!r} first."
+            )
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                parameter.copy_(saved[name])
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write a README.md that says what the checkpoint is and how to use it."""
+        if self.is_world_process_zero():
+            config, out = self.model.config, self.args.output_dir
+            name = self.args.hub_model_id or os.path.basename(os.path.abspath(out))
+            text = MODEL_CARD.format(name=name, base=config.base_name_or_path, variant=config.variant)
+            with open(os.path.join(out, "README.md"), "w", encoding="utf-8") as file:
+                file.write(text)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        if "guidance_class" not in self._signature_columns:
+            self._signature_columns = [*self._signature_columns, "guidance_class"]
+
+    def floating_point_ops(self, inputs: dict[str, torch.Tensor]) -> int:
+        """Not counted: `Trainer`'s formula is for a model whose every weight sees every token."""
+        return 0
+
+
+@dataclasses.dataclass
+class GuidanceCollator(DataCollatorForLanguageModeling):
+    """TRL's collator, which also keeps each example's `guidance_class` (B,)."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Pad and stack the examples."""
+        batch = super().torch_call(examples)
+        if "guidance_class" in examples[0]:
+            batch["guidance_class"] = torch.tensor([example["guidance_class"] for example in examples])
+        return batch
+
+
+def response_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions whose next token is a target, in order, and these tokens: labels (B, S) to two (B, Q).
+
+    Padding is -1 among the positions and 0 among the tokens; Q is at least 1.
+    """
+    following = labels[:, 1:]
+    wanted = following != -100
+    most = max(int(wanted.sum(1).max()), 1)
+    index = wanted.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    valid = wanted.gather(1, index)
+    targets = following.gather(1, index).masked_fill(~valid, 0)
+    return index.masked_fill(~valid, -1), targets
+
+
+def sums_by_bin(output: L2DTrainingOutput, time: torch.Tensor, bins: int) -> torch.Tensor:
+    """(B, T, 3) float64: sums of loss, of correct answers, and of (target, draw) pairs, per row and time bin."""
+    draws, rows, _ = time.shape
+    row = torch.arange(rows, device=time.device)[None, :, None]
+    slot = row * bins + (time * bins).long().clamp(max=bins - 1)  # (K, B, Q)
+    valid = output.valid.expand(draws, -1, -1)
+    values = torch.stack([output.nll.detach(), output.correct & valid, valid], dim=-1).double()  # (K, B, Q, 3)
+    sums = torch.zeros(rows * bins, 3, dtype=torch.float64, device=time.device)
+    return sums.index_add_(0, slot.flatten(), values.flatten(0, 2)).view(rows, bins, 3)
+
+
+def metrics_by_bin(sums: torch.Tensor, prefix: str) -> dict[str, float]:
+    """Accuracy, and loss and accuracy of every time bin that was drawn, from sums (T, 3)."""
+    bins = len(sums)
+    metrics = {f"{prefix}accuracy": (sums[:, 1].sum() / sums[:, 2].sum().clamp(min=1)).item()}
+    for number, (loss, correct, count) in enumerate(sums.tolist()):
+        if count:
+            name = f"t_{number / bins:.2f}_{(number + 1) / bins:.2f}"
+            metrics[f"{prefix}loss_{name}"] = loss / count
+            metrics[f"{prefix}accuracy_{name}"] = correct / count
+    return metrics
+
+
+def keyed_generator(*key: int | list[int], device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator whose stream is a function of `key` alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
