@@ -83,7 +83,7 @@ def load(
     if isinstance(dtype, str) and dtype != "auto":
         dtype = getattr(torch, dtype)
     if not isinstance(base, PreTrainedModel):
-        base = load_base(_base_location(name, config, base), revision=config.base_revision, **kwargs)
+        base = load_base(base_location(name, config, base), revision=config.base_revision, **kwargs)
     _check_base(name, config, base)
     if isinstance(dtype, torch.dtype):
         base = base.to(dtype)
@@ -143,7 +143,8 @@ def read_tensors(name: str | os.PathLike, **hub: Any) -> dict[str, torch.Tensor]
     return tensors
 
 
-def _base_location(name: str | os.PathLike, config: L2DConfig, base: str | os.PathLike | None) -> str | os.PathLike:
+def base_location(name: str | os.PathLike, config: L2DConfig, base: str | os.PathLike | None) -> str | os.PathLike:
+    """Where the base of checkpoint `name` is: `base`, the recorded place, or a folder beside the checkpoint."""
     location = base or config.base_name_or_path
     if not location:
         raise ValueError(f"pretrained={os.fspath(name)!r} does not record where its base is: pass base=FOLDER_OR_NAME.")

@@ -74,7 +74,8 @@ def score(
         raise ValueError("continuation_mask marks position 0 or padding: only tokens with a context can be scored.")
     keys = request_keys or _context_keys(input_ids, wanted)
     noises = [RequestNoise(sampler.seed, key) for key in keys]
-    state = model.main_path(input_ids, attention_mask)
+    shorter = None if attention_mask is None else attention_mask[:, :-1]
+    state = model.main_path(input_ids[:, :-1], shorter)  # nothing is predicted from the last token
     rows, places = torch.nonzero(wanted, as_tuple=True)
     shape = input_ids.shape
     output = ScoreOutput(

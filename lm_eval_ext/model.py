@@ -150,9 +150,7 @@ class L2DLM(HFLM):
         """Generate for every (prompt, kwargs) until a stop string, an end token or `max_gen_toks`."""
         jobs = make_jobs([request.args for request in requests], self._parse_generation, self._encode_prompt)
         texts = [""] * len(jobs)
-        progress = tqdm(
-            total=len(jobs), disable=disable_tqdm or self.rank != 0, desc="Running generate_until requests"
-        )
+        progress = tqdm(total=len(jobs), disable=disable_tqdm or self.rank != 0, desc="Running generate_until requests")
         for batch in batches(jobs, self._generation_batch_size(jobs)):
             for job, text in zip(batch, self._generate(batch), strict=True):
                 texts[job.index] = text

@@ -117,7 +117,9 @@ def test_sharded_checkpoints_load(model, tmp_path):
     model.save_pretrained(tmp_path, max_shard_size="40KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     again = L2DForCausalLM.from_pretrained(tmp_path)
-    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(model.trained_parameters(), again.trained_parameters()))
+    assert all(
+        torch.equal(a, b) for (_, a), (_, b) in zip(model.trained_parameters(), again.trained_parameters(), strict=True)
+    )
 
 
 def test_a_moved_experiment_folder_still_finds_its_base(make_base, make_l2d, tmp_path):

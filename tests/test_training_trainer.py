@@ -169,7 +169,7 @@ def test_checkpointing_changes_nothing(make_trainer, variant):
         trainer = make_trainer(variant=variant, gradient_checkpointing=on, learning_rate=0.01, report_to="none")
         trainer.train()
         found.append({name: p.detach().clone() for name, p in trainer.model.trained_parameters()})
-    assert trainer.model.path.gradient_checkpointing
+    assert trainer.model.is_gradient_checkpointing
     for name, expected in found[0].items():
         torch.testing.assert_close(found[1][name], expected, rtol=1e-5, atol=1e-6)
 
