@@ -11,8 +11,8 @@ goes straight to its current clean estimate and is counted as capped. Sites that
 import torch
 from torchdiffeq._impl.odeint import SOLVERS
 
+from l2d.evaluator import PathEvaluator, Sites, SiteSolution
 from l2d.sampler_config import temperature_at
-from l2d.sampling import PathEvaluator, Sites, SiteSolution
 
 _SAFETY, _GROWTH, _SHRINKAGE = 0.9, 10.0, 0.2
 

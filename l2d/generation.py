@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import DynamicCache, GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 
+from l2d.evaluator import SiteSolution
 from l2d.noise import RequestNoise, default_keys, draw_token
 from l2d.sampler_config import SamplerConfig
-from l2d.sampling import SiteSolution, solve_sites
+from l2d.sampling import solve_sites
 from l2d.scoring import make_sites
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def generate(
     if inputs is None or inputs.dim() != 2 or inputs.shape[1] == 0:
         raise ValueError("input_ids must be a tensor of shape (rows, length) with at least one token per row.")
     sampler = model.sampler(sampler)
+    model.prepare_inference()
     loop = _DecodingLoop(sampler, request_keys, noise, inputs, kwargs.get("streamer"))
     result = GenerationMixin.generate(model, inputs, custom_generate=loop.run, use_cache=True, **kwargs)
     return (result, loop.record) if return_record else result
@@ -191,11 +193,16 @@ class _DecodingLoop:
         site_class = self.sampler.class_index(model.config.guidance_classes)
         solved = solve_sites(model, state, sites, self.sampler, site_class)
         self.record.add(active, self.sampler, solved)
-        hidden = solved.hidden
         if len(active) == len(unfinished):
-            return model._decoder.logits(hidden[:, None])[:, 0].float()
-        logits = model._decoder.logits(hidden).float()
+            return self._logits(model, solved).float()
+        logits = self._logits(model, solved).float()
         return logits.new_zeros(len(unfinished), logits.shape[-1]).index_copy_(0, rows, logits)
+
+    @staticmethod
+    def _logits(model: "L2DForCausalLM", solved: SiteSolution) -> torch.Tensor:
+        if solved.logits is not None:
+            return solved.logits
+        return model._decoder.logits(solved.hidden[:, None])[:, 0]
 
     def _choose(self, scores: torch.Tensor, do_sample: bool, lengths: torch.Tensor) -> torch.Tensor:
         if not do_sample:

@@ -26,7 +26,9 @@ from l2d.config import L2DConfig, SamplerConfig
 from l2d.diffusion_path import DiffusionPath, NoisedTargets, Queries
 from l2d.fingerprint import fingerprint
 from l2d.generation import generate
+from l2d.losses import chunk_rows, chunked_cross_entropy
 from l2d.main_path import Decoder, MainPathState, run_main_path
+from l2d.merging import DeltaMerger
 from l2d.sampling import Solution, solve
 from l2d.scoring import ScoreOutput, score
 
@@ -68,6 +70,7 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         self.base = base.requires_grad_(False).eval()
         self.path = DiffusionPath(config, base)
         self._decoder = Decoder(base)
+        self._merger = DeltaMerger(self.path)
         frozen = {id(parameter) for parameter in base.parameters()}
         self._trained_names = tuple(
             name for name, parameter in self.path.named_parameters("path") if id(parameter) not in frozen
@@ -143,6 +146,8 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         """Set the path's mode; the base stays in evaluation mode."""
         super().train(mode)
         self.base.eval()
+        if mode:
+            self._merger.release(self.path)
         return self
 
     def _set_gradient_checkpointing(
@@ -203,6 +208,8 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         classes: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Fused hidden states (N, H) of flat queries: rows, index, time, classes (N,) and x (N, d)."""
+        if torch.is_grad_enabled():
+            self._merger.release(self.path)
         modulation = self.path.modulate(time.float(), classes)
         return self.path(x, time, modulation, QueryLayout(state, rows, index))
 
@@ -255,13 +262,13 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         x = (1 - time)[:, None] * (noise * self.config.noise_std) + time[:, None] * clean
         index = queries.index[rows, slots].repeat_interleave(draws)
         hidden = self.path_hidden(state, repeated, index, x, time, classes)
-        logits = self._decoder.logits(hidden)
         wanted = targets.repeat_interleave(draws)
-        losses = nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+        chunk = chunk_rows(self.config.get_text_config().vocab_size, hidden.device)
+        losses, hits = chunked_cross_entropy(hidden, wanted, self._decoder.logits, chunk)
         nll = losses.new_zeros(draws, *valid.shape)
         correct = torch.zeros_like(nll, dtype=torch.bool)
         nll[:, rows, slots] = losses.view(-1, draws).t()
-        correct[:, rows, slots] = (logits.argmax(-1) == wanted).view(-1, draws).t()
+        correct[:, rows, slots] = hits.view(-1, draws).t()
         return L2DTrainingOutput(nll=nll, correct=correct, valid=valid)
 
     # ---- inference -----------------------------------------------------------------------------------------------
@@ -271,6 +278,10 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         sampler = self.config.default_sampler(sampler)
         sampler.class_index(self.config.guidance_classes)
         return sampler
+
+    def prepare_inference(self) -> None:
+        """Merge LoRA deltas where that changes nothing but speed; `train()` separates them again."""
+        self._merger.prepare(self.path)
 
     def solve(
         self,

@@ -21,11 +21,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from l2d.config import L2DConfig, base_config_from_dict
 from l2d.diffusion_path import Queries
+from l2d.evaluator import clean_estimate
 from l2d.main_path import MainPathState
 from l2d.modeling import L2DForCausalLM
 from l2d.noise import draw_token
 from l2d.sampler_config import temperature_at
-from l2d.sampling import Solution, clean_estimate
+from l2d.sampling import Solution
 
 _NAMES = (
     (r"model\.flow_token_embedder\.embedder\.layers_module\.0\.(weight|bias)", r"path.vocabulary.projection.\1"),

@@ -1,11 +1,10 @@
 """The solve: from start noise to the logits of a token, at any number of places at once.
 
-- `Site`s: places (row, position) of a main-path state whose next token is wanted
-- `clean_estimate`: from logits to the embedding that the velocity points to
-- `PathEvaluator`: the network at given evaluations of given sites; vocabulary table and modulation are made once
-- `solve_sites`: picks the sequential, speculative or adaptive method; `solve`: the same for padded (B, Q) places
+- `solve_sites`: picks the sequential, speculative or adaptive method
+- `solve_sequentially`: the plain solver, to which every faster one must be equal
+- `solve`: the same for padded places (B, Q), with the trajectory
 
-Legend: N sites, E velocity evaluations, M flat queries, V vocabulary, H hidden size, d diffusion dimension.
+Legend: N sites, E velocity evaluations, V vocabulary, H hidden size, d diffusion dimension.
 """
 
 import dataclasses
@@ -13,60 +12,17 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from l2d.attention import QueryLayout
-from l2d.diffusion_path import Modulation
-from l2d.embeddings import at_least_float32
+from l2d.adaptive import solve_adaptive
+from l2d.evaluator import PathEvaluator, Sites, SiteSolution
 from l2d.main_path import MainPathState
-from l2d.noise import draw_token
 from l2d.sampler_config import SamplerConfig, temperature_at
 from l2d.solvers import FixedGrid, fixed_grid
+from l2d.speculation import solve_speculatively
 
 if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM
 
-_LOGIT_ELEMENTS = 1 << 23  # logits alive at once while tokens are chosen
 _STATE_ELEMENTS = 1 << 23  # float64 states alive at once
-
-
-@dataclasses.dataclass
-class Sites:
-    """Places to solve.
-
-    rows (N,) int64, not decreasing; index (N,) int64 among the state's new positions; noise (N, d) float64, scaled;
-    uniforms (N, >= E) float64 for sampled choices, or `None` where choices are argmax.
-    """
-
-    rows: torch.Tensor
-    index: torch.Tensor
-    noise: torch.Tensor
-    uniforms: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.rows.shape[0]
-
-    def take(self, keep: torch.Tensor) -> "Sites":
-        """Some of the sites, in their order."""
-        uniforms = None if self.uniforms is None else self.uniforms[keep]
-        return Sites(self.rows[keep], self.index[keep], self.noise[keep], uniforms)
-
-
-@dataclasses.dataclass
-class SiteSolution:
-    """Result per site.
-
-    hidden (N, H): fused hidden state of the last evaluation, before the final norm.
-    computed, rounds, changes (N,) int64: network queries, batched passes, and changes of the chosen token.
-    capped (N,) bool: the adaptive solver ran into `max_evaluations`.
-    clean (N, E, d) float64 and chosen (N, E, branches) int64: recorded on request, fixed grids only.
-    """
-
-    hidden: torch.Tensor
-    computed: torch.Tensor
-    rounds: torch.Tensor
-    changes: torch.Tensor
-    capped: torch.Tensor
-    clean: torch.Tensor | None = None
-    chosen: torch.Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -86,141 +42,6 @@ class Solution:
     chosen: torch.Tensor | None = None
 
 
-def clean_estimate(
-    logits: torch.Tensor,
-    table: torch.Tensor,
-    choice: str,
-    temperature: float,
-    normalize: bool = False,
-    uniforms: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embedding (..., d) that the velocity points to and the token (...) chosen or most likely, from logits (..., V).
-
-    Args:
-        table: (V, d) vocabulary embeddings.
-        choice, temperature: see `SamplerConfig`; temperature 0 is argmax for both choices.
-        normalize: bring averages to the norm of the table's rows.
-        uniforms: (...) numbers in [0, 1) that fix the tokens drawn where `choice` is "sample" and temperature above 0.
-    """
-    if temperature <= 0:
-        token = logits.argmax(-1)
-        return table[token], token
-    probabilities = torch.softmax(at_least_float32(logits) / temperature, dim=-1)
-    if choice == "sample":
-        if uniforms is None:
-            raise ValueError("choice='sample' at a temperature above 0 needs uniform numbers, one per place.")
-        token = draw_token(probabilities, uniforms)
-        return table[token], token
-    mean = probabilities @ table.to(probabilities.dtype)
-    if normalize:
-        mean = torch.nn.functional.normalize(mean, dim=-1) * table[0].norm()
-    return mean, logits.argmax(-1)
-
-
-class PathEvaluator:
-    """The diffusion path over one main-path state, for one sampler.
-
-    With guidance every velocity evaluation has two branches, class and no class, in one batch; the last evaluation is
-    class-conditional only. Modulation at grid times is made once and kept on the model's path.
-    """
-
-    def __init__(self, model: "L2DForCausalLM", state: MainPathState, sampler: SamplerConfig, site_class: int | None):
-        self.model, self.state, self.sampler = model, state, sampler
-        self.table = model.vocabulary_table()
-        classes = len(model.config.guidance_classes or [])
-        own = classes if site_class is None else site_class
-        self.branches: tuple[int | None, ...] = (
-            (None,) if not classes else ((own, classes) if sampler.guided else (own,))
-        )
-
-    def at_evaluations(
-        self,
-        sites: Sites,
-        grid: FixedGrid,
-        site: torch.Tensor,
-        evaluation: torch.Tensor,
-        x: torch.Tensor,
-        branches: int,
-    ) -> torch.Tensor:
-        """Hidden states (M, branches, H) at evaluations of a grid: sites in order, evaluation (M,), x (M, d)."""
-        table = self._grid_table(grid)
-        time = grid.times.to(x.device)[evaluation]
-        if branches > 1:
-            site, time, x = (value.repeat_interleave(branches, dim=0) for value in (site, time, x))
-            kinds = torch.arange(branches, device=x.device) * len(grid.times)
-            evaluation = (evaluation[:, None] + kinds).flatten()
-        return self._run(sites, site, x, time, table.select(evaluation), branches)
-
-    def at_times(self, sites: Sites, x: torch.Tensor, time: torch.Tensor, branches: int) -> torch.Tensor:
-        """Hidden states (N, branches, H) of one point per site at its own time: x (N, d), time (N,)."""
-        site = torch.arange(len(sites), device=x.device).repeat_interleave(branches)
-        time, x = time.repeat_interleave(branches), x.repeat_interleave(branches, dim=0)
-        classes = None
-        if self.branches[0] is not None:
-            classes = torch.tensor(self.branches[:branches], device=x.device).repeat(len(sites))
-        return self._run(sites, site, x, time, self.model.path.modulate(time.float(), classes), branches)
-
-    def _grid_table(self, grid: FixedGrid) -> Modulation:
-        kinds = None if self.branches[0] is None else self.branches
-        return self.model.path.modulation_table(grid.times, kinds)
-
-    def _run(
-        self,
-        sites: Sites,
-        site: torch.Tensor,
-        x: torch.Tensor,
-        time: torch.Tensor,
-        modulation: Modulation,
-        branches: int,
-    ) -> torch.Tensor:
-        layout = QueryLayout(self.state, sites.rows[site], sites.index[site])
-        hidden = self.model.path(x, time, modulation, layout)
-        return hidden.view(-1, branches, hidden.shape[-1])
-
-    def choose(self, hidden: torch.Tensor, temperature: float, uniforms: torch.Tensor | None) -> tuple:
-        """Clean estimates (M, branches, d) and tokens (M, branches) for hidden states (M, branches, H), in chunks.
-
-        `uniforms` (M,) serve both branches of a guided evaluation.
-        """
-        flat = hidden.flatten(0, 1)
-        if uniforms is not None:
-            uniforms = uniforms.repeat_interleave(hidden.shape[1], dim=0)
-        chunk = max(1, _LOGIT_ELEMENTS // self.table.shape[0])
-        parts = [
-            self.estimate(
-                self.model._decoder.logits(part),
-                temperature,
-                None if uniforms is None else uniforms[start * chunk : start * chunk + len(part)],
-            )
-            for start, part in enumerate(flat.split(chunk))
-        ]
-        clean, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
-        return clean.unflatten(0, hidden.shape[:2]), tokens.view(hidden.shape[:2])
-
-    def choose_tokens(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Most likely tokens (M, branches) for hidden states (M, branches, H), in chunks."""
-        chunk = max(1, _LOGIT_ELEMENTS // self.table.shape[0])
-        parts = [self.model._decoder.logits(part).argmax(-1) for part in hidden.flatten(0, 1).split(chunk)]
-        return torch.cat(parts).view(hidden.shape[:2])
-
-    def estimate(self, logits: torch.Tensor, temperature: float, uniforms: torch.Tensor | None) -> tuple:
-        """`clean_estimate` under this sampler's settings."""
-        s = self.sampler
-        return clean_estimate(logits, self.table, s.choice, temperature, s.normalize_average, uniforms)
-
-    def mix(self, clean: torch.Tensor) -> torch.Tensor:
-        """Guided clean estimate (..., d) float64 from branches (..., branches, d)."""
-        clean = clean.double()
-        if clean.shape[-2] == 1:
-            return clean[..., 0, :]
-        scale = self.sampler.guidance_scale
-        return scale * clean[..., 0, :] + (1 - scale) * clean[..., 1, :]
-
-    def base_hidden(self, sites: Sites) -> torch.Tensor:
-        """The base's hidden states under the sites (N, H), before the final norm."""
-        return self.state.hidden[sites.rows, sites.index]
-
-
 def solve_sites(
     model: "L2DForCausalLM",
     state: MainPathState,
@@ -235,9 +56,6 @@ def solve_sites(
         site_class: index of the guidance class, `None` for "no class".
         record: keep clean estimates and chosen tokens of all evaluations (fixed grids).
     """
-    from l2d.adaptive import solve_adaptive
-    from l2d.speculation import solve_speculatively
-
     evaluator = PathEvaluator(model, state, sampler, site_class)
     if sampler.is_base:
         nothing = torch.zeros(len(sites), dtype=torch.int64, device=sites.rows.device)
@@ -251,19 +69,11 @@ def solve_sites(
         method(evaluator, sites.take(keep), grid, record)
         for keep in torch.arange(len(sites), device=sites.rows.device).split(limit)
     ]
-    return parts[0] if len(parts) == 1 else _concatenate(parts)
+    return SiteSolution.join(parts)
 
 
 def _may_speculate(sampler: SamplerConfig) -> bool:
     return sampler.speculation and (sampler.choice == "sample" or sampler.choice_temperature == 0)
-
-
-def _concatenate(parts: list[SiteSolution]) -> SiteSolution:
-    columns = {}
-    for field in dataclasses.fields(SiteSolution):
-        values = [getattr(part, field.name) for part in parts]
-        columns[field.name] = None if values[0] is None else torch.cat(values)
-    return SiteSolution(**columns)
 
 
 def solve_sequentially(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, record: bool) -> SiteSolution:
@@ -277,7 +87,10 @@ def solve_sequentially(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, 
 
     def evaluate(number: int, branches: int) -> torch.Tensor:
         x = grid.states(sites.noise, clean, number)[:, 0]
-        return evaluator.at_evaluations(sites, grid, everyone, torch.full_like(everyone, number), x, branches)
+        site, x = everyone.repeat_interleave(branches), x.repeat_interleave(branches, dim=0)
+        branch = torch.arange(branches, device=device).repeat(len(sites))
+        hidden = evaluator.at_evaluations(sites, grid, site, torch.full_like(site, number), branch, x)
+        return hidden.unflatten(0, (len(sites), branches))
 
     for number in range(count):
         uniforms = None if sites.uniforms is None else sites.uniforms[:, number]

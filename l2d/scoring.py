@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from l2d.evaluator import Sites
 from l2d.main_path import MainPathState
 from l2d.noise import RequestNoise, default_keys
 from l2d.sampler_config import SamplerConfig
-from l2d.sampling import Sites, choice_uniforms_needed, solve_sites
+from l2d.sampling import choice_uniforms_needed, solve_sites
 from l2d.solvers import fixed_grid
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def score(
     Raises `ValueError` for a mask that marks position 0 or padding.
     """
     sampler = model.sampler(sampler)
+    model.prepare_inference()
     if continuation_mask is None:
         continuation_mask = torch.ones_like(input_ids, dtype=torch.bool)
         continuation_mask[:, 0] = False

@@ -8,49 +8,57 @@ accepted; the rest is done again with the new choice. Rounds per token: 1 + numb
 Sampled choices work alike, since the uniform number of every evaluation is fixed beforehand.
 """
 
+import dataclasses
+
 import torch
 
-from l2d.sampling import PathEvaluator, Sites, SiteSolution
+from l2d.evaluator import PathEvaluator, Sites, SiteSolution
 from l2d.solvers import FixedGrid
+
+
+@dataclasses.dataclass
+class _Round:
+    """One batched pass over pending sites (N): flat queries (M,) ordered by site, evaluation and branch."""
+
+    site: torch.Tensor
+    evaluation: torch.Tensor
+    hidden: torch.Tensor  # (M, H)
+
+    def last(self, count: int) -> torch.Tensor:
+        """Which queries are the ones that the output is read from, (M,) bool: one per site."""
+        return self.evaluation == count
 
 
 def solve_speculatively(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, record: bool) -> SiteSolution:
     """Same arguments and result as `sampling.solve_sequentially`; `computed` and `rounds` tell what was spent."""
     count, device = grid.evaluations, sites.noise.device
     branches, total = len(evaluator.branches), len(sites)
-    chosen = torch.zeros(total, count, branches, dtype=torch.int64, device=device)  # accepted, then assumed
-    accepted = torch.zeros(total, dtype=torch.int64, device=device)
+    chosen = _first_choice(evaluator, sites, grid).unsqueeze(1).repeat(1, count, branches)  # accepted, then assumed
+    accepted = torch.full((total,), int(grid.times[0] == 0), dtype=torch.int64, device=device)
     computed, rounds = torch.zeros_like(accepted), torch.zeros_like(accepted)
-    output = torch.empty_like(evaluator.base_hidden(sites))
+    output, logits = torch.empty_like(evaluator.base_hidden(sites)), None
+    numbers = torch.arange(count, device=device)
 
-    first = _first_choice(evaluator, sites, grid)
-    chosen += first[:, None]
-    if grid.times[0] == 0:
-        accepted += 1
     pending = torch.arange(total, device=device)
     while len(pending):
-        current = sites.take(pending)
-        hidden, site, evaluation = _evaluate_rest(evaluator, current, grid, chosen[pending], accepted[pending])
-        velocity = evaluation < count
-        answers = _answers(evaluator, current, grid, hidden[velocity], site[velocity], evaluation[velocity])
-        assumed = chosen[pending][site[velocity], evaluation[velocity]]
-        wrong = (answers != assumed).any(-1)
-        # The first wrong evaluation of each site; `count` where all were as assumed.
-        place = torch.full_like(pending, count).scatter_reduce(
-            0, site[velocity], torch.where(wrong, evaluation[velocity], count), "amin"
-        )
-        points = (count - accepted[pending]) * branches + 1
-        computed[pending] += points
-        rounds[pending] += 1
+        everyone = len(pending) == total
+        current, assumed = (sites, chosen) if everyone else (sites.take(pending), chosen[pending])
+        start = accepted if everyone else accepted[pending]
+        done_round = _evaluate_rest(evaluator, current, grid, assumed, start)
+        answers, read = _answers(evaluator, current, grid, done_round, assumed, keep_logits=total <= evaluator.chunk)
+        wrong = (answers != assumed).any(-1) & (numbers >= start[:, None])
+        place = torch.where(wrong, numbers, count).amin(1)  # the first wrong evaluation, `count` where there is none
         done = place == count
-        last = ~velocity
-        output[pending[done]] = hidden[last][done][:, 0]
-        hit = wrong & (evaluation[velocity] == place[site[velocity]])
-        tail = torch.arange(count, device=device) >= place[:, None]  # (pending, E), from the wrong one on
-        replacement = torch.zeros_like(chosen[pending][:, 0])
-        replacement[site[velocity][hit]] = answers[hit]
-        chosen[pending] = torch.where(tail[..., None], replacement[:, None], chosen[pending])
-        accepted[pending] = torch.minimum(place + 1, torch.full_like(place, count))
+        finished = pending[done]
+        output[finished] = done_round.hidden[done_round.last(count)][done]
+        if read is not None:
+            logits = read.new_empty(total, read.shape[-1]) if logits is None else logits
+            logits[finished] = read[done]
+        computed[pending] += (count - start) * branches + 1
+        rounds[pending] += 1
+        right = answers.gather(1, place.clamp(max=count - 1)[:, None, None].expand(-1, 1, branches))
+        chosen[pending] = torch.where((numbers >= place[:, None]).unsqueeze(-1), right, assumed)
+        accepted[pending] = (place + 1).clamp(max=count)
         pending = pending[~done]
     return SiteSolution(
         hidden=output,
@@ -60,6 +68,7 @@ def solve_speculatively(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid,
         capped=torch.zeros(total, dtype=torch.bool, device=device),
         clean=evaluator.mix(evaluator.table[chosen]) if record else None,
         chosen=chosen if record else None,
+        logits=logits,
     )
 
 
@@ -72,32 +81,34 @@ def _first_choice(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid) -> to
 
 def _evaluate_rest(
     evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, chosen: torch.Tensor, accepted: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """All evaluations from each site's first unaccepted one on: hidden (M, branches, H), site and evaluation (M,)."""
-    count = grid.evaluations
-    numbers = torch.arange(count + 1, device=accepted.device)
-    site, evaluation = torch.nonzero(numbers >= accepted[:, None], as_tuple=True)
+) -> _Round:
+    """All evaluations from each site's first unaccepted one on, the last one for the first branch only."""
+    count, branches = grid.evaluations, chosen.shape[-1]
+    wanted = torch.arange(count + 1, device=accepted.device) >= accepted[:, None]
+    wanted = wanted.unsqueeze(-1).repeat(1, 1, branches)
+    wanted[:, count, 1:] = False
+    site, evaluation, branch = torch.nonzero(wanted, as_tuple=True)
     first = int(accepted.min())
     states = grid.states(sites.noise, evaluator.mix(evaluator.table[chosen]), first)
     x = states[site, evaluation - first]
-    branches = len(evaluator.branches)
-    return evaluator.at_evaluations(sites, grid, site, evaluation, x, branches), site, evaluation
+    return _Round(site, evaluation, evaluator.at_evaluations(sites, grid, site, evaluation, branch, x))
 
 
 def _answers(
-    evaluator: PathEvaluator,
-    sites: Sites,
-    grid: FixedGrid,
-    hidden: torch.Tensor,
-    site: torch.Tensor,
-    evaluation: torch.Tensor,
-) -> torch.Tensor:
-    """Chosen tokens (M, branches) at given evaluations, with each evaluation's temperature and uniform number."""
+    evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, done: _Round, assumed: torch.Tensor, keep_logits: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens chosen (N, E, branches), as assumed where nothing was evaluated, and output logits (N, V) or `None`."""
+    count, branches = grid.evaluations, assumed.shape[-1]
+    velocity = ~done.last(count)
+    site, evaluation = done.site[velocity][::branches], done.evaluation[velocity][::branches]
+    answers = assumed.clone()
     if sites.uniforms is None:
-        return evaluator.choose_tokens(hidden)
-    tokens = torch.empty(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
-    for number in evaluation.unique().tolist():
+        tokens, logits = evaluator.read(done.hidden, ~velocity if keep_logits else None)
+        answers[site, evaluation] = tokens[velocity].view(-1, branches)
+        return answers, logits
+    hidden = done.hidden[velocity].unflatten(0, (-1, branches))
+    for number in evaluation.unique().tolist():  # every evaluation has its own temperature
         here = evaluation == number
         uniforms = sites.uniforms[site[here], number]
-        tokens[here] = evaluator.choose(hidden[here], grid.temperatures[number], uniforms)[1]
-    return tokens
+        answers[site[here], number] = evaluator.choose(hidden[here], grid.temperatures[number], uniforms)[1]
+    return answers, None

@@ -13,8 +13,8 @@ from transformers.generation.streamers import BaseStreamer
 import l2d.speculation
 from l2d import L2DForCausalLM, SamplerConfig
 from l2d.diffusion_path import Queries
+from l2d.evaluator import clean_estimate
 from l2d.noise import RequestNoise, default_keys, draw_token
-from l2d.sampling import clean_estimate
 
 GUIDED = dict(guidance_scale=1.5, guidance_class="math")
 
@@ -66,12 +66,17 @@ def test_speculation_is_exact_for_sampled_choices(model, temperature):
 def test_a_wrong_acceptance_rule_is_noticed(model, monkeypatch):
     slow = decode(model, dict(speculation=False))
     right = l2d.speculation._answers
-    monkeypatch.setattr(l2d.speculation, "_answers", lambda *a: torch.zeros_like(right(*a)))
-    assert not torch.equal(decode(model, {}), slow)
-    monkeypatch.setattr(
-        l2d.speculation, "_answers", lambda e, s, g, h, site, evaluation: right(e, s, g, h, site, evaluation).roll(1, 0)
-    )
-    assert not torch.equal(decode(model, {}), slow)
+
+    def accept_everything(evaluator, sites, grid, done, assumed, keep_logits):
+        return assumed, right(evaluator, sites, grid, done, assumed, keep_logits)[1]
+
+    def one_evaluation_late(*arguments, **settings):
+        answers, logits = right(*arguments, **settings)
+        return answers.roll(1, 1), logits
+
+    for wrong in (accept_everything, one_evaluation_late):
+        monkeypatch.setattr(l2d.speculation, "_answers", wrong)
+        assert not torch.equal(decode(model, {}), slow)
 
 
 @pytest.mark.parametrize("sampler", [{}, dict(budget=1), GUIDED, dict(choice_temperature=1.0)])
@@ -284,3 +289,27 @@ def test_inverse_transform_sampling_has_the_right_frequencies():
     uniform = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
     tokens = draw_token(probabilities.expand(1000, -1), uniform)
     assert torch.bincount(tokens, minlength=4).tolist() == [500, 0, 200, 300]
+
+
+def test_merged_deltas_change_nothing_but_speed(make_base, make_l2d, monkeypatch):
+    single = L2DForCausalLM.from_pretrained(make_l2d(make_base("llama"), "lora", ["math", "coding"])).double()
+    layer = single.path.layers[0].twin.self_attn.q_proj
+    ids, _ = prompts(2)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[:, 0] = False
+    merged = single.score(ids, continuation_mask=mask)
+    assert "forward" in layer.__dict__
+    with torch.no_grad():
+        layer.lora_B["diffusion"].weight.mul_(2.0)
+    changed = single.score(ids, continuation_mask=mask)
+    assert not torch.allclose(changed.logprobs, merged.logprobs)
+    with torch.no_grad():
+        layer.lora_B["diffusion"].weight.div_(2.0)
+    single.train()
+    assert "forward" not in layer.__dict__
+    single.prepare_inference()  # does nothing in training mode
+    assert "forward" not in layer.__dict__
+    single.eval()
+    monkeypatch.setattr(single, "prepare_inference", lambda: None)
+    separate = single.score(ids, continuation_mask=mask)
+    torch.testing.assert_close(separate.logprobs, merged.logprobs, rtol=0, atol=1e-6)

@@ -1,0 +1,199 @@
+"""One training step of ours against the naive one and against TRL's LoRA finetuning, interleaved in one run.
+
+    python -m tests.benchmarks.training --shape 135m [--response-fraction 0.3] [--draws 4] [--json FILE]
+
+Same base, same batch, optimizer step included; medians over `--steps` rounds, each of which runs all three:
+
+- `ours`: `L2DTrainer`'s step: queries, logits and loss at response positions only, K draws per main-path pass
+- `naive`: the same model and loss with queries and logits at all positions and a main-path pass per draw
+- `sft`: `SFTTrainer`'s step with LoRA of the same rank on every linear layer
+
+`speedup_over_naive` compares supervised (token, draw) pairs per second, `speedup_over_sft` supervised tokens per second.
+`memory_over_naive` compares peaks of weights, optimizer and step together, each way in a process of its own; on the CPU
+it is resident memory above that of the imported libraries. `--no-memory` leaves these processes out.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import torch
+from peft import LoraConfig
+from torch.nn.functional import cross_entropy
+from trl import SFTConfig, SFTTrainer
+
+from l2d import L2DConfig, L2DForCausalLM
+from tests.benchmarks.models import SHAPES, make_base
+from tests.conftest import train_tokenizer
+from training.config import L2DTrainingConfig
+from training.trainer import L2DTrainer
+
+WAYS = ("ours", "naive", "sft")
+COMMON = {
+    "per_device_train_batch_size": 1, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True,
+    "adam_beta2": 0.95, "weight_decay": 0.01, "learning_rate": 1e-4, "max_steps": 1000, "shuffle_dataset": False,
+    "max_length": None, "save_strategy": "no",
+}  # fmt: skip
+Step = Callable[[], None]
+
+
+def make_rows(arguments: argparse.Namespace, vocabulary: int) -> datasets.Dataset:
+    """Random examples of equal length; the last tokens of each are the response."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, vocabulary, (arguments.batch_size, arguments.length), generator=generator)
+    labels = ids.clone()
+    labels[:, : arguments.length - round(arguments.length * arguments.response_fraction)] = -100
+    return datasets.Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+
+
+def naive_loss(trainer: L2DTrainer, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy of one draw, with path and logits at every position; prompts are masked in the loss only."""
+    model: L2DForCausalLM = trainer.model
+    ids = batch["input_ids"]
+    state = model.main_path(ids, batch["attention_mask"])
+    rows = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1] - 1)
+    index = torch.arange(ids.shape[1] - 1, device=ids.device).repeat(len(ids))
+    time_ = torch.rand(len(index), device=ids.device)
+    noise = torch.randn(len(index), model.config.diffusion_dim, device=ids.device) * model.config.noise_std
+    x = (1 - time_)[:, None] * noise + time_[:, None] * model.path.embed_tokens(ids[:, 1:].reshape(-1))
+    logits = model._decoder.logits(model.path_hidden(state, rows, index, x, time_))
+    return cross_entropy(logits.float(), batch["labels"][:, 1:].reshape(-1))
+
+
+def make_step(way: str, arguments: argparse.Namespace, folder: str) -> Step:
+    """A function that does one optimizer step the given way."""
+    dtype, device = getattr(torch, arguments.dtype), arguments.device
+    base = make_base(arguments.shape, dtype, device)
+    tokenizer, rows = train_tokenizer(), make_rows(arguments, base.config.vocab_size)
+    common = {**COMMON, "output_dir": folder, "use_cpu": device == "cpu", "bf16": False}
+    if way == "sft":
+        lora = LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64, target_modules="all-linear")
+        trainer = SFTTrainer(base, SFTConfig(**common), train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+    else:
+        model = L2DForCausalLM.from_base(base, L2DConfig(variant=arguments.variant))
+        args = L2DTrainingConfig(**common, draws=arguments.draws)
+        trainer = L2DTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    batch = trainer.data_collator([{**row} for row in trainer.train_dataset])
+    batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+    targets = (batch["labels"][:, 1:] != -100).sum()
+    trainer.create_optimizer()
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        trainer.model.train()
+        for _ in range(arguments.draws if way == "naive" else 1):
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == torch.bfloat16):
+                if way == "naive":
+                    loss = naive_loss(trainer, batch) / arguments.draws
+                else:
+                    loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=targets)
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def measure_times(arguments: argparse.Namespace, folder: str) -> dict[str, float]:
+    """Median seconds of a step, by way."""
+    steps = {way: make_step(way, arguments, folder) for way in WAYS}
+    times: dict[str, list[float]] = {way: [] for way in WAYS}
+    for number in range(arguments.steps + 1):
+        for way, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            if number:  # the first round makes optimizer states and warms up
+                times[way].append(time.perf_counter() - begin)
+    return {way: statistics.median(values) for way, values in times.items()}
+
+
+def resident_mib(field: str) -> float:
+    """A memory figure of this process, such as `VmRSS` or `VmHWM`."""
+    text = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith(f"{field}:"))
+
+
+def measure_memory(way: str, arguments: argparse.Namespace, folder: str) -> float:
+    """Peak MiB of building the model and two steps, in this process."""
+    before = resident_mib("VmRSS")
+    step = make_step(way, arguments, folder)
+    for _ in range(2):
+        step()
+    if arguments.device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**20
+    return resident_mib("VmHWM") - before
+
+
+def memory_in_process(way: str, options: list[str]) -> float:
+    """`measure_memory` in a process of its own."""
+    command = [sys.executable, "-m", "tests.benchmarks.training", *options, "--memory-of", way]
+    environment = {**os.environ, "MALLOC_ARENA_MAX": "2"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"measuring the memory of {way} failed: {done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def parse(options: list[str]) -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.training", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--response-fraction", type=float, default=0.3, help="share of each row that is response")
+    parser.add_argument("--draws", type=int, default=1, help="K, draws of (time, noise) per response token")
+    parser.add_argument("--variant", choices=("lora", "full"), default="lora")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256, help="tokens per row")
+    parser.add_argument("--steps", type=int, default=3, help="timed rounds")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args(options)
+
+
+def main(options: list[str] | None = None) -> dict[str, float]:
+    """Measure, print and write the figures."""
+    options = sys.argv[1:] if options is None else options
+    arguments = parse(options)
+    torch.set_num_threads(arguments.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.memory_of:
+            print(measure_memory(arguments.memory_of, arguments, folder))
+            return {}
+        times = measure_times(arguments, folder)
+    figures = {f"{way}_step_s": seconds for way, seconds in times.items()}
+    # naive does a whole pass per draw, so a step of either way is worth the same number of (token, draw) pairs
+    figures["speedup_over_naive"] = times["naive"] / times["ours"]
+    figures["speedup_over_sft"] = times["sft"] / times["ours"]
+    if arguments.memory:
+        peaks = {way: memory_in_process(way, options) for way in WAYS}
+        figures |= {f"{way}_peak_mib": peak for way, peak in peaks.items()}
+        figures["memory_over_naive"] = peaks["ours"] / peaks["naive"]
+    targets = arguments.batch_size * round(arguments.length * arguments.response_fraction)
+    figures["supervised_tokens_per_s"] = targets / times["ours"]
+    print(f"{arguments.shape}, {arguments.batch_size} x {arguments.length} tokens, response "
+          f"{arguments.response_fraction:.0%}, K = {arguments.draws}, {arguments.variant}, {arguments.dtype} on "
+          f"{arguments.device}, {arguments.threads} threads")  # fmt: skip
+    for name, value in figures.items():
+        print(f"{name:24s} {value:.4g}")
+    if arguments.json:
+        settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "memory_of")}
+        arguments.json.write_text(json.dumps({**settings, **figures}, indent=1))
+    return figures
+
+
+if __name__ == "__main__":
+    main()
