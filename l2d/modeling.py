@@ -37,11 +37,15 @@ __all__ = ["L2DConfig", "L2DForCausalLM", "L2DTrainingOutput"]
 
 @dataclasses.dataclass
 class L2DTrainingOutput(ModelOutput):
-    """nll (K, B, Q) float32, 0 at padding; correct (K, B, Q) bool: argmax is the target; valid (B, Q) bool."""
+    """nll (K, B, Q) float32, 0 at padding; correct (K, B, Q) bool: argmax is the target; valid (B, Q) bool.
+
+    `state` is the main path, for further queries over the same inputs.
+    """
 
     nll: torch.Tensor | None = None
     correct: torch.Tensor | None = None
     valid: torch.Tensor | None = None
+    state: MainPathState | None = None
 
 
 class L2DForCausalLM(PreTrainedModel, GenerationMixin):
@@ -235,6 +239,7 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         queries: NoisedTargets | None = None,
+        state: MainPathState | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | L2DTrainingOutput:
         """The base's output, bit for bit (t = 0), or with `queries` the loss of the diffusion path.
@@ -242,10 +247,12 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, position_ids: (B, S); without a mask, restarting positions are packed documents.
             queries: noised targets at response positions; the main path then runs without autograd state.
+            state: the main path of these inputs, from the output of an earlier call; it is then not run again.
         """
         if queries is None:
             return self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
-        state = self.main_path(input_ids, attention_mask, position_ids)
+        if state is None:
+            state = self.main_path(input_ids, attention_mask, position_ids)
         return self._training_output(state, queries)
 
     def _training_output(self, state: MainPathState, queries: NoisedTargets) -> L2DTrainingOutput:
@@ -269,7 +276,7 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         correct = torch.zeros_like(nll, dtype=torch.bool)
         nll[:, rows, slots] = losses.view(-1, draws).t()
         correct[:, rows, slots] = hits.view(-1, draws).t()
-        return L2DTrainingOutput(nll=nll, correct=correct, valid=valid)
+        return L2DTrainingOutput(nll=nll, correct=correct, valid=valid, state=state)
 
     # ---- inference -----------------------------------------------------------------------------------------------
 

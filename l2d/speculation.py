@@ -6,6 +6,9 @@ While the choice stays the same all remaining states are known (`solvers.FixedGr
 Evaluations up to and including the first one whose choice differs from the assumption saw the right state and are
 accepted; the rest is done again with the new choice. Rounds per token: 1 + number of changes of the chosen token.
 Sampled choices work alike, since the uniform number of every evaluation is fixed beforehand.
+
+A pass of few queries costs about as much as a pass of one, so a few sites look ahead all the way. Many sites fill a
+pass by themselves and look ahead only as far as it takes to fill it: less is computed that a change makes worthless.
 """
 
 import dataclasses
@@ -15,6 +18,9 @@ import torch
 from l2d.evaluator import PathEvaluator, Sites, SiteSolution
 from l2d.solvers import FixedGrid
 
+_QUERIES_PER_PASS = {"cpu": 128}  # up to which looking further ahead costs little; elsewhere:
+_QUERIES_PER_PASS_ACCELERATOR = 2048
+
 
 @dataclasses.dataclass
 class _Round:
@@ -23,10 +29,6 @@ class _Round:
     site: torch.Tensor
     evaluation: torch.Tensor
     hidden: torch.Tensor  # (M, H)
-
-    def last(self, count: int) -> torch.Tensor:
-        """Which queries are the ones that the output is read from, (M,) bool: one per site."""
-        return self.evaluation == count
 
 
 def solve_speculatively(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, record: bool) -> SiteSolution:
@@ -44,21 +46,24 @@ def solve_speculatively(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid,
         everyone = len(pending) == total
         current, assumed = (sites, chosen) if everyone else (sites.take(pending), chosen[pending])
         start = accepted if everyone else accepted[pending]
-        done_round = _evaluate_rest(evaluator, current, grid, assumed, start)
-        answers, read = _answers(evaluator, current, grid, done_round, assumed, keep_logits=total <= evaluator.chunk)
+        end = (start + _look_ahead(len(pending) * branches, device)).clamp(max=count + 1)
+        made = _evaluate(evaluator, current, grid, assumed, start, end)
+        answers, read = _answers(evaluator, current, grid, made, assumed, keep_logits=total <= evaluator.chunk)
         wrong = (answers != assumed).any(-1) & (numbers >= start[:, None])
-        place = torch.where(wrong, numbers, count).amin(1)  # the first wrong evaluation, `count` where there is none
-        done = place == count
+        place = torch.where(wrong, numbers, count).amin(1)  # the first wrong evaluation; `count`: none
+        right = place == count
+        done = right & (end > count)
         finished = pending[done]
-        output[finished] = done_round.hidden[done_round.last(count)][done]
+        last = made.evaluation == count
+        output[finished] = made.hidden[last][right[made.site[last]]]
         if read is not None:
             logits = read.new_empty(total, read.shape[-1]) if logits is None else logits
-            logits[finished] = read[done]
-        computed[pending] += (count - start) * branches + 1
+            logits[finished] = read[right[made.site[last]]]
+        computed[pending] += torch.bincount(made.site, minlength=len(pending))
         rounds[pending] += 1
-        right = answers.gather(1, place.clamp(max=count - 1)[:, None, None].expand(-1, 1, branches))
-        chosen[pending] = torch.where((numbers >= place[:, None]).unsqueeze(-1), right, assumed)
-        accepted[pending] = (place + 1).clamp(max=count)
+        answer = answers.gather(1, place.clamp(max=count - 1)[:, None, None].expand(-1, 1, branches))
+        chosen[pending] = torch.where((numbers >= place[:, None]).unsqueeze(-1), answer, assumed)
+        accepted[pending] = torch.where(right, end, place + 1).clamp(max=count)
         pending = pending[~done]
     return SiteSolution(
         hidden=output,
@@ -79,16 +84,27 @@ def _first_choice(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid) -> to
     return tokens
 
 
-def _evaluate_rest(
-    evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, chosen: torch.Tensor, accepted: torch.Tensor
+def _look_ahead(sites: int, device: torch.device) -> int:
+    """Evaluations per site that one pass makes."""
+    return max(1, _QUERIES_PER_PASS.get(device.type, _QUERIES_PER_PASS_ACCELERATOR) // sites)
+
+
+def _evaluate(
+    evaluator: PathEvaluator,
+    sites: Sites,
+    grid: FixedGrid,
+    chosen: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
 ) -> _Round:
-    """All evaluations from each site's first unaccepted one on, the last one for the first branch only."""
+    """Evaluations `start` to `end - 1` (N,) of each site; the last one of the grid for the first branch only."""
     count, branches = grid.evaluations, chosen.shape[-1]
-    wanted = torch.arange(count + 1, device=accepted.device) >= accepted[:, None]
+    numbers = torch.arange(count + 1, device=start.device)
+    wanted = (numbers >= start[:, None]) & (numbers < end[:, None])
     wanted = wanted.unsqueeze(-1).repeat(1, 1, branches)
     wanted[:, count, 1:] = False
     site, evaluation, branch = torch.nonzero(wanted, as_tuple=True)
-    first = int(accepted.min())
+    first = int(start.min())
     states = grid.states(sites.noise, evaluator.mix(evaluator.table[chosen]), first)
     x = states[site, evaluation - first]
     return _Round(site, evaluation, evaluator.at_evaluations(sites, grid, site, evaluation, branch, x))
@@ -97,9 +113,9 @@ def _evaluate_rest(
 def _answers(
     evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, done: _Round, assumed: torch.Tensor, keep_logits: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Tokens chosen (N, E, branches), as assumed where nothing was evaluated, and output logits (N, V) or `None`."""
+    """Tokens chosen (N, E, branches), as assumed where nothing was evaluated, and logits of the last evaluations."""
     count, branches = grid.evaluations, assumed.shape[-1]
-    velocity = ~done.last(count)
+    velocity = done.evaluation < count
     site, evaluation = done.site[velocity][::branches], done.evaluation[velocity][::branches]
     answers = assumed.clone()
     if sites.uniforms is None:

@@ -65,18 +65,16 @@ def make_model(
     model = L2DForCausalLM.from_base(base, L2DConfig(variant=variant, guidance_classes=classes)).eval()
     generator = torch.Generator().manual_seed(2)
     prompts = torch.randint(1, base.config.vocab_size, (4, 16), generator=generator).to(base.device)
-    best = None
-    gains = [0.02 * 1.5**step for step in range(24)]
-    for gain in gains if changes is not None else reversed(gains[::4]):
+    target = 1.2 if changes is None else changes
+    low, high = 0.01, 100.0
+    best: tuple[float, float] | None = None  # gain and rate
+    for _ in range(10):  # the rate rises with the gain
+        gain = (low * high) ** 0.5
         scale_path(model, gain)
         rate = change_rate(model, prompts, 15)
-        if changes is None:
-            if rate >= 1:
-                return model, rate
-        elif best is None or abs(rate - changes) < abs(best[1] - changes):
+        if (changes is not None or rate >= target) and (best is None or abs(rate - target) < abs(best[1] - target)):
             best = (gain, rate)
-        if changes is not None and rate > 2 * changes + 0.2:
-            break
+        low, high = (low, gain) if rate >= target else (gain, high)
     if best is None:
         raise SystemExit("no scaling of the random path changes the token at least once per trajectory.")
     scale_path(model, best[0])

@@ -76,7 +76,9 @@ def make_step(way: str, arguments: argparse.Namespace, folder: str) -> Step:
     common = {**COMMON, "output_dir": folder, "use_cpu": device == "cpu", "bf16": False}
     if way == "sft":
         lora = LoraConfig(task_type="CAUSAL_LM", r=32, lora_alpha=64, target_modules="all-linear")
-        trainer = SFTTrainer(base, SFTConfig(**common), train_dataset=rows, processing_class=tokenizer, peft_config=lora)
+        trainer = SFTTrainer(
+            base, SFTConfig(**common), train_dataset=rows, processing_class=tokenizer, peft_config=lora
+        )
     else:
         model = L2DForCausalLM.from_base(base, L2DConfig(variant=arguments.variant))
         args = L2DTrainingConfig(**common, draws=arguments.draws)

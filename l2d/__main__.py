@@ -1,0 +1,27 @@
+"""`python -m l2d trace DIR ...` shows how tokens form; `python -m l2d chat DIR ...` talks to a checkpoint."""
+
+import argparse
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; users' mistakes end it with one line."""
+    from l2d import chat, trace
+
+    parser = argparse.ArgumentParser(prog="python -m l2d", description="An L2D checkpoint at hand")
+    commands = parser.add_subparsers(required=True, metavar="trace | chat")
+    for name, module, words in (
+        ("trace", trace, "show how each token of an answer forms"),
+        ("chat", chat, "talk to the model; budget and guidance may change on the way"),
+    ):
+        command = commands.add_parser(name, help=words, description=words)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    given = parser.parse_args(arguments)
+    try:
+        given.run(given)
+    except ValueError as error:
+        parser.exit(1, f"l2d: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""A loaded checkpoint with its tokenizer, for use by hand: `trace` and `chat`.
+
+- `Session`: prompts and conversations to tokens, exactly as the evaluation does it; end tokens; text of single tokens
+- `load_session`: from a checkpoint's folder
+- `add_sampler_arguments`, `sampler_from`: sampler settings on a command line
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2d.budget import ADAPTIVE_SOLVERS, FIXED_SOLVERS
+
+if TYPE_CHECKING:
+    from l2d.modeling import L2DForCausalLM
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclasses.dataclass
+class Session:
+    """A model and its tokenizer."""
+
+    model: "L2DForCausalLM"
+    tokenizer: Any
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt; a start token is added unless the text begins with it. At least one token."""
+        begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        tokens = self.tokenizer(text, **({"add_special_tokens": False} if begins else {}))["input_ids"]
+        fallback = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        return tokens or [next(token for token in fallback if token is not None)]
+
+    def conversation_text(self, messages: list[dict[str, str]]) -> str:
+        """The chat template's text of a conversation, ready for the model's turn.
+
+        Raises `ValueError` if the tokenizer has no template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ValueError("the tokenizer of this checkpoint has no chat template: give a plain prompt instead.")
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def end_tokens(self) -> list[int]:
+        """All tokens that end an answer: the tokenizer's and those of the base's generation settings."""
+        others = self.model.generation_config.eos_token_id if self.model.generation_config is not None else None
+        found = [self.tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])]
+        return list(dict.fromkeys(token for token in found if token is not None))
+
+    def pieces(self, tokens: list[int]) -> list[str]:
+        """Text that each of `tokens` adds to those before it; a character of several tokens belongs to its last one."""
+        texts, start, known = [], 0, ""
+        for place in range(len(tokens)):
+            text = self.tokenizer.decode(tokens[start : place + 1], skip_special_tokens=False)
+            if text.endswith("\ufffd") and place + 1 < len(tokens):
+                texts.append("")
+                continue
+            texts.append(text[len(known) :])
+            start, known = place, self.tokenizer.decode(tokens[place : place + 1], skip_special_tokens=False)
+        return texts
+
+    def token_text(self, token: int) -> str:
+        """Text of one token by itself."""
+        return self.tokenizer.decode([token], skip_special_tokens=False)
+
+
+def load_session(
+    folder: str | Path, base: str | None = None, dtype: str | None = None, device: str | None = None
+) -> Session:
+    """Load the checkpoint in `folder`, with its own tokenizer or the base's.
+
+    Raises `ValueError` for a folder without an L2D checkpoint, or a base that is not its own.
+    """
+    if not (Path(folder) / "config.json").is_file():
+        raise ValueError(f"{str(folder)!r} holds no config.json: give the folder of an L2D checkpoint.")
+    import torch
+    from transformers import AutoTokenizer
+
+    from l2d.modeling import L2DConfig, L2DForCausalLM
+
+    if L2DConfig.get_config_dict(folder)[0].get("model_type") != "l2d":
+        raise ValueError(f"{str(folder)!r} is not an L2D checkpoint: give the folder of a model trained as one.")
+    options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    model = L2DForCausalLM.from_pretrained(folder, base=base, **options).eval()
+    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    own = any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
+    source = str(folder) if own else base or model.config.base_name_or_path
+    return Session(model, AutoTokenizer.from_pretrained(source))
+
+
+# ---- command line ------------------------------------------------------------------------------------------------
+
+
+def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `trace` and `chat` share; settings that are not given stay as the checkpoint has them."""
+    parser.add_argument("folder", metavar="DIR", help="folder of an L2D checkpoint")
+    parser.add_argument("--base", help="name or folder of the base, where it is not where it was")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base's weights")
+    parser.add_argument("--device", help="for example cpu or cuda:0")
+    parser.add_argument("--budget", type=int, help="evaluations per token, T; 1 is the base")
+    parser.add_argument("--solver", choices=(*FIXED_SOLVERS, *ADAPTIVE_SOLVERS))
+    parser.add_argument("--final-time", type=float, help="where the trajectory ends and the output is read")
+    parser.add_argument("--guidance", type=float, dest="guidance_scale", help="guidance scale; 1 is none")
+    parser.add_argument("--guidance-class", help="name or index of the guidance class")
+    parser.add_argument("--seed", type=int, help="of all noise")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the output tokens; 0 (default) is greedy")
+    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
+
+
+def sampler_from(given: argparse.Namespace) -> dict[str, Any]:
+    """The sampler settings that were given."""
+    names = ("budget", "solver", "final_time", "guidance_scale", "guidance_class", "seed")
+    return {name: value for name in names if (value := getattr(given, name)) is not None}
+
+
+def decoding_options(temperature: float, max_new_tokens: int) -> dict[str, Any]:
+    """Arguments of `generate`. Raises `ValueError` for a negative temperature or a length below 1."""
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature:g} must be at least 0 (greedy).")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
+    if temperature == 0:
+        return {"do_sample": False, "max_new_tokens": max_new_tokens}
+    return {"do_sample": True, "temperature": temperature, "top_k": 0, "max_new_tokens": max_new_tokens}
