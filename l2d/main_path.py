@@ -93,6 +93,24 @@ class MainPathState:
         """Number of keys S."""
         return self.offset + self.hidden.shape[1]
 
+    @classmethod
+    def join(cls, states: "list[MainPathState]") -> "MainPathState":
+        """Consecutive decoding steps of one cache as one state that has all their positions."""
+        if len(states) == 1:
+            return states[0]
+        joined: dict[int, tuple[torch.Tensor, ...]] = {}  # layers of one kind go on sharing their rotary embeddings
+        layers = []
+        for steps in zip(*(state.layers for state in states), strict=True):
+            rotary = steps[-1].rotary
+            if rotary is not None:
+                parts = zip(*(step.rotary for step in steps), strict=True)
+                if id(rotary[0]) not in joined:
+                    joined[id(rotary[0])] = tuple(torch.cat(part, dim=1) for part in parts)
+                rotary = joined[id(rotary[0])]
+            layers.append(LayerState(steps[-1].keys, steps[-1].values, rotary))
+        hidden = torch.cat([state.hidden for state in states], dim=1)
+        return cls(layers, hidden, states[-1].key_mask, None, states[0].offset)
+
     def last(self) -> "MainPathState":
         """The same keys and values with the last new position alone, which decoding continues from."""
         cut: dict[int, tuple[torch.Tensor, ...]] = {}  # layers of one kind go on sharing their rotary embeddings

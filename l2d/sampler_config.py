@@ -38,6 +38,8 @@ class SamplerConfig:
         seed: all noise is a function of (seed, request, position, draw).
         speculation: evaluate a whole trajectory in one batch under the assumption that the chosen token stays; the
             result is that of the sequential solver.
+        draft_tokens: how many tokens the base drafts ahead, so that their positions are decided in one batch; the
+            result is that of deciding one by one. It pays where a pass of many queries costs hardly more than of few.
     """
 
     budget: int = 15
@@ -57,9 +59,10 @@ class SamplerConfig:
     mc_samples: int = 1
     seed: int = 0
     speculation: bool = True
+    draft_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for name, low in (("budget", 1), ("max_evaluations", 1), ("mc_samples", 1), ("seed", 0)):
+        for name, low in (("budget", 1), ("max_evaluations", 1), ("mc_samples", 1), ("seed", 0), ("draft_tokens", 0)):
             self._set(name, _whole_number(_ARGUMENT.get(name, name), getattr(self, name), low))
         for name in ("start_time", "final_time", "rtol", "atol", "first_step", "guidance_scale"):
             self._set(name, _number(name, getattr(self, name)))

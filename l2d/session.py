@@ -121,4 +121,4 @@ def decoding_options(temperature: float, max_new_tokens: int) -> dict[str, Any]:
         raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     if temperature == 0:
         return {"do_sample": False, "max_new_tokens": max_new_tokens}
-    return {"do_sample": True, "temperature": temperature, "top_k": 0, "max_new_tokens": max_new_tokens}
+    return {"do_sample": True, "temperature": temperature, "max_new_tokens": max_new_tokens}

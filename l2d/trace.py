@@ -85,7 +85,9 @@ def trace_prompt(
     model = session.model
     settings = model.sampler(sampler)
     if settings.adaptive and not settings.is_base:
-        raise ValueError(f"solver={settings.solver!r} has no fixed evaluation times: trace a fixed-grid solver instead.")
+        raise ValueError(
+            f"solver={settings.solver!r} has no fixed evaluation times: trace a fixed-grid solver instead."
+        )
     ids = session.encode(prompt)
     options = decoding_options(temperature, max_new_tokens)
     end, pad = session.end_tokens(), session.tokenizer.pad_token_id
@@ -202,17 +204,23 @@ def terminal_text(trace: Trace, colour: bool = False) -> str:
     """The answer tinted by rounds, then one line per token: cost, and the chosen token wherever it changed."""
     most = max((token.rounds for token in trace.tokens), default=1)
     answer = "".join(shade(token.text, (token.rounds - 1) / max(1, most - 1), colour) for token in trace.tokens)
-    lines = [visible(trace.prompt) if not colour else trace.prompt, answer, "", "token       rounds  computed  trajectory"]
+    lines = [
+        visible(trace.prompt) if not colour else trace.prompt,
+        answer,
+        "",
+        "token       rounds  computed  trajectory",
+    ]
     for token in trace.tokens:
         steps = [*([0] if token.chosen else []), *token.changes]
         path = " -> ".join(f"{visible(token.chosen_texts[n])!r} at t = {trace.times[n]:.2f}" for n in steps)
         last = f"{visible(token.text)!r}"
         lines.append(f"{last:<10}  {token.rounds:>6}  {token.computed:>8}  {path or 'the base'}")
     changed = sum(bool(token.changes) for token in trace.tokens)
+    differing = sum(token.token != token.base_token for token in trace.tokens)
     computed = sum(token.computed for token in trace.tokens) / max(1, len(trace.tokens))
     lines.append(
-        f"{len(trace.tokens)} tokens, {computed:.1f} evaluations each; the choice changed on the way in {changed} of them, "
-        f"{sum(token.token != token.base_token for token in trace.tokens)} differ from the base's next token."
+        f"{len(trace.tokens)} tokens, {computed:.1f} evaluations each; the choice changed on the way in {changed} of "
+        f"them, {differing} differ from what the base would say next."
     )
     return "\n".join(lines)
 

@@ -63,6 +63,34 @@ def test_speculation_is_exact_for_sampled_choices(model, temperature):
     assert not torch.equal(fast, decode(model, {}))
 
 
+@pytest.mark.parametrize("ahead", [1, 3])
+@pytest.mark.parametrize("settings", [{}, GUIDED, dict(choice_temperature=1.0)])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_drafted_tokens_change_nothing(model, settings, ahead, do_sample):
+    ids, mask = prompts(3)
+    common = dict(attention_mask=mask, max_new_tokens=11, do_sample=do_sample, return_record=True)
+    free, plain = model.generate(ids, sampler=settings, **common)
+    end = int(free[1, 15])
+    common |= dict(eos_token_id=end, pad_token_id=0)
+    free, plain = model.generate(ids, sampler=settings, **common)
+    drafted, record = model.generate(ids, sampler={**settings, "draft_tokens": ahead}, **common)
+    assert torch.equal(drafted, free)
+    assert record.asked == plain.asked and record.changes == plain.changes
+    assert sum(map(sum, record.computed)) >= sum(map(sum, plain.computed))
+
+
+def test_drafts_that_the_base_gets_right_save_passes(make_base):
+    fresh = L2DForCausalLM.from_base(str(make_base("llama"))).eval()  # its path changes nothing: every draft is right
+    ids, mask = prompts(2)
+    passes = []
+    fresh.path.register_forward_hook(lambda *a: passes.append(1))
+    for ahead, expected in ((0, 12), (3, 3)):
+        passes.clear()
+        out = fresh.generate(ids, attention_mask=mask, max_new_tokens=12, sampler={"draft_tokens": ahead})
+        assert len(passes) == expected
+    assert torch.equal(out, fresh.base.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False))
+
+
 def test_a_wrong_acceptance_rule_is_noticed(model, monkeypatch):
     slow = decode(model, dict(speculation=False))
     right = l2d.speculation._answers

@@ -8,7 +8,7 @@ Same base, same batch, optimizer step included; medians over `--steps` rounds, e
 - `naive`: the same model and loss with queries and logits at all positions and a main-path pass per draw
 - `sft`: `SFTTrainer`'s step with LoRA of the same rank on every linear layer
 
-`speedup_over_naive` compares supervised (token, draw) pairs per second, `speedup_over_sft` supervised tokens per second.
+`speedup_over_naive` compares supervised (token, draw) pairs per second, `speedup_over_sft` supervised tokens.
 `memory_over_naive` compares peaks of weights, optimizer and step together, each way in a process of its own; on the CPU
 it is resident memory above that of the imported libraries. `--no-memory` leaves these processes out.
 """

@@ -1,0 +1,217 @@
+"""The decoding loop: a main-path step, a diffusion solve, a choice of the output token.
+
+- `DecodingLoop`: the loop, for transformers' `generate` to call
+- `DecodeRecord`: evaluations asked for and made, rounds and changes, for every generated token
+
+All randomness belongs to (seed, request, position), so a row's tokens do not depend on batch-mates or their order. A
+token's noise does not depend on the budget either: budgets are compared on the same noise.
+
+Speculation along the text (`SamplerConfig.draft_tokens`): the base goes on alone for a few tokens, whose keys and
+values are needed anyway if it guesses right, and one batch of queries decides all these positions. Tokens are kept up
+to the first one that differs from the draft, and the cache is cut back to them: the result is that of one by one.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+
+from l2d.evaluator import SiteSolution
+from l2d.main_path import MainPathState
+from l2d.noise import RequestNoise, default_keys, draw_token
+from l2d.sampler_config import SamplerConfig
+from l2d.sampling import solve_sites
+from l2d.scoring import make_sites
+
+if TYPE_CHECKING:
+    from l2d.modeling import L2DForCausalLM
+
+
+@dataclasses.dataclass
+class DecodeRecord:
+    """Cost of every generated token: `asked[row][i]` and so on for token i of a row.
+
+    asked: evaluations asked for (T); computed: queries to the network; rounds: batched passes of the path; changes: how
+    often the chosen token changed along the trajectory; capped: solves that ran into `max_evaluations`.
+    """
+
+    asked: list[list[int]]
+    computed: list[list[int]]
+    rounds: list[list[int]]
+    changes: list[list[int]]
+    capped: int = 0
+
+    @classmethod
+    def empty(cls, rows: int) -> "DecodeRecord":
+        """A record of no tokens for `rows` rows."""
+        return cls(*([[] for _ in range(rows)] for _ in range(4)))
+
+    def add(self, rows: list[int], sampler: SamplerConfig, solved: SiteSolution, accepted: int) -> None:
+        """Append `accepted` tokens to each of `rows`; what was computed for positions after them counts to the last."""
+        shape = (len(rows), -1)
+        columns = [c.view(shape).tolist() for c in (solved.computed, solved.rounds, solved.changes)]
+        for row, computed, rounds, changes in zip(rows, *columns, strict=True):
+            wasted = sum(computed[accepted:])
+            for number in range(accepted):
+                made = computed[number] + (wasted if number == accepted - 1 else 0)
+                self.asked[row].append(computed[number] if sampler.adaptive else sampler.budget)
+                self.computed[row].append(made)
+                self.rounds[row].append(rounds[number])
+                self.changes[row].append(changes[number])
+        self.capped += int(solved.capped.view(shape)[:, :accepted].sum())
+
+
+class DecodingLoop:
+    """State of one call of `generate`. Legend: B rows, L length so far, V vocabulary, P positions decided together.
+
+    Args:
+        request_keys: one key per row, or `None` for the prompts themselves.
+        noise: (steps, B, d) start noise in place of the requests' own, or `None`.
+        streamer: gets every token; transformers does not hand it to a custom loop.
+    """
+
+    def __init__(
+        self,
+        model: "L2DForCausalLM",
+        sampler: SamplerConfig,
+        request_keys: list[bytes | str | int] | None,
+        noise: torch.Tensor | None,
+        streamer: Any,
+    ):
+        self.model, self.sampler, self.request_keys = model, sampler, request_keys
+        self.given_noise, self.streamer = noise, streamer
+        self.site_class = sampler.class_index(model.config.guidance_classes)
+        self.record = DecodeRecord.empty(0)
+
+    @torch.no_grad()
+    def run(
+        self,
+        model: "L2DForCausalLM",
+        input_ids: torch.Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: Any,
+        **model_kwargs: Any,
+    ) -> Any:
+        """Decode from prompts (B, L) that transformers' `generate` prepared."""
+        if generation_config.num_beams != 1:
+            raise ValueError(f"num_beams={generation_config.num_beams} cannot be used: decoding is one beam.")
+        mask = model_kwargs.get("attention_mask")
+        self.mask = torch.ones_like(input_ids) if mask is None else mask
+        self.ids, self.lengths, self.step = input_ids, self.mask.sum(1), 0
+        self.noises = [RequestNoise(self.sampler.seed, key) for key in self._keys()]
+        self.record = DecodeRecord.empty(len(input_ids))
+        self.processor, self.stopping, self.config = logits_processor, stopping_criteria, generation_config
+        self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self.cache = DynamicCache()
+        self.scores: list[torch.Tensor] = []
+        self.logits: list[torch.Tensor] = []
+        new_ids, positions = input_ids, (self.mask.cumsum(1) - 1).clamp(min=0)
+        while bool(self.unfinished.any()):
+            state = self.model.main_path(new_ids, self.mask, positions, self.cache).last()
+            state, drafts = self._draft(state)
+            solved, logits = self._solve(state)
+            self._accept(solved, logits, drafts)
+            new_ids, positions = self.ids[:, -1:], (self.lengths - 1)[:, None]
+        if self.streamer is not None:
+            self.streamer.end()
+        return self._package()
+
+    def _keys(self) -> list[bytes | str | int]:
+        keys = self.request_keys
+        if keys is None:
+            rows = zip(self.ids.tolist(), self.mask.tolist(), strict=True)
+            keys = default_keys([[t for t, m in zip(*row, strict=True) if m] for row in rows])
+        count = len(self.ids)
+        if 0 < len(keys) < count and count % len(keys) == 0:  # num_return_sequences
+            keys = [f"{key!r}#{copy}" for key in keys for copy in range(count // len(keys))]
+        if len(keys) != count:
+            raise ValueError(f"request_keys has {len(keys)} entries for {count} rows: give one key per row.")
+        return keys
+
+    def _draft(self, state: MainPathState) -> tuple[MainPathState, torch.Tensor]:
+        """Let the base go on alone: the main path at P positions, and its tokens (B, P - 1) between them."""
+        count = 0 if self.sampler.is_base else self.sampler.draft_tokens
+        if self.config.max_length is not None:
+            count = min(count, self.config.max_length - self.ids.shape[1] - 1)
+        states, ids, mask = [state], self.ids, self.mask
+        for number in range(count):
+            logits = self.model.base_logits(states[-1])[:, -1].float()
+            token = self._choose(self.processor(ids, logits), number)
+            ids = torch.cat([ids, token[:, None]], dim=1)
+            mask = torch.cat([mask, mask.new_ones(len(token), 1)], dim=1)
+            positions = (self.lengths + number)[:, None]
+            states.append(self.model.main_path(token[:, None], mask, positions, self.cache))
+        return MainPathState.join(states), ids[:, self.ids.shape[1] :]
+
+    def _solve(self, state: MainPathState) -> tuple[SiteSolution, torch.Tensor]:
+        """Solve the P positions of unfinished rows: logits (B, P, V) float32, zeros for rows that are finished."""
+        rows, width = torch.nonzero(self.unfinished, as_tuple=True)[0], state.hidden.shape[1]
+        index = torch.arange(width, device=rows.device).repeat(len(rows))
+        places = (self.lengths[rows, None] + torch.arange(width, device=rows.device)).flatten().tolist()
+        spread = rows.repeat_interleave(width)
+        noises = [self.noises[row] for row in spread.tolist()]
+        sites = make_sites(self.model, self.sampler, spread, index, places, noises)
+        if self.given_noise is not None and not self.sampler.is_base:
+            given = self.given_noise.to(rows.device)
+            sites.noise = given[self.step + index, spread].double()
+        solved = solve_sites(self.model, state, sites, self.sampler, self.site_class)
+        logits = solved.logits
+        if logits is None:
+            logits = self.model._decoder.logits(solved.hidden[:, None])[:, 0]
+        logits = logits.float().unflatten(0, (len(rows), width))
+        if len(rows) == len(self.unfinished):
+            return solved, logits
+        return solved, logits.new_zeros(len(self.unfinished), *logits.shape[1:]).index_copy_(0, rows, logits)
+
+    def _accept(self, solved: SiteSolution, logits: torch.Tensor, drafts: torch.Tensor) -> None:
+        """Append tokens up to the first that differs from the draft in any row, and cut the cache back to them."""
+        rows, width = torch.nonzero(self.unfinished, as_tuple=True)[0].tolist(), logits.shape[1]
+        pad = self.config._pad_token_tensor
+        for number in range(width):
+            scores = self.processor(self.ids, logits[:, number])
+            token = self._choose(scores, 0)
+            agreed = number + 1 < width and bool((token == drafts[:, min(number, width - 2)])[self.unfinished].all())
+            if pad is not None:
+                token = torch.where(self.unfinished, token, pad.to(token.device))
+            if self.config.output_scores:
+                self.scores.append(scores)
+            if self.config.output_logits:
+                self.logits.append(logits[:, number])
+            self._append(token)
+            if not agreed or int(self.unfinished.sum()) < len(rows):
+                break
+        self.record.add(rows, self.sampler, solved, number + 1)
+        for layer in self.cache.layers if number + 1 < width else ():
+            kept = layer.keys.shape[-2] - (width - number - 1)
+            layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
+
+    def _append(self, token: torch.Tensor) -> None:
+        self.ids = torch.cat([self.ids, token[:, None]], dim=1)
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
+        self.lengths, self.step = self.lengths + 1, self.step + 1
+        if self.streamer is not None:
+            self.streamer.put(token.cpu())
+        self.unfinished = self.unfinished & ~self.stopping(self.ids, None)
+
+    def _choose(self, scores: torch.Tensor, ahead: int) -> torch.Tensor:
+        """Output tokens (B,) for scores (B, V) at the position `ahead` of the next one."""
+        if not self.config.do_sample:
+            return scores.argmax(-1)
+        places = (self.lengths + ahead).tolist()
+        uniforms = [noise.output(place) for noise, place in zip(self.noises, places, strict=True)]
+        uniform = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)
+        return draw_token(torch.softmax(scores, dim=-1), uniform)
+
+    def _package(self) -> Any:
+        if not self.config.return_dict_in_generate:
+            return self.ids
+        from transformers.generation import GenerateDecoderOnlyOutput
+
+        return GenerateDecoderOnlyOutput(
+            sequences=self.ids,
+            scores=tuple(self.scores) if self.config.output_scores else None,
+            logits=tuple(self.logits) if self.config.output_logits else None,
+            past_key_values=self.cache,
+        )
