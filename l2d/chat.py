@@ -24,6 +24,10 @@ HELP = """/budget T          evaluations per token; 1 is the base
 /help, /quit"""
 
 
+USUAL_LENGTH = 256
+"""Most tokens of an answer where nothing else is asked for."""
+
+
 @dataclasses.dataclass
 class Reply:
     """One answer: its text, the texts of its tokens, and their cost (rounds, computed and asked evaluations)."""
@@ -89,13 +93,13 @@ class Chat:
         session: Session,
         sampler: dict[str, Any] | None = None,
         temperature: float = 0.0,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         system: str | None = None,
         plain: bool = False,
     ):
         self.session, self.plain = session, plain
         self.sampler = dict(sampler or {})
-        self.temperature, self.max_new_tokens = temperature, max_new_tokens
+        self.temperature, self.max_new_tokens = temperature, session.answer_length(max_new_tokens, USUAL_LENGTH)
         self.start = [{"role": "system", "content": system}] if system else []
         self.messages: list[dict[str, str]] = list(self.start)
         self.tint = False
@@ -119,11 +123,10 @@ class Chat:
         self.messages = list(self.start)
 
     def prompt(self, text: str) -> list[int]:
-        """Tokens of the conversation with `text` as the user's next words."""
-        if self.plain:
-            return self.session.encode(text)
-        conversation = [*self.messages, {"role": "user", "content": text}]
-        return self.session.encode(self.session.conversation_text(conversation))
+        """Tokens of the conversation with `text` as the user's next words, the last ones that leave room to answer."""
+        if not self.plain:
+            text = self.session.conversation_text([*self.messages, {"role": "user", "content": text}])
+        return self.session.encode(text)[-(self.session.longest - self.max_new_tokens) :]
 
     def answer(self, text: str, write: Callable[[str], Any] = lambda piece: None) -> Reply:
         """Answer the user's `text`, streaming through `write`; the conversation grows by both.

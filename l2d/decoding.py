@@ -62,6 +62,28 @@ class DecodeRecord:
         self.capped += int(solved.capped.view(shape)[:, :accepted].sum())
 
 
+class DraftLength:
+    """How many tokens to draft: `most` while all rows mostly agree with the base, fewer or none where they do not.
+
+    It follows the share of drafted tokens that were kept, so it depends on the text alone and never on a clock.
+    """
+
+    def __init__(self, most: int):
+        self.most, self._kept, self._waited = most, 0.75, 0
+
+    def choose(self, rows: int) -> int:
+        """Tokens to draft for `rows` rows, which must all agree for a drafted token to be kept."""
+        chance = self._kept**rows
+        if chance < 0.5:  # not worth it; try one now and then
+            self._waited += 1
+            return min(self.most, 1) if rows == 1 and self._waited % 8 == 0 else 0
+        return self.most if chance >= 0.7 else min(self.most, 1)
+
+    def learn(self, kept: bool) -> None:
+        """One drafted token was kept by a row, or was not."""
+        self._kept += 0.15 * (float(kept) - self._kept)
+
+
 class DecodingLoop:
     """State of one call of `generate`. Legend: B rows, L length so far, V vocabulary, P positions decided together.
 
@@ -105,6 +127,7 @@ class DecodingLoop:
         self.processor, self.stopping, self.config = logits_processor, stopping_criteria, generation_config
         self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.cache = DynamicCache()
+        self.drafting = DraftLength(0 if self.sampler.is_base else self.sampler.draft_tokens)
         self.scores: list[torch.Tensor] = []
         self.logits: list[torch.Tensor] = []
         new_ids, positions = input_ids, (self.mask.cumsum(1) - 1).clamp(min=0)
@@ -132,7 +155,7 @@ class DecodingLoop:
 
     def _draft(self, state: MainPathState) -> tuple[MainPathState, torch.Tensor]:
         """Let the base go on alone: the main path at P positions, and its tokens (B, P - 1) between them."""
-        count = 0 if self.sampler.is_base else self.sampler.draft_tokens
+        count = self.drafting.choose(int(self.unfinished.sum()))
         if self.config.max_length is not None:
             count = min(count, self.config.max_length - self.ids.shape[1] - 1)
         states, ids, mask = [state], self.ids, self.mask
@@ -172,7 +195,12 @@ class DecodingLoop:
         for number in range(width):
             scores = self.processor(self.ids, logits[:, number])
             token = self._choose(scores, 0)
-            agreed = number + 1 < width and bool((token == drafts[:, min(number, width - 2)])[self.unfinished].all())
+            agreed = False
+            if number + 1 < width:
+                kept = (token == drafts[:, number])[self.unfinished].tolist()
+                agreed = all(kept)
+                for one in kept:
+                    self.drafting.learn(one)
             if pad is not None:
                 token = torch.where(self.unfinished, token, pad.to(token.device))
             if self.config.output_scores:

@@ -38,8 +38,8 @@ class SamplerConfig:
         seed: all noise is a function of (seed, request, position, draw).
         speculation: evaluate a whole trajectory in one batch under the assumption that the chosen token stays; the
             result is that of the sequential solver.
-        draft_tokens: how many tokens the base drafts ahead, so that their positions are decided in one batch; the
-            result is that of deciding one by one. It pays where a pass of many queries costs hardly more than of few.
+        draft_tokens: how many tokens the base may draft ahead, so that their positions are decided in one batch while
+            its guesses mostly hold; the result is that of deciding one by one. 0 turns it off.
     """
 
     budget: int = 15
@@ -59,7 +59,7 @@ class SamplerConfig:
     mc_samples: int = 1
     seed: int = 0
     speculation: bool = True
-    draft_tokens: int = 0
+    draft_tokens: int = 3
 
     def __post_init__(self) -> None:
         for name, low in (("budget", 1), ("max_evaluations", 1), ("mc_samples", 1), ("seed", 0), ("draft_tokens", 0)):

@@ -47,6 +47,21 @@ class Session:
         found = [self.tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])]
         return list(dict.fromkeys(token for token in found if token is not None))
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that the base takes, prompt and answer together."""
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return found or min(self.tokenizer.model_max_length, 1 << 20)
+
+    def answer_length(self, given: int | None, usual: int) -> int:
+        """Most tokens of an answer: `given`, else `usual`, but then at most half of what the base takes.
+
+        Raises `ValueError` where no room is left for a prompt.
+        """
+        if given is not None and not 1 <= given < self.longest:
+            raise ValueError(f"max_new_tokens={given} must be at least 1 and below the base's {self.longest} tokens.")
+        return given or min(usual, self.longest // 2)
+
     def pieces(self, tokens: list[int]) -> list[str]:
         """Text that each of `tokens` adds to those before it; a character of several tokens belongs to its last one."""
         texts, start, known = [], 0, ""
@@ -104,7 +119,7 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance-class", help="name or index of the guidance class")
     parser.add_argument("--seed", type=int, help="of all noise")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the output tokens; 0 (default) is greedy")
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="longest answer (default: 256)")
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer")
 
 
 def sampler_from(given: argparse.Namespace) -> dict[str, Any]:
@@ -114,11 +129,9 @@ def sampler_from(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def decoding_options(temperature: float, max_new_tokens: int) -> dict[str, Any]:
-    """Arguments of `generate`. Raises `ValueError` for a negative temperature or a length below 1."""
+    """Arguments of `generate`. Raises `ValueError` for a negative temperature."""
     if temperature < 0:
         raise ValueError(f"temperature={temperature:g} must be at least 0 (greedy).")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1.")
     if temperature == 0:
         return {"do_sample": False, "max_new_tokens": max_new_tokens}
     return {"do_sample": True, "temperature": temperature, "max_new_tokens": max_new_tokens}

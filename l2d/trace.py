@@ -18,6 +18,8 @@ from typing import Any
 
 from l2d.session import Session, add_sampler_arguments, decoding_options, load_session, sampler_from
 
+USUAL_LENGTH = 64
+"""Most tokens of an answer where nothing else is asked for."""
 SHOWN = 6
 """Most candidates of a token."""
 _QUERIES = 512  # places of one batch of evaluations
@@ -74,11 +76,11 @@ def trace_prompt(
     prompt: str,
     sampler: dict[str, Any] | None = None,
     temperature: float = 0.0,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
 ) -> Trace:
     """Generate an answer to `prompt` and record how each of its tokens formed.
 
-    Raises `ValueError` for adaptive solvers, whose evaluations differ from token to token.
+    Raises `ValueError` for adaptive solvers, whose evaluations differ from token to token, and for too long prompts.
     """
     import torch
 
@@ -89,7 +91,12 @@ def trace_prompt(
             f"solver={settings.solver!r} has no fixed evaluation times: trace a fixed-grid solver instead."
         )
     ids = session.encode(prompt)
-    options = decoding_options(temperature, max_new_tokens)
+    longest = session.answer_length(max_new_tokens, USUAL_LENGTH)
+    if len(ids) + longest > session.longest:
+        raise ValueError(
+            f"prompt has {len(ids)} tokens and max_new_tokens is {longest}: the base takes {session.longest} in all."
+        )
+    options = decoding_options(temperature, longest)
     end, pad = session.end_tokens(), session.tokenizer.pad_token_id
     sequences, record = model.generate(
         torch.tensor([ids], device=model.device),
@@ -231,7 +238,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, help="text to continue; - reads it from the standard input")
     parser.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
     parser.add_argument("--out", type=Path, help="page to write, with the data as .json beside it")
-    parser.set_defaults(max_new_tokens=64)
 
 
 def run(given: argparse.Namespace) -> None:

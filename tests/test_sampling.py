@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 import l2d.speculation
 from l2d import L2DForCausalLM, SamplerConfig
+from l2d.decoding import DraftLength
 from l2d.diffusion_path import Queries
 from l2d.evaluator import clean_estimate
 from l2d.noise import RequestNoise, default_keys, draw_token
@@ -66,7 +67,9 @@ def test_speculation_is_exact_for_sampled_choices(model, temperature):
 @pytest.mark.parametrize("ahead", [1, 3])
 @pytest.mark.parametrize("settings", [{}, GUIDED, dict(choice_temperature=1.0)])
 @pytest.mark.parametrize("do_sample", [False, True])
-def test_drafted_tokens_change_nothing(model, settings, ahead, do_sample):
+def test_drafted_tokens_change_nothing(model, monkeypatch, settings, ahead, do_sample):
+    monkeypatch.setattr(DraftLength, "choose", lambda self, rows: self.most)  # also where it does not pay
+    settings = {**settings, "draft_tokens": 0}
     ids, mask = prompts(3)
     common = dict(attention_mask=mask, max_new_tokens=11, do_sample=do_sample, return_record=True)
     free, plain = model.generate(ids, sampler=settings, **common)
@@ -81,7 +84,7 @@ def test_drafted_tokens_change_nothing(model, settings, ahead, do_sample):
 
 def test_drafts_that_the_base_gets_right_save_passes(make_base):
     fresh = L2DForCausalLM.from_base(str(make_base("llama"))).eval()  # its path changes nothing: every draft is right
-    ids, mask = prompts(2)
+    ids, mask = prompts(1)
     passes = []
     fresh.path.register_forward_hook(lambda *a: passes.append(1))
     for ahead, expected in ((0, 12), (3, 3)):
@@ -89,6 +92,17 @@ def test_drafts_that_the_base_gets_right_save_passes(make_base):
         out = fresh.generate(ids, attention_mask=mask, max_new_tokens=12, sampler={"draft_tokens": ahead})
         assert len(passes) == expected
     assert torch.equal(out, fresh.base.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False))
+
+
+def test_drafting_stops_where_the_base_guesses_wrong():
+    length = DraftLength(3)
+    assert [length.choose(rows) for rows in (1, 2, 8)] == [3, 1, 0]
+    for _ in range(8):
+        length.learn(False)
+    assert sorted(length.choose(1) for _ in range(8)) == [0] * 7 + [1]
+    for _ in range(40):
+        length.learn(True)
+    assert length.choose(8) == 3
 
 
 def test_a_wrong_acceptance_rule_is_noticed(model, monkeypatch):

@@ -2,9 +2,8 @@
 
     python -m tests.benchmarks.decode --shape 135m --batch-size 1 --budget 15 [--changes 0.2] [--no-speculation]
 
-Prints medians: `plain_step_s` (Hugging Face greedy step with its cache), `token_s` (the mean where tokens are drafted
-ahead and come in bursts), and their `ratio`; the change rate
-that was met; and `exact`, the share of tokens equal to the sequential solver's. `--json FILE` writes the same figures.
+Prints `plain_step_s` (median Hugging Face greedy step with its cache), `token_s` (median; the mean where tokens are
+drafted ahead and come in bursts), and their `ratio`; the change rate that was met; and `exact`, the share of tokens equal to the sequential solver's. `--json FILE` writes the same figures.
 """
 
 import argparse
@@ -116,7 +115,7 @@ def main() -> None:
     parser.add_argument("--guidance", action="store_true", help="guidance with scale 1.5")
     parser.add_argument("--changes", type=float, help="changes per token to scale the path to (default: at least 1)")
     parser.add_argument("--no-speculation", dest="speculation", action="store_false")
-    parser.add_argument("--draft-tokens", type=int, default=0, help="tokens that the base drafts ahead")
+    parser.add_argument("--draft-tokens", type=int, default=3, help="tokens that the base may draft ahead")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--tokens", type=int, default=30, help="timed tokens per row")
     parser.add_argument("--check-tokens", type=int, default=8, help="tokens compared with the sequential solver")
