@@ -1,30 +1,32 @@
 """`python -m lm_eval_ext ...`: the harness's own command line, with `--model l2d` and our tasks.
 
-It needs no installed hook, so it also works where the package is only on `PYTHONPATH`. The tasks in `lm_eval_ext/tasks`
-are found by name; `--include_path` adds to them.
+It needs no installed hook, so it also works where the package is only on `PYTHONPATH`. `python -m lm_eval_ext args` or
+`--model_args help` lists all model args, `args --markdown` as a table for a document.
 """
 
+import itertools
 import sys
-from pathlib import Path
 
 from lm_eval_ext import bridge
 
-TASKS = Path(__file__).parent / "tasks"
 
+def main(arguments: list[str] | None = None) -> None:
+    """Run lm-eval's command line with `arguments`, by default those of this process."""
+    if arguments is not None:
+        sys.argv = ["lm_eval_ext", *arguments]
+    asked = any(pair == ("--model_args", "help") for pair in itertools.pairwise(sys.argv))
+    if asked or sys.argv[1:2] == ["args"]:
+        from lm_eval_ext.argument_table import help_text, markdown
 
-def main() -> None:
-    """Run lm-eval's command line."""
+        print(markdown() if "--markdown" in sys.argv else help_text())
+        return
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
-    if "lm_eval.models" in sys.modules:  # imported before the finder was installed
-        bridge.register()
+    bridge.install()
     setup_logging()
     cli = HarnessCLI()
-    args = cli.parse_args()
-    if hasattr(args, "include_path"):
-        args.include_path = [str(TASKS), *filter(None, [args.include_path])]
-    cli.execute(args)
+    cli.execute(cli.parse_args())
 
 
 if __name__ == "__main__":

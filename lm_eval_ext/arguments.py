@@ -4,6 +4,7 @@
 - `parse_arguments`: model args -> `Settings` (checkpoint, base, sampler, what the harness itself takes)
 - `read_checkpoint`: the `config.json` of an L2D checkpoint, as a dictionary
 - `sampler_changes`: the sampler settings among a request's generation kwargs
+- `token_search`: `best_of_N` or `beam_N`, checked
 
 No torch is imported. `SAMPLER_ARGUMENTS` and `HARNESS_ARGUMENTS` are the tables of names.
 """
@@ -20,6 +21,10 @@ from l2d.sampler_config import SamplerConfig
 
 BUDGET = "diffusion_budget"
 """Name under which users set `SamplerConfig.budget`."""
+AUTO = "auto"
+"""Value of `guidance_class` that chooses the class by task (`lm_eval_ext.guidance`)."""
+SEARCH = "token_search"
+"""Name under which users choose a search over tokens (`lm_eval_ext.token_search`)."""
 
 
 class UsageError(SystemExit, ValueError):
@@ -42,13 +47,16 @@ class Settings:
     Attributes:
         pretrained: folder of the checkpoint, or the model itself where code hands one over.
         base: name or folder of the base that replaces the one recorded in the checkpoint, or `None`.
-        sampler: settings of every solve; a request's generation kwargs may change them.
+        sampler: settings of every solve; a request's generation kwargs may change them. Its `guidance_class` may be
+            `AUTO`.
+        token_search: `"best_of_N"`, `"beam_N"` or `None`.
         harness: arguments of the harness's own model class, only those that were given.
     """
 
     pretrained: Any
     base: str | None
     sampler: SamplerConfig
+    token_search: str | None
     harness: dict[str, Any]
 
 
@@ -150,7 +158,7 @@ SAMPLER_ARGUMENTS: dict[str, str] = {
 }
 """Name for users -> field of `SamplerConfig`. Each may also come with a task's or a run's generation kwargs."""
 
-ARGUMENTS = ("pretrained", "base", *SAMPLER_ARGUMENTS, *HARNESS_ARGUMENTS)
+ARGUMENTS = ("pretrained", "base", *SAMPLER_ARGUMENTS, SEARCH, *HARNESS_ARGUMENTS)
 """All model args."""
 
 
@@ -166,6 +174,7 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
     given = {name: value for name, value in arguments.items() if value is not None}
     harness = {name: _checked(name, given[name]) for name in HARNESS_ARGUMENTS if name in given}
     changes = sampler_changes(arguments, keep_none=("guidance_class",))
+    search = token_search(given.get(SEARCH))
     _sampler({}, changes, lambda sampler: None)  # what is impossible anywhere is said before the folder is looked at
     pretrained, base = given.get("pretrained"), given.get("base")
     if pretrained is None:
@@ -174,9 +183,25 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
     if base is not None:
         _check_base(base)
     classes = config.get("guidance_classes")
-    sampler = _sampler(config.get("sampler") or {}, changes, lambda sampler: sampler.class_index(classes))
+    sampler = _sampler(config.get("sampler") or {}, changes, lambda sampler: check_guidance(sampler, classes))
     pretrained = str(pretrained) if isinstance(pretrained, Path) else pretrained
-    return Settings(pretrained, None if base is None else str(base), sampler, harness)
+    return Settings(pretrained, None if base is None else str(base), sampler, search, harness)
+
+
+def check_guidance(sampler: SamplerConfig, classes: list[str] | None) -> None:
+    """Raise `ValueError` for guidance that a model with these `classes` cannot give; `AUTO` is any of them."""
+    if sampler.guidance_class == AUTO and classes:
+        sampler = sampler.replace(guidance_class=0)
+    sampler.class_index(classes)
+
+
+def token_search(value: Any) -> str | None:
+    """`value` as `"best_of_N"`, `"beam_N"`, or `None` for none; `UsageError` for anything else."""
+    if value is None or str(value).lower() == "none":
+        return None
+    if not re.fullmatch(r"(best_of|beam)_[1-9]\d*", str(value)):
+        raise UsageError(f"{SEARCH}={_shown(value)} must be best_of_N or beam_N with N of at least 1, or none.")
+    return str(value)
 
 
 def sampler_changes(values: dict[str, Any], keep_none: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -1,43 +1,52 @@
-"""Lets lm-eval 0.4.13, which looks model names up in a fixed table, find the model `l2d`.
+"""Lets lm-eval 0.4.13, which has no plugins, find the model `l2d` and our tasks by name.
 
 - `install`: puts a finder on `sys.meta_path`; called when this module is imported
 - `register`: adds the name `l2d` to the harness's registry; called after `lm_eval.models` has filled it
+- `add_tasks`: lets every `TaskManager` know our tasks; called after the harness has defined it
 
 A `.pth` file imports this module whenever Python starts, so only `sys` is imported here, and nothing happens before the
-harness itself imports `lm_eval.models`. Later releases discover the entry point `lm_eval.models` themselves; then
-nothing is registered here. To be dropped when such a release is the oldest one that we support.
+harness itself is imported. Later releases discover the entry point `lm_eval.models` themselves; then no model is
+registered here. To be dropped when such a release is the oldest one that we support.
 """
 
 import sys
 
 
-class ModelsFinder:
-    """Meta path finder that steps in once, when `lm_eval.models` is imported."""
+class HarnessFinder:
+    """Meta path finder that steps in when one of two modules of the harness is imported, and goes when both are."""
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
-        """Return the ordinary spec of `lm_eval.models`, executed with `register` after it; `None` for other names."""
-        if name != "lm_eval.models":
+        """The ordinary spec of a module in `AFTER`, executed with its function after it; `None` for other names."""
+        if name not in AFTER or name in sys.modules:
             return None
         sys.meta_path.remove(cls)
-        from importlib.util import find_spec
+        try:
+            from importlib.util import find_spec
 
-        spec = find_spec(name)
+            spec = find_spec(name)
+        finally:
+            sys.meta_path.insert(0, cls)
         if spec is not None and spec.loader is not None:
             execute = spec.loader.exec_module
 
-            def execute_and_register(module):
+            def execute_and_more(module):
                 execute(module)
-                register()
+                AFTER[name]()
+                if cls in sys.meta_path and all(known in sys.modules for known in AFTER):
+                    sys.meta_path.remove(cls)
 
-            spec.loader.exec_module = execute_and_register
+            spec.loader.exec_module = execute_and_more
         return spec
 
 
 def install() -> None:
-    """Put the finder first on `sys.meta_path`, unless it is there or the harness is loaded already."""
-    if ModelsFinder not in sys.meta_path and "lm_eval.models" not in sys.modules:
-        sys.meta_path.insert(0, ModelsFinder)
+    """Put the finder first on `sys.meta_path`, unless it is there; what is imported already is mended at once."""
+    for name, function in AFTER.items():
+        if name in sys.modules:
+            function()
+    if HarnessFinder not in sys.meta_path and not all(name in sys.modules for name in AFTER):
+        sys.meta_path.insert(0, HarnessFinder)
 
 
 def register() -> None:
@@ -48,4 +57,28 @@ def register() -> None:
         registry.model_registry.register("l2d", target="lm_eval_ext.model:L2DLM")
 
 
+def add_tasks() -> None:
+    """Make `TaskManager` look for tasks in `lm_eval_ext/tasks`, too, before the user's `--include_path`."""
+    import functools
+    import os
+
+    manager = getattr(sys.modules["lm_eval.tasks.manager"], "TaskManager", None)
+    init = getattr(manager, "__init__", None)
+    if manager is None or getattr(init, "knows_l2d", False):
+        return
+    ours = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tasks")
+
+    @functools.wraps(init)
+    def init_with_ours(self, *args, **kwargs):
+        given = kwargs.get("include_path")
+        given = list(given) if isinstance(given, (list, tuple)) else [given] if given else []
+        if len(args) < 2 and kwargs.get("include_defaults", True):  # the second positional one is the path
+            kwargs["include_path"] = [ours, *(path for path in given if os.path.abspath(path) != ours)]
+        init(self, *args, **kwargs)
+
+    init_with_ours.knows_l2d = True
+    manager.__init__ = init_with_ours
+
+
+AFTER = {"lm_eval.models": register, "lm_eval.tasks.manager": add_tasks}
 install()

@@ -1,14 +1,86 @@
-"""How much compute a run spent, for the results file.
+"""How much compute a run spent, in all and per request.
 
+- `Source`, `sources`: what the harness's requests belong to, with repeats counted and its padding marked
+- `RequestCost`: one line of a compute file
 - `RunRecord`: evaluations asked and computed, and rounds, per generated or scored token
+- `RunInfo`: the part of the results file that tells of this package, with the costs of all requests attached
 """
 
+import dataclasses
+import json
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+from lm_eval.api.instance import Instance
+from lm_eval.utils import handle_non_serializable, hash_string
+
 QUANTITIES = ("asked", "computed", "rounds")
 Rows = Iterable[list[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """One request as the harness handed it over.
+
+    Attributes:
+        instance: the request; the harness hands in the same object once per repeat.
+        repeat: which repeat of the instance this is, from 0.
+        padding: one of the copies by which the harness makes the lists of several processes equally long.
+    """
+
+    instance: Instance
+    repeat: int
+    padding: bool
+
+
+def sources(instances: list[Instance]) -> list[Source]:
+    """`Source` of each request, in their order."""
+    seen: Counter[int] = Counter()
+    found = []
+    for instance in instances:
+        repeat = seen[id(instance)]
+        seen[id(instance)] += 1
+        found.append(Source(instance, repeat, instance.repeats is not None and repeat >= instance.repeats))
+    return found
+
+
+@dataclasses.dataclass
+class RequestCost:
+    """What one request cost: a line of `compute_<task>_<time>.jsonl`.
+
+    `doc_hash` and `prompt_hash` are those of the harness's samples file. `request` numbers the requests of a document
+    (its choices), `repeat` its repeats. `solved_tokens` counts the tokens that were decided or scored, those of
+    rejected candidates of a token search included; `asked`, `computed` and `rounds` are sums over them. `seconds` is
+    the request's share of its batch's time, by solved tokens.
+    """
+
+    task: str | None
+    doc_id: int | None
+    doc_hash: str
+    prompt_hash: str
+    request: int
+    repeat: int
+    kind: str
+    generated_tokens: int
+    scored_tokens: int
+    solved_tokens: int
+    asked: int
+    computed: int
+    rounds: int
+    seconds: float
+
+    def line(self) -> str:
+        """JSON, with the means per solved token beside the sums."""
+        tokens = max(self.solved_tokens, 1)
+        means = {f"{name}_per_token": getattr(self, name) / tokens for name in QUANTITIES}
+        return json.dumps(dataclasses.asdict(self) | means)
+
+
+class RunInfo(dict):
+    """What `get_model_info` reports under `l2d`: plain values, and as an attribute the costs of all requests."""
+
+    requests: list[RequestCost]
 
 
 class RunRecord:
@@ -22,7 +94,10 @@ class RunRecord:
         self.generated_tokens = 0
         self.scored_tokens = 0
         self.capped_tokens = 0
+        self.seconds = 0.0
+        self.peak_memory_bytes = 0
         self.counts: dict[str, Counter[int]] = {name: Counter() for name in QUANTITIES}
+        self.requests: list[RequestCost] = []
 
     def add(self, asked: Rows, computed: Rows, rounds: Rows, generated: bool) -> None:
         """Add some tokens, generated or scored: one value of each quantity per token, in one list per row."""
@@ -35,13 +110,37 @@ class RunRecord:
         else:
             self.scored_tokens += self.tokens - before
 
+    def add_batch(
+        self,
+        batch: list[Source],
+        asked: list[list[int]],
+        computed: list[list[int]],
+        rounds: list[list[int]],
+        seconds: float,
+        answers: list[int] | None = None,
+    ) -> None:
+        """Add a batch of requests: one row of values per request, one value per token; the harness's padding is left
+        out. `answers`: tokens of each answer where texts were generated, `None` where continuations were scored."""
+        total = max(1, sum(map(len, asked)))
+        for number, source in enumerate(batch):
+            if source.padding:
+                continue
+            values = asked[number], computed[number], rounds[number]
+            self.add(*([row] for row in values), generated=answers is not None)
+            if answers is not None:  # the candidates that a token search rejects are solved, not generated
+                self.generated_tokens += answers[number] - len(values[0])
+            share = seconds * len(asked[number]) / total
+            self.seconds += share
+            self.requests.append(_cost(source, values, share, None if answers is None else answers[number]))
+
     def merge(self, other: "RunRecord") -> None:
-        """Add the tokens of `other`, for example another process's."""
-        self.generated_tokens += other.generated_tokens
-        self.scored_tokens += other.scored_tokens
-        self.capped_tokens += other.capped_tokens
+        """Add the tokens of `other`, another process's. Seconds add up: tokens per second are per process."""
+        for name in ("generated_tokens", "scored_tokens", "capped_tokens", "seconds"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.peak_memory_bytes = max(self.peak_memory_bytes, other.peak_memory_bytes)
         for name in QUANTITIES:
             self.counts[name].update(other.counts[name])
+        self.requests += other.requests
 
     @property
     def tokens(self) -> int:
@@ -50,8 +149,31 @@ class RunRecord:
 
     def summary(self) -> dict[str, Any]:
         """Totals as plain values: token counts, and mean, median, 95th percentile and maximum of each quantity."""
-        totals = {name: getattr(self, name) for name in ("generated_tokens", "scored_tokens", "capped_tokens")}
+        names = ("generated_tokens", "scored_tokens", "capped_tokens", "seconds", "peak_memory_bytes")
+        totals = {name: getattr(self, name) for name in names}
+        totals["solved_tokens"] = self.tokens
+        answered = self.generated_tokens + self.scored_tokens
+        totals["tokens_per_second"] = answered / self.seconds if self.seconds else None
         return totals | {f"{name}_per_token": _statistics(self.counts[name]) for name in QUANTITIES}
+
+
+def _cost(source: Source, values: tuple[list[int], ...], seconds: float, answer: int | None) -> RequestCost:
+    instance, tokens = source.instance, len(values[0])
+    document = json.dumps(instance.doc, indent=2, default=handle_non_serializable, ensure_ascii=False)
+    return RequestCost(
+        task=instance.task_name,
+        doc_id=instance.doc_id,
+        doc_hash=hash_string(document),
+        prompt_hash=hash_string(instance.args[0]),
+        request=instance.idx,
+        repeat=source.repeat,
+        kind=instance.request_type,
+        generated_tokens=answer or 0,
+        scored_tokens=tokens if answer is None else 0,
+        solved_tokens=tokens,
+        **{name: sum(row) for name, row in zip(QUANTITIES, values, strict=True)},
+        seconds=seconds,
+    )
 
 
 def _statistics(counts: Counter[int]) -> dict[str, float] | None:

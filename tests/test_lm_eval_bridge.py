@@ -29,9 +29,22 @@ def test_bridge_registers_a_placeholder_and_keeps_the_others():
         "import sys, lm_eval_ext.bridge, lm_eval.models\n"
         "from lm_eval.api.registry import model_registry\n"
         "print(dict(model_registry.items())['l2d'], 'hf' in model_registry, 'lm_eval_ext.model' in sys.modules)\n"
-        "print(lm_eval_ext.bridge.ModelsFinder in sys.meta_path)\n"
+        "import lm_eval.tasks\n"
+        "print(lm_eval_ext.bridge.HarnessFinder in sys.meta_path)\n"
     )
     assert lines == ["lm_eval_ext.model:L2DLM True False", "False"]
+
+
+def test_our_tasks_are_found_by_name_without_include_path():
+    lines = run(
+        "import lm_eval_ext.bridge\n"
+        "from lm_eval.tasks import TaskManager\n"
+        "from tests.integration.harness import TASKS\n"
+        "known = TaskManager(include_path=str(TASKS)).all_tasks\n"
+        "print(*(name in known for name in ('l2d_paper', 'l2d_demo_products', 'gsm8k', 'l2d_test_choice')))\n"
+        "print(len(TaskManager(include_defaults=False).all_tasks))\n"
+    )
+    assert lines == ["True True True True", "0"]
 
 
 def test_placeholder_resolves_to_the_class():
@@ -59,9 +72,9 @@ def test_installing_twice_or_late_is_harmless():
     lines = run(
         "import sys, lm_eval_ext.bridge as bridge\n"
         "bridge.install()\n"
-        "print(sys.meta_path.count(bridge.ModelsFinder))\n"
-        "import lm_eval.models\n"
+        "print(sys.meta_path.count(bridge.HarnessFinder))\n"
+        "import lm_eval.models, lm_eval.tasks\n"
         "bridge.install()\n"
-        "print(sys.meta_path.count(bridge.ModelsFinder))\n"
+        "print(sys.meta_path.count(bridge.HarnessFinder))\n"
     )
     assert lines == ["1", "0"]

@@ -3,6 +3,7 @@
 Run: `python -m pytest tests/test_lm_eval_model.py`
 """
 
+import dataclasses
 import random
 import shutil
 
@@ -11,12 +12,16 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
+from lm_eval.utils import hash_string
 from safetensors.torch import load_file, save_file
 
 from l2d import L2DForCausalLM
 from l2d.noise import request_key
 from lm_eval_ext.arguments import UsageError
+from lm_eval_ext.generation_requests import make_jobs
 from lm_eval_ext.model import L2DLM
+from lm_eval_ext.record import RunRecord, sources
+from lm_eval_ext.token_search import beam_search
 
 PROMPTS = ["Question: how many?", "The cat", "Natalia sold 48 clips in April and", "def add(a", "a", "0 1 2 3"]
 CHOICES = [" yes", " no", "1", " 24 clips"]
@@ -161,6 +166,13 @@ def test_text_stops_save_the_rest_of_the_row(l2d_dir, lm):
     fresh = L2DLM(pretrained=str(l2d_dir), device="cpu", batch_size=4)
     fresh.generate_until(generation(["The cat"], max_gen_toks=40, until=[long[1:3]]))
     assert fresh.run_record.generated_tokens < 10
+    fresh.run_record = RunRecord()
+    texts = fresh.generate_until(generation(PROMPTS, max_gen_toks=40, until=["e"]))  # some rows end, others go on
+    spent = {cost.prompt_hash: cost.solved_tokens for cost in fresh.run_record.requests}
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        (whole,) = lm().generate_until(generation([prompt], max_gen_toks=40, until=[]))
+        assert whole.startswith(text)
+        assert (spent[hash_string(prompt)] < 40) == (text != whole or len(whole) < 40)
 
 
 def test_all_end_tokens_end_a_row(l2d_dir, tokenizer):
@@ -226,6 +238,12 @@ def test_adaptive_solver_reports_what_it_chose(l2d_dir):
     fresh.generate_until(generation(PROMPTS[:2], max_gen_toks=3))
     summary = fresh.get_model_info()["l2d"]
     assert 1 < summary["asked_per_token"]["mean"] <= summary["asked_per_token"]["max"]
+    few = dict(solver="bosh3", max_evaluations=6)
+    for search in ("none", "beam_2", "best_of_2"):
+        capped = L2DLM(pretrained=str(l2d_dir), device="cpu", token_search=search, **few)
+        capped.generate_until(generation(PROMPTS[:2], max_gen_toks=3))
+        summary_of_search = capped.get_model_info()["l2d"]
+        assert 0 < summary_of_search["capped_tokens"] <= summary_of_search["solved_tokens"]
     assert summary["generated_tokens"] <= 6
     assert summary["capped_tokens"] <= summary["generated_tokens"]
 
@@ -267,15 +285,140 @@ def test_response_cache_belongs_to_its_settings(l2d_dir, base_dir, tmp_path):
         return L2DLM(pretrained=str(l2d_dir), device="cpu", **arguments)
 
     first = answers(ours(diffusion_budget=15), "a.db")
-    again = ours(diffusion_budget=15, batch_size=3, speculation=False)
+    again = ours(diffusion_budget=15, batch_size=3, speculation=False, draft_tokens=2)
     assert answers(again, "a.db") == first
     assert again.run_record.generated_tokens == 0  # nothing was computed
-    for arguments in (dict(diffusion_budget=1), dict(diffusion_budget=15, seed=1), dict(max_length=64)):
+    for arguments in (dict(diffusion_budget=1), dict(seed=1), dict(max_length=64), dict(token_search="beam_2")):
         with pytest.raises(UsageError, match="made with other settings"):
             answers(ours(**arguments), "a.db")
     answers(HFLM(pretrained=str(base_dir), device="cpu"), "b.db")
     with pytest.raises(UsageError, match="another model's answers"):
         answers(ours(), "b.db")
+
+
+def test_repeats_and_the_response_cache(l2d_dir, tmp_path):
+    repeated = Instance("generate_until", {}, ("a", {"until": [], "max_gen_toks": 3}), 0, ("task", 0, 2))
+    cached = CachingLM(L2DLM(pretrained=str(l2d_dir), device="cpu"), str(tmp_path / "c.db"))
+    with pytest.raises(UsageError, match="--use_cache keeps one answer per prompt, and task 'task' asks for 2"):
+        cached.generate_until([repeated] * 2)
+    repeated.arguments[1].update(do_sample=True, temperature=1.0)
+    first = cached.generate_until([repeated] * 2)
+    assert cached.generate_until([repeated] * 2) == first  # the harness does not cache samples; ours are reproducible
+
+
+def test_every_request_has_its_cost(l2d_dir):
+    fresh = L2DLM(pretrained=str(l2d_dir), device="cpu", batch_size=4)
+    for budget in (15, 1):
+        fresh.sampler, fresh.run_record = fresh.sampler.replace(budget=budget), RunRecord()
+        fresh.generate_until(generation(PROMPTS, until=[]))
+        fresh.loglikelihood(choices(PROMPTS[:2]))
+        fresh.loglikelihood_rolling(rolling(PROMPTS[:2]))
+        costs = fresh.get_model_info()["l2d"].requests
+        kinds = [cost.kind for cost in costs]
+        assert [kinds.count(kind) for kind in ("generate_until", "loglikelihood", "loglikelihood_rolling")] == [6, 8, 2]
+        assert all(cost.asked == budget * cost.solved_tokens for cost in costs)
+        assert all(cost.solved_tokens == cost.generated_tokens + cost.scored_tokens for cost in costs)
+        generated = {cost.prompt_hash: cost.generated_tokens for cost in costs if cost.kind == "generate_until"}
+        assert set(generated) == set(map(hash_string, PROMPTS))
+        assert all(1 <= tokens <= 8 for tokens in generated.values())
+        summary = fresh.get_model_info()["l2d"]
+        assert summary["seconds"] == pytest.approx(sum(cost.seconds for cost in costs))
+        assert summary["tokens_per_second"] > 0
+        assert summary["peak_memory_bytes"] > 1e7
+
+
+# ---- token search -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("budget", "drafts"), [(1, 0), (7, 0), (7, 3)])
+def test_likelihood_is_that_of_scoring(lm, tokenizer, budget, drafts):
+    ours, tokens = lm(diffusion_budget=budget, draft_tokens=drafts), tokenizer(PROMPTS[2])["input_ids"]
+    (job,) = make_jobs(
+        sources(generation(PROMPTS[2:3], token_search="best_of_2", top_k=20)),
+        ours._parse_generation, ours._guidance, ours._encode_prompt, lambda claims: claims,
+    )  # fmt: skip
+    sampled = dataclasses.replace(job.settings, options={"do_sample": True, "temperature": 0.7, "top_k": 20})
+    (candidate,) = ours._decode([job], sampled, 0)
+    ids = torch.tensor([tokens + candidate.tokens])
+    mask = torch.arange(ids.shape[1])[None] >= len(tokens)
+    scored = ours.model.score(ids, continuation_mask=mask, sampler=job.settings.sampler, request_keys=[job.key])
+    assert candidate.likelihood == pytest.approx(float(scored.logprobs.sum()), abs=1e-3)
+
+
+@pytest.mark.parametrize("budget", [1, 7])
+def test_best_of_n_takes_the_likeliest_sample(lm, budget):
+    ours = lm(diffusion_budget=budget)
+    plain = ours.generate_until(generation(PROMPTS, do_sample=True, temperature=1.0))
+    one = ours.generate_until(generation(PROMPTS, token_search="best_of_1"))
+    assert one == plain
+    many = ours.generate_until(generation(PROMPTS, token_search="best_of_6"))
+    assert many != one
+    other = lm(1, diffusion_budget=budget, draft_tokens=2)
+    assert other.generate_until(generation(PROMPTS, token_search="best_of_6")) == many
+
+
+@pytest.mark.parametrize("budget", [1, 7])
+def test_beam_of_one_is_greedy_and_more_are_likelier(lm, budget):
+    ours = lm(diffusion_budget=budget)
+    greedy = ours.generate_until(generation(PROMPTS))
+    assert ours.generate_until(generation(PROMPTS, token_search="beam_1")) == greedy
+    many = ours.generate_until(generation(PROMPTS, token_search="beam_4"))
+    assert lm(1, diffusion_budget=budget).generate_until(generation(PROMPTS, token_search="beam_4")) == many
+    assert many != greedy
+
+
+def test_beam_search_with_the_base_is_that_of_transformers(lm, tokenizer):
+    model = lm().model
+    prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    ends = [2, 17]
+    ours = beam_search(
+        model, prompts, [b"x"] * len(prompts), model.sampler({"budget": 1}), 3, 12, ends, lambda tokens: False, 0
+    )
+    for prompt, found in zip(prompts, ours, strict=True):
+        wanted = model.base.generate(
+            torch.tensor([prompt]), num_beams=3, early_stopping=True, max_new_tokens=12, eos_token_id=ends,
+            pad_token_id=0, do_sample=False,
+        )  # fmt: skip
+        assert found.tokens == wanted[0, len(prompt) :].tolist()
+
+
+def test_search_is_recorded(l2d_dir):
+    fresh = L2DLM(pretrained=str(l2d_dir), device="cpu", token_search="best_of_3", batch_size=8)
+    fresh.generate_until(generation(PROMPTS[:2], until=[], max_gen_toks=4))
+    costs = fresh.get_model_info()["l2d"].requests
+    assert all(cost.solved_tokens > cost.generated_tokens for cost in costs)
+    summary = fresh.get_model_info()["l2d"]
+    assert summary["token_search"] == "best_of_3"
+    assert summary["generated_tokens"] == sum(cost.generated_tokens for cost in costs)
+    assert summary["solved_tokens"] == sum(cost.solved_tokens for cost in costs)
+
+
+# ---- guidance by task -------------------------------------------------------------------------------------------
+
+
+def test_automatic_class_is_the_class_given_by_name(make_l2d, base_dir, lm):
+    folder = make_l2d(base_dir, "lora", ["math", "coding"])
+
+    def of_tasks(requests):
+        for number, request in enumerate(requests):
+            request.task_name = ("gsm8k", "mbpp")[number % 2]
+        return requests
+
+    auto, math, coding = (lm(folder=folder, guidance_class=c, guidance_scale=3.0) for c in ("auto", "math", "coding"))
+    for method, requests in [
+        ("generate_until", lambda: of_tasks(generation(PROMPTS))),
+        ("loglikelihood", lambda: of_tasks(choices(PROMPTS))),
+        ("loglikelihood_rolling", lambda: of_tasks(rolling(PROMPTS))),
+    ]:
+        mixed, first, second = (getattr(model, method)(requests()) for model in (auto, math, coding))
+        wanted = [(first, second)[number % 2][number] for number in range(len(mixed))]
+        flat = [numbers if method == "generate_until" else list(map(float, torch.tensor(numbers).flatten()))
+                for numbers in (mixed, wanted)]  # fmt: skip
+        assert flat[0] == (flat[1] if method == "generate_until" else pytest.approx(flat[1], abs=1e-4))
+        assert first != second
+    assert auto.get_model_info()["l2d"]["sampler"]["guidance_class"] == "auto"
+    with pytest.raises(UsageError, match="has no class for task 'tea'"):
+        auto.generate_until([Instance("generate_until", {}, ("a", {"until": []}), 0, ("tea", 0, 1))])
 
 
 # ---- loading ----------------------------------------------------------------------------------------------------

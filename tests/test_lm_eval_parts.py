@@ -3,15 +3,21 @@
 Run: `python -m pytest tests/test_lm_eval_parts.py`
 """
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lm_eval.api.instance import Instance
 
 from l2d.sampler_config import SamplerConfig
+from lm_eval_ext.argument_table import help_text, markdown, rows
+from lm_eval_ext.arguments import ARGUMENTS, UsageError, token_search
 from lm_eval_ext.generation_requests import batches, make_jobs, parse_generation
-from lm_eval_ext.record import QUANTITIES, RunRecord
+from lm_eval_ext.guidance import class_of_task
+from lm_eval_ext.record import QUANTITIES, RunRecord, sources
 from lm_eval_ext.stopping import TextStop, after_last
 from tests.conftest import train_tokenizer
 
@@ -75,12 +81,16 @@ def test_an_empty_record_has_no_statistics():
     assert RunRecord().summary()["asked_per_token"] is None
 
 
-def jobs_for(requests):
-    """Jobs whose tokens are the prompt's characters."""
+def jobs_for(requests, docs=None, gather=lambda claims: claims):
+    """Jobs whose tokens are the prompt's characters; `docs` are document numbers, by default those of the list."""
+    numbers = docs or range(len(requests))
+    instances = [Instance("generate_until", {}, r, 0, ("task", n, 1)) for r, n in zip(requests, numbers, strict=True)]
     return make_jobs(
-        requests,
-        lambda kwargs: parse_generation(kwargs, SamplerConfig(), None, 256, "</s>"),
+        sources(instances),
+        lambda kwargs, _: parse_generation(kwargs, SamplerConfig(), None, 256, "</s>"),
+        lambda _: None,
         lambda text, _: [ord(character) for character in text],
+        gather,
     )
 
 
@@ -96,7 +106,30 @@ def test_keys_tell_equal_requests_apart_and_ignore_the_others():
     keys = [job.key for job in jobs_for(requests)]
     assert len({keys[0], keys[1], keys[2]}) == 3
     assert keys[3] == keys[0]  # another budget, the same noise
-    assert [job.key for job in jobs_for(requests[2:] + requests[:2])] == keys[2:] + keys[:2]
+    shuffled = jobs_for([requests[i] for i in (1, 3, 0, 2)], docs=[1, 3, 0, 2])
+    assert [job.key for job in shuffled] == [keys[i] for i in (1, 3, 0, 2)]
+
+
+def test_equal_requests_on_two_processes_have_the_keys_of_one():
+    requests = [("b", {}), ("a", {}), ("a", {}), ("b", {}), ("a", {}), ("a", {})]
+    keys, claims = [job.key for job in jobs_for(requests)], []
+    parts = [[0, 2, 4], [1, 3, 5]]
+    for part in parts:  # what each process would send to the others
+        jobs_for([requests[i] for i in part], part, lambda own: claims.extend(own) or own)
+    for part in parts:
+        own = jobs_for([requests[i] for i in part], part, lambda _: list(claims))
+        assert [job.key for job in own] == [keys[i] for i in part]
+
+
+def test_repeats_and_padding_of_the_harness():
+    first, second = (Instance("generate_until", {}, ("a", {}), 0, ("task", n, 2)) for n in (0, 1))
+    found = sources([first, first, second, second, second, second])
+    assert [(source.repeat, source.padding) for source in found][2:] == [(0, False), (1, False), (2, True), (3, True)]
+    record = RunRecord()
+    ones = [[1]] * len(found)
+    record.add_batch(found, ones, ones, ones, seconds=3.0, answers=[1] * len(found))
+    assert record.generated_tokens == len(record.requests) == 4
+    assert json.loads(record.requests[3].line())["repeat"] == 1
 
 
 def test_generation_settings():
@@ -110,3 +143,51 @@ def test_generation_settings():
     assert greedy.options == {"do_sample": False}
     assert greedy.stops == []
     assert greedy.max_tokens == 256
+
+
+def test_search_among_the_generation_settings():
+    beam = {"token_search": "beam_3", "do_sample": False}
+    assert parse_generation(beam, SamplerConfig(), None, 256, None).search == "beam_3"
+    assert parse_generation({}, SamplerConfig(), None, 256, None, "best_of_2").search == "best_of_2"
+    assert parse_generation({"token_search": "none"}, SamplerConfig(), None, 256, None, "best_of_2").search is None
+    with pytest.raises(UsageError, match="token_search=beam_3 takes no do_sample, temperature"):
+        parse_generation({**beam, "do_sample": True, "temperature": 0.5}, SamplerConfig(), None, 256, None)
+    for bad in ("beam", "beam_0", "best_of_two", "beam_1.5", 3):
+        with pytest.raises(UsageError, match="must be best_of_N or beam_N"):
+            token_search(bad)
+
+
+@pytest.mark.parametrize(
+    ("task", "doc", "name"),
+    [
+        ("gsm8k_cot", {}, "math"),
+        ("hendrycks_math_algebra", {}, "math"),
+        ("l2d_paper_math_greedy", {}, "math"),
+        ("humaneval_instruct", {}, "coding"),
+        ("mbpp", {}, "coding"),
+        ("mmlu_anatomy", {}, "general_qa"),
+        ("mmlu_high_school_statistics_generative", {}, "math"),
+        ("mmlu_college_computer_science", {"subject": "college_computer_science"}, "coding"),
+        ("l2d_paper_mmlu", {"subject": "abstract_algebra"}, "math"),
+        ("l2d_paper_mmlu_pro", {"category": "computer science"}, "coding"),
+        ("l2d_paper_mmlu_pro", {"category": "law"}, "general_qa"),
+        ("mmlu_pro_math", {}, "math"),
+        ("arc_easy", {}, "general_qa"),
+    ],
+)
+def test_class_of_a_task(task, doc, name):
+    assert class_of_task(task, doc, ["coding", "general_qa", "math"]) == name
+
+
+def test_class_of_an_unknown_task():
+    with pytest.raises(UsageError, match="guidance_class=auto has no class for task .tea."):
+        class_of_task("tea", {}, ["math"])
+    with pytest.raises(UsageError, match="has the class 'coding', which this model does not have, for task 'mbpp'"):
+        class_of_task("mbpp", {}, ["math"])
+
+
+def test_every_argument_is_in_the_table():
+    table = rows()
+    assert tuple(row.name for row in table) == ARGUMENTS
+    assert all(row.allowed and row.default and row.meaning for row in table)
+    assert all(row.name in help_text() and f"| `{row.name}` |" in markdown() for row in table)

@@ -89,7 +89,15 @@ REFUSED = {
     "loss type": ({"loss_type": "dft"}, "loss_type=dft"),
     "neftune": ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0"),
     "offloading": ({"activation_offloading": True}, "activation_offloading=True"),
-    "packing": ({"packing": True, "max_length": 64}, "packing=True"),
+    "packing without length": ({"packing": True}, "packing=True fills rows up to max_length"),
+    "packing strategy": ({"packing": True, "max_length": 64, "packing_strategy": "wrapped"}, "choose bfd"),
+    "packing with classes": (
+        {"packing": True, "max_length": 64, "guidance_classes": ["math"], "guidance_class": "math"}, "padding_free"
+    ),
+    "eval packing": ({"eval_packing": True}, "eval_packing=True"),
+    "budget": ({"eval_budgets": [3, 4], "eval_holdout": 2}, "budget"),
+    "budgets without data": ({"eval_budgets": [3]}, "need evaluation data"),
+    "budgets of a baseline": ({"method": "full_sft", "eval_budgets": [3], "eval_holdout": 2}, "eval_budgets would"),
     "model_init_kwargs": ({"model_init_kwargs": {"a": 1}}, "model_init_kwargs would be ignored"),
     "rank of full": ({"lora_rank": 8}, "lora_rank would be ignored by variant full"),
     "l2d options of a baseline": ({"method": "full_sft", "draws": 4}, "draws would be ignored by method full_sft"),

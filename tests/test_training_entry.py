@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+import transformers
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -54,6 +55,54 @@ def test_l2d(recipe, tmp_path, base_dir, capsys, variant):
     assert str(base_dir) in (out / "README.md").read_text()
 
 
+@pytest.mark.parametrize("how", ["packing", "padding_free", "torch_compile"])
+def test_other_ways_to_run(recipe, tmp_path, how):
+    """Each trains and evaluates; compiled (without a compiler behind it) the weights are the same."""
+    more = {"packing": {"packing": True, "max_length": 64}, "padding_free": {"padding_free": True}}.get(how)
+    more = more or {"torch_compile": True, "torch_compile_backend": "eager"}
+    train_here(recipe(eval_holdout=4, **more))
+    assert json.loads((tmp_path / "out" / "all_results.json").read_text())["eval_loss"] > 0
+    if how == "torch_compile":
+        train_here(recipe(eval_holdout=4), "--output_dir", str(tmp_path / "plain"))
+        for name, tensor in weights(tmp_path / "plain").items():
+            torch.testing.assert_close(weights(tmp_path / "out")[name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_and_card(recipe, tmp_path, base_dir):
+    """Responses during training beside the true ones; the card names base, data, recipe, metrics and versions."""
+    out = tmp_path / "out"
+    more = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 3, "eval_budgets": [3], "eval_budget_examples": 2}
+    train_here(recipe(eval_holdout=4, eval_samples=2, eval_sample_tokens=5, **more))
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 2, 3, 3]
+    assert all({"prompt", "response", "budget 1", "budget 3"} <= line.keys() for line in lines)
+    assert lines[0]["response"].endswith("</s>") and lines[0]["prompt"].endswith("Answer:")
+    assert "eval_accuracy_budget_3" in json.loads((out / "eval_results.json").read_text())
+    card = (out / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    assert header["library_name"] == "transformers" and "base_model" not in header  # a folder is nobody else's base
+    versions = f"transformers {transformers.__version__}"
+    assert "eval_accuracy_budget_3" in card and "max_steps: 3" in card and versions in card
+
+
+def test_push_to_hub_sends_the_finished_folder(recipe, tmp_path, monkeypatch):
+    """Once, when model, tokenizer, recipe and card are there; checkpoints stay at home."""
+    from training.trainer import L2DTrainer
+
+    sent = []
+
+    def push(self, *args, **kwargs):
+        sent.append({path.name for path in (tmp_path / "out").iterdir()})
+
+    monkeypatch.setattr(L2DTrainer, "init_hf_repo", lambda self, *args, **kwargs: None)
+    monkeypatch.setattr(L2DTrainer, "push_to_hub", push)
+    train_here(recipe(push_to_hub=True, hub_model_id="someone/model", report_to="none"))
+    whole = {"model.safetensors", "config.json", "tokenizer.json", "recipe.yaml", "README.md"}
+    assert len(sent) == 1 and whole <= sent[0]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'from_pretrained("someone/model")' in card
+
+
 def test_recipe_that_was_saved_repeats_the_run(recipe, tmp_path):
     train_here(recipe(), "--learning_rate", "0.01")
     train_here(tmp_path / "out" / "recipe.yaml", "--output_dir", str(tmp_path / "again"))
@@ -84,6 +133,53 @@ def test_full_baseline_is_a_plain_checkpoint(recipe, tmp_path, base_dir):
     assert tuned.config.architectures == base.config.architectures and tuned.dtype == torch.float32
     assert not any(torch.equal(p, q) for p, q in zip(tuned.parameters(), base.parameters(), strict=True))
     assert AutoTokenizer.from_pretrained(tmp_path / "out").eos_token == "</s>"
+
+
+BASES = {
+    "llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": 8}, "smollm3": {"no_rope_layer_interval": 2},
+    "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8}, "olmo2": {}, "phi3": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", BASES)
+def test_every_base_from_training_to_text(recipe, tmp_path, make_base, family):
+    """Train, save, load, generate; a trained path changes something, and budget 1 is the base."""
+    base = make_base(family, **BASES[family])
+    train_here(recipe(base=base, variant="lora", lora_rank=2, learning_rate=0.05, max_steps=4))
+    model = L2DForCausalLM.from_pretrained(tmp_path / "out")
+    fresh = L2DForCausalLM.from_base(str(base), model.config)
+    start = dict(fresh.trained_parameters())
+    assert all(
+        not torch.equal(p, start[name]) for name, p in model.trained_parameters() if "lora_B" in name or "bias" in name
+        and "output_modulation.2" not in name
+    )  # fmt: skip
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompts = tokenizer("Question: 3 and 21?\nAnswer:", return_tensors="pt")["input_ids"]
+    plain = AutoModelForCausalLM.from_pretrained(base).generate(prompts, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(prompts, max_new_tokens=4, sampler={"budget": 1}), plain)
+    assert model.generate(prompts, max_new_tokens=4, sampler={"budget": 3}).shape[1] > prompts.shape[1]
+
+
+def test_unsupported_base_is_refused_by_name(recipe, make_base, capsys):
+    base = make_base("gpt2", n_embd=32, n_head=4, n_layer=2)
+    assert "'gpt2' is not supported" in refused(capsys, recipe(base=base))
+
+
+@pytest.mark.parametrize("method", ["lora_sft", "full_sft"])
+def test_baselines_evaluate_as_plain_models(recipe, tmp_path, method):
+    """lm-eval's own `hf` model loads the checkpoint and scores with the finetuned weights."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    train_here(recipe(method=method, learning_rate=0.01))
+    harness = HFLM(pretrained=str(tmp_path / "out"), device="cpu", dtype="float32", batch_size=1)
+    request = Instance("loglikelihood", {}, ("Question: 3 and 21?\nAnswer:", " 24"), 0)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = tokenizer("Question: 3 and 21?\nAnswer: 24", return_tensors="pt")["input_ids"]
+    count = len(tokenizer(" 24", add_special_tokens=False)["input_ids"])
+    chosen = model(ids).logits[0, -count - 1 : -1].log_softmax(-1).gather(1, ids[0, -count:, None])
+    assert harness.loglikelihood([request])[0][0] == pytest.approx(chosen.sum().item(), abs=1e-4)
 
 
 def refused(capsys, recipe, *options) -> str:

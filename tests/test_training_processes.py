@@ -1,12 +1,15 @@
 """Two processes over gloo equal one. `python -m pytest tests/test_training_processes.py`"""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from tests.training_runs import (
+    REPOSITORY,
     SMALL,
+    _run,
     launch_two,
     logged,
     same_bits,
@@ -17,6 +20,7 @@ from tests.training_runs import (
     write_recipe,
 )
 
+CONFIGS = REPOSITORY / "training" / "accelerate_configs"
 SAME_NOISE = """
 import sys
 from training.train import main
@@ -45,7 +49,7 @@ def test_two_processes_equal_one(tmp_path, settings, monkeypatch):
         "gradient_accumulation_steps": 2,
         "output_dir": tmp_path / "two",
     }
-    two |= {"per_device_eval_batch_size": 2}
+    two |= {"per_device_eval_batch_size": 2, "max_queries": 7}
     done = launch_two(["--config", str(write_recipe(tmp_path / "two.yaml", **two))], script=script)
     assert done.returncode == 0, done.stderr[-3000:]
     monkeypatch.setattr(L2DTrainer, "_draw", lambda self, inputs, index, targets: self.evaluation_queries(inputs))
@@ -74,3 +78,71 @@ def test_resume_with_two_processes(tmp_path, settings):
     assert same_bits(whole, weights(tmp_path / "out")) and losses == logged(tmp_path / "out")
     refused = launch_two(["--config", str(path)])
     assert refused.returncode != 0 and refused.stderr.count("error: output_dir=") == 1
+
+
+SHARDED = """
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM
+from l2d import L2DConfig, L2DForCausalLM
+from l2d.diffusion_path import NoisedTargets
+from tests.conftest import SIZES, randomise_path
+from training.trainer import split_queries
+
+dist.init_process_group("gloo")
+
+def make(variant):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES, vocab_size=99), dtype=torch.bfloat16)
+    small = dict(diffusion_dim=8, input_width=8, conditioning_width=8, frequency_width=8, lora_rank=2, noise_std=2.0)
+    model = L2DForCausalLM.from_base(base, L2DConfig(variant=variant, **small))
+    randomise_path(model)
+    return model.train()
+
+torch.manual_seed(1 + dist.get_rank())
+ids = torch.randint(3, 99, (2, 10))
+index = torch.tensor([[3, 4, 5], [6, 7, -1]])
+queries = NoisedTargets(index, torch.randint(3, 99, (2, 3)), torch.rand(2, 2, 3), torch.randn(2, 2, 3, 8))
+for variant in ("lora", "full"):
+    sharded, whole = make(variant), make(variant)
+    fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=False)
+    for model in (sharded, whole):
+        state = None
+        for piece in split_queries(queries, 5):
+            output = model(ids, queries=piece, state=state)
+            output.nll.sum().backward()
+            state = output.state
+    saved = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    for name, parameter in whole.trained_parameters():
+        dist.all_reduce(parameter.grad)
+        found = sharded.get_parameter(name).grad.full_tensor()
+        torch.testing.assert_close(found, parameter.grad / 2, rtol=1e-5, atol=1e-6)
+        assert dist.get_rank() or torch.equal(saved[name], parameter), name
+    if dist.get_rank() == 0:
+        print("equal", variant, flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_gradients_are_the_whole_models(tmp_path):
+    """FSDP2 over the whole model as one unit, as `fsdp2.yaml` has it, in two CPU processes, in pieces of queries."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = _run([*launcher, str(script)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "equal lora\nequal full\n" in done.stdout
+
+
+def test_accelerate_configs_are_readable():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    found = {path.stem: load_config_from_file(str(path)) for path in CONFIGS.glob("*.yaml")}
+    kinds = {name: str(config.distributed_type).split(".")[-1] for name, config in found.items()}
+    assert kinds == {
+        "single": "NO", "cpu_2": "MULTI_GPU", "ddp": "MULTI_GPU", "multi_node": "MULTI_GPU", "fsdp2": "FSDP",
+        "fsdp2_baselines": "FSDP", "deepspeed_zero2": "DEEPSPEED", "deepspeed_zero3": "DEEPSPEED",
+    }  # fmt: skip

@@ -1,10 +1,13 @@
 """A killed run that is resumed equals an unbroken one, bit for bit. `python -m pytest tests/test_training_resume.py`"""
 
+import json
+
 import pytest
 import torch
 
 from tests.training_runs import (
     BASELINE,
+    INTERRUPTED,
     SMALL,
     logged,
     same_bits,
@@ -15,22 +18,6 @@ from tests.training_runs import (
     write_jsonl,
     write_recipe,
 )
-
-KILLED = """
-import os, signal, sys
-import torch
-from transformers import TrainerCallback
-from training import train
-
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == int(os.environ["KILL_AT"]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-run = train.run
-train.run = lambda trainer, job: (trainer.add_callback(Kill()), run(trainer, job))
-train.main(sys.argv[1:])
-"""
 
 
 @pytest.fixture
@@ -52,19 +39,56 @@ def settings(tmp_path, base_dir):
 
 
 def test_killed_and_resumed(tmp_path, settings):
-    """SIGKILL between checkpoints, in the second epoch; then `auto`."""
+    """SIGKILL between checkpoints, in the second epoch, and while one is written; then `auto`."""
     settings = {**SMALL, "draws": 2, **settings}
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train_here(write_recipe(tmp_path / "whole.yaml", output_dir=whole, **settings))
     path = write_recipe(tmp_path / "broken.yaml", output_dir=broken, **settings)
-    killed = train_in_process(["--config", str(path)], code=KILLED, env={"KILL_AT": "8"})
+    arguments = ["--config", str(path), "--resume_from_checkpoint", "auto"]
+    killed = train_in_process(arguments, code=INTERRUPTED, env={"SIGNAL_AT": "3", "SIGNAL_WHERE": "saving"})
     assert killed.returncode == -9, killed.stderr[-2000:]
-    assert sorted(folder.name for folder in broken.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
-    train_here(path, "--resume_from_checkpoint", "auto")
+    assert [folder.name for folder in broken.glob("*checkpoint-*")] == ["unfinished-checkpoint-3"]
+    killed = train_in_process(arguments, code=INTERRUPTED, env={"SIGNAL_AT": "8"})
+    assert killed.returncode == -9, killed.stderr[-2000:]
+    assert sorted(folder.name for folder in broken.glob("*checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    train_here(*[path, *arguments[2:]])
     assert same_bits(weights(whole), weights(broken))
     assert same_bits(weights(whole / "checkpoint-9"), weights(broken / "checkpoint-9"))
     assert logged(whole) == logged(broken) and len(logged(whole)) == 12
     assert logged(whole, "eval_loss") == logged(broken, "eval_loss")
+
+
+@pytest.mark.parametrize("method", ["l2d", "full_sft"])
+def test_sigterm_saves_and_ends(tmp_path, settings, method):
+    """Exit status 0, a checkpoint between two log lines, no final model; resumed, the curve is the unbroken one's."""
+    settings = {**(SMALL if method == "l2d" else BASELINE), **settings, "method": method}
+    settings |= {"save_steps": 100, "logging_steps": 3, "eval_strategy": "no"}
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    train_here(write_recipe(tmp_path / "whole.yaml", output_dir=whole, **settings))
+    path = write_recipe(tmp_path / "broken.yaml", output_dir=broken, **settings)
+    ended = train_in_process(["--config", str(path)], code=INTERRUPTED, env={"SIGNAL_AT": "5", "SIGNAL": "TERM"})
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert "stopped by SIGTERM after step 5 of 12" in ended.stdout and "Traceback" not in ended.stderr
+    assert (broken / "checkpoint-5").is_dir() and not (broken / "model.safetensors").exists()
+    train_here(path, "--resume_from_checkpoint", "auto")
+    assert same_bits(weights(whole), weights(broken))
+    for name in ("loss", "accuracy", "mean_token_accuracy", "loss_t_0.00_0.25"):
+        assert logged(whole, name) == logged(broken, name)
+    assert sorted(logged(whole)) == [3, 6, 9, 12]
+
+
+def test_best_and_limited_checkpoints(tmp_path, settings):
+    """The best checkpoint is kept beside the newest and becomes the final model; its place is recorded rightly."""
+    out = tmp_path / "out"
+    more = {"eval_steps": 3, "save_total_limit": 2, "load_best_model_at_end": True, "learning_rate": 0.5}
+    train_here(write_recipe(tmp_path / "recipe.yaml", output_dir=out, **SMALL | settings | more))
+    by_step = logged(out, "eval_loss")
+    best = min((loss, step) for step, loss in by_step.items())[1]
+    kept = sorted(int(folder.name.split("-")[1]) for folder in out.glob("checkpoint-*"))
+    assert kept == sorted({best, 12} if best != 12 else {9, 12})
+    assert same_bits(weights(out), weights(out / f"checkpoint-{best}"))
+    state = json.loads((out / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(out / f"checkpoint-{best}")
 
 
 @pytest.mark.parametrize("method", ["lora_sft", "full_sft"])

@@ -12,7 +12,15 @@ from tests.conftest import randomise_path
 from tests.training_runs import sums
 from training.config import L2DTrainingConfig
 from training.data import encode
-from training.trainer import L2DTrainer, keyed_generator, metrics_by_bin, response_positions, sums_by_bin
+from training.trainer import (
+    L2DTrainer,
+    classes_at,
+    keyed_generator,
+    metrics_by_bin,
+    response_positions,
+    split_queries,
+    sums_by_bin,
+)
 
 
 @pytest.fixture
@@ -102,6 +110,56 @@ def test_accumulation_changes_nothing(make_trainer):
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=2e-6)
     assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
+
+
+@pytest.mark.parametrize("most", [3, 17, 40, 1000])
+def test_pieces_change_nothing(make_trainer, most):
+    """However many queries go through the path at a time: the same loss, gradients and metrics."""
+    found = []
+    for limit in (10**6, most):
+        trainer = make_trainer(classes=["math"], draws=3, eval_draws=3, max_queries=limit)
+        fix_noise(trainer)
+        trainer.model.zero_grad()
+        batch = batch_of(trainer, range(4))
+        loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(30))
+        loss.backward()
+        gradient = {name: p.grad.clone() for name, p in trainer.model.trained_parameters()}
+        found.append((loss.detach(), gradient, trainer._sums.clone()))
+    pieces = split_queries(trainer.evaluation_queries(batch), most)
+    assert all((piece.index >= 0).sum() * piece.time.shape[0] <= most for piece in pieces)
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=2e-6)
+    torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-6, atol=1e-6)
+
+
+def flat(queries: NoisedTargets, lengths: list[int]) -> NoisedTargets:
+    """The same queries for examples that stand one after the other in a single row."""
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    rows, slots = torch.nonzero(queries.index >= 0, as_tuple=True)
+    index = (queries.index + starts[:, None])[rows, slots][None]
+    classes = None if queries.classes is None else queries.classes[:, rows, slots][:, None]
+    time, noise = queries.time[:, rows, slots][:, None], queries.noise[:, rows, slots][:, None]
+    return NoisedTargets(index, queries.targets[rows, slots][None], time, noise, classes)
+
+
+def test_padding_free_equals_padded(make_trainer):
+    """Examples one after the other in a row: the same losses, classes included, and evaluation stays padded."""
+    padded = make_trainer(classes=["math", "code"], eval_draws=2)
+    free = make_trainer(classes=["math", "code"], eval_draws=2, padding_free=True, max_length=None)
+    batch, row = batch_of(padded, range(5)), batch_of(free, range(5))
+    lengths = [len(padded.train_dataset[number]["input_ids"]) for number in range(5)]
+    assert row["input_ids"].shape == (1, sum(lengths)) and "attention_mask" not in row
+    queries = padded.evaluation_queries(batch)
+    index, targets = response_positions(row["labels"])
+    joined = flat(queries, lengths)
+    assert torch.equal(index, joined.index) and torch.equal(targets, joined.targets)
+    assert torch.equal(classes_at(row["guidance_class"], index)[0], joined.classes[0, 0])
+    expected = padded.model(batch["input_ids"], batch["attention_mask"], queries=queries)
+    found = padded.model(row["input_ids"], position_ids=row["position_ids"], queries=joined)
+    torch.testing.assert_close(found.nll[:, 0], expected.nll[:, expected.valid], rtol=1e-5, atol=1e-5)
+    metrics = [{k: v for k, v in t.evaluate().items() if "loss" in k or "accuracy" in k} for t in (padded, free)]
+    assert metrics[1] == pytest.approx(metrics[0], abs=1e-6)
+    free._draw(row, index, targets)
 
 
 def test_items_are_the_targets(make_trainer):
@@ -206,6 +264,24 @@ def test_evaluation_by_hand(make_trainer):
     assert metrics["eval_loss_t_0.33_0.67"] == pytest.approx(output.nll[middle].mean().item(), abs=1e-5)
 
 
+def test_accuracy_at_budgets(make_trainer):
+    """At budget 1 it is the base's own accuracy; the path matters at others; the random stream stays."""
+    trainer = make_trainer(eval_budgets=[1, 3, 15], eval_budget_examples=5, report_to="none")
+    state = torch.random.get_rng_state()
+    metrics = trainer.evaluate()
+    assert torch.equal(state, torch.random.get_rng_state())
+    hits = count = 0
+    for row in trainer.eval_dataset.select(range(5)):
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor([row["labels"]])
+        chosen = trainer.model.base(ids).logits.argmax(-1)[:, :-1]
+        hits += (chosen == labels[:, 1:]).sum().item()
+        count += (labels[:, 1:] != -100).sum().item()
+    assert metrics["eval_accuracy_budget_1"] == pytest.approx(hits / count, abs=1e-9)
+    assert {f"eval_accuracy_budget_{budget}" for budget in (1, 3, 15)} <= metrics.keys()
+    again = trainer.evaluate()
+    assert all(again[name] == metrics[name] for name in metrics if "budget" in name)
+
+
 def test_sums_by_bin():
     class Output:
         nll = torch.tensor([[[1.0, 2.0]], [[4.0, 0.0]]])
@@ -232,7 +308,7 @@ def test_bfloat16_autocast(make_trainer):
     loss.backward()
     assert loss.item() == pytest.approx(plain.item(), rel=0.02)
     assert all(p.dtype == p.grad.dtype == torch.float32 for _, p in trainer.model.trained_parameters())
-    trainer.args.max_steps = 2
+    trainer.args.max_steps, trainer.args.max_queries = 2, 5
     assert trainer.train().training_loss > 0
 
 

@@ -3,6 +3,7 @@
 - `SMALL`: settings of a run that takes a second
 - `write_recipe`, `write_jsonl`, `sums`: files that a run reads
 - `train_here`, `train_in_process`, `launch_two`: in this process, in one of its own, in two with gloo
+- `INTERRUPTED`: the entry point, with a signal to itself at a chosen moment
 """
 
 import json
@@ -36,6 +37,46 @@ SMALL: dict[str, Any] = {
 BASELINE = {name: SMALL[name] for name in SMALL if name not in (
     "variant", "diffusion_dim", "input_width", "conditioning_width", "frequency_width", "noise_std"
 )}  # fmt: skip
+
+
+# SIGNAL (KILL or TERM) reaches the process of rank SIGNAL_RANK (-1: all) at step SIGNAL_AT, at one of the moments
+# "begin" and "end" of the step, or while a checkpoint is written: "saving" (weights are there, the rest is not).
+INTERRUPTED = """
+import os, signal, sys
+from transformers import TrainerCallback
+from training import saving, train
+
+at, where = int(os.environ["SIGNAL_AT"]), os.environ.get("SIGNAL_WHERE", "end")
+number = getattr(signal, "SIG" + os.environ.get("SIGNAL", "KILL"))
+
+def interrupt(step, moment):
+    if step == at and moment == where and os.environ.get("SIGNAL_RANK", "-1") in ("-1", os.environ.get("RANK", "0")):
+        os.kill(os.getpid(), number)
+
+class Interrupt(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        interrupt(state.global_step + 1, "begin")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        interrupt(state.global_step, "end")
+
+save_curve = saving.SafeCheckpoints._save_curve
+
+def interrupted_save(self, folder):
+    interrupt(self.state.global_step, "saving")
+    save_curve(self, folder)
+
+saving.SafeCheckpoints._save_curve = interrupted_save
+build = train.build_trainer
+
+def build_trainer(job):
+    trainer = build(job)
+    trainer.callback_handler.callbacks.insert(0, Interrupt())
+    return trainer
+
+train.build_trainer = build_trainer
+train.main(sys.argv[1:])
+"""
 
 
 def sums(count: int) -> list[dict[str, str]]:

@@ -5,8 +5,8 @@
 - `check_output_dir`, `clear_output_dir`: nothing is overwritten without being asked
 
 A checkpoint is complete when weights, optimizer, scheduler, random states of every process and the trainer's state are
-there and whole. Trainer writes them one after the other, so a killed run can leave a folder that lacks some, and
-resuming from that would go wrong silently.
+there and whole. Ours appear complete (see `saving`); those that were copied in part, or written by another trainer that
+was killed, would resume silently wrong.
 """
 
 import glob
@@ -19,7 +19,9 @@ from collections.abc import Callable
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model_fsdp_0")
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
+UNFINISHED = "unfinished-"  # before the name of a checkpoint that is being written
 NO_RESUME = (None, False, "false", "False")
+_LEFT_BEHIND = ("runs", "README.md", "recipe.yaml")  # what a run leaves that was killed before its first checkpoint
 _RESULTS = ("all_results.json", "train_results.json", "eval_results.json", "trainer_state.json")
 
 
@@ -125,7 +127,8 @@ def check_output_dir(output_dir: str, resume: str | bool | None, overwrite: bool
     if resume and overwrite:
         raise ValueError("resume_from_checkpoint continues a run and overwrite_output_dir starts it afresh: keep one.")
     content = _listing(output_dir)
-    if not content or overwrite or (resume and _checkpoints(output_dir)):
+    fresh = all(name in _LEFT_BEHIND or name.startswith(UNFINISHED) for name in content)
+    if not content or overwrite or (resume and (_checkpoints(output_dir) or fresh)):
         return
     raise ValueError(
         f"output_dir={output_dir!r} already holds {sorted(content)[0]!r} and {len(content) - 1} more: choose another "
@@ -137,6 +140,14 @@ def clear_output_dir(output_dir: str) -> None:
     """Remove what an earlier run left in `output_dir` (checkpoints, weights, results), and nothing else."""
     for folder in _checkpoints(output_dir):
         shutil.rmtree(folder)
+    clear_unfinished(output_dir)
     for name in _listing(output_dir):
         if name in _RESULTS or re.fullmatch(r"model.*\.safetensors(\.index\.json)?", name):
             os.remove(os.path.join(output_dir, name))
+
+
+def clear_unfinished(output_dir: str) -> None:
+    """Remove checkpoints that a killed run had begun to write."""
+    for name in _listing(output_dir):
+        if name.startswith(UNFINISHED + "checkpoint-"):
+            shutil.rmtree(os.path.join(output_dir, name))

@@ -27,7 +27,8 @@ _PATH_ONLY = {
 L2D_SETTINGS = _PATH_ONLY | {"base_revision", "lora_rank", "lora_alpha"}  # what ModelArguments hands to L2DConfig
 L2D_ONLY = _PATH_ONLY | {
     "guidance_column", "guidance_class", "guidance_map",
-    "draws", "time_power", "guidance_dropout", "eval_draws", "time_bins",
+    "draws", "max_queries", "time_power", "guidance_dropout", "eval_draws", "time_bins", "eval_budgets",
+    "eval_budget_examples", "eval_samples", "eval_sample_tokens",
 }  # fmt: skip
 LORA_SFT_ONLY = {"lora_target_modules"}
 ALWAYS_IGNORED = {
@@ -49,6 +50,10 @@ class ModelArguments:
     method: str = field(default="l2d", metadata={"help": "l2d, lora_sft or full_sft."})
     base: str | None = field(default=None, metadata={"help": "Hub name or folder of the pre-trained causal LM."})
     base_revision: str | None = field(default=None, metadata={"help": "Revision of the base on the hub."})
+    base_config: str | None = field(
+        default=None,
+        metadata={"help": "JSON file with the base's configuration, for --dry_run where the base is not at hand."},
+    )
     dtype: str | None = field(
         default=None,
         metadata={
@@ -86,6 +91,8 @@ class ModelArguments:
         at_least("lora_rank", self.lora_rank, 1)
         if self.lora_alpha is None:
             self.lora_alpha = 64.0 if self.method == "lora_sft" else 32.0
+        if self.base_config is not None and not os.path.isfile(self.base_config):
+            raise ValueError(f"base_config={self.base_config!r} does not exist: give a JSON file, or leave it out.")
         if self.base is not None and os.path.isdir(self.base):
             self.base = os.path.abspath(self.base)
 
@@ -118,7 +125,21 @@ class DataArguments:
             "braces, e.g. {prompt: 'Question: {question}\\nAnswer:', completion: ' {answer}'}."
         },
     )
-    guidance_column: str | None = field(default=None, metadata={"help": "Column that holds each example's class."})
+    exclude: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Rows to leave out: values by column, e.g. {category: [editing, planning]}."}
+    )
+    unroll: bool = field(
+        default=False,
+        metadata={"help": "Make an example of every assistant turn, with the conversation before it as its prompt."},
+    )
+    expected_examples: list[int] | None = field(
+        default=None, metadata={"help": "Numbers of training and evaluation examples that should result; printed."}
+    )
+    guidance_column: list[str] | None = field(
+        default=None,
+        metadata={"help": "Column that holds each example's class; of several, the first one that guidance_map knows. "
+                  "The column subset holds the name in dataset_config."},
+    )  # fmt: skip
     guidance_map: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Class for each value of guidance_column; values left out have no class."}
     )
@@ -127,6 +148,11 @@ class DataArguments:
     def __post_init__(self) -> None:
         self.columns = mapping("columns", self.columns)
         self.guidance_map = mapping("guidance_map", self.guidance_map)
+        self.exclude = mapping("exclude", self.exclude)
+        if isinstance(self.guidance_column, str):
+            self.guidance_column = [self.guidance_column]
+        if self.expected_examples is not None and len(self.expected_examples) > 2:
+            raise ValueError(f"expected_examples={self.expected_examples} must be one or two numbers.")
         if self.eval_holdout is not None:
             at_least("eval_holdout", self.eval_holdout, 1)
         if self.eval_holdout is not None and (self.eval_dataset or self.eval_split):
@@ -154,14 +180,43 @@ class L2DTrainingConfig(SFTConfig):
     """
 
     draws: int = field(default=1, metadata={"help": "Draws of (time, noise) per response position and step."})
+    max_queries: int | None = field(
+        default=None,
+        metadata={"help": "Queries (position and draw) that go through the path at a time, forward and backward. "
+                  "Default: 4096, on a CPU 512. Changes memory and speed, not the result."},
+    )  # fmt: skip
     time_power: float = field(default=1.0, metadata={"help": "Times are u ** time_power with u uniform."})
     guidance_dropout: float = field(
         default=0.2, metadata={"help": "Probability, per token, of training it with no class."}
     )
     eval_draws: int = field(default=1, metadata={"help": "Draws of (time, noise) per position in evaluation."})
+    eval_budgets: list[int] | None = field(
+        default=None,
+        metadata={"help": "In evaluation, also measure the accuracy of the sampler's greedy token at these budgets."},
+    )
+    eval_budget_examples: int = field(
+        default=32, metadata={"help": "Evaluation examples, the first ones, that eval_budgets are measured on."}
+    )
+    eval_samples: int = field(
+        default=0,
+        metadata={"help": "Evaluation examples, the first ones, whose responses are generated at the base's and at "
+                  "the last of eval_budgets and written to samples.jsonl."},
+    )  # fmt: skip
+    eval_sample_tokens: int = field(default=64, metadata={"help": "Most tokens of such a response."})
     time_bins: int = field(default=4, metadata={"help": "Loss and accuracy are reported in this many bins of time."})
     too_long: str = field(
         default="error", metadata={"help": "Examples longer than max_length: error, drop or truncate."}
+    )
+    total_batch_size: int | None = field(
+        default=None,
+        metadata={"help": "Examples per optimizer step over all processes; gradient_accumulation_steps follows."},
+    )
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Build everything without weights, print parameters, memory, examples and schedule, stop."},
+    )
+    chat_template_date: str | None = field(
+        default=None, metadata={"help": "Date that a chat template which names one is to say, e.g. 26 Jul 2024."}
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start afresh in an output_dir that already holds something."}
@@ -182,6 +237,7 @@ class L2DTrainingConfig(SFTConfig):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
+        self._follow_total_batch_size()
         super().__post_init__()
         launched = int(os.environ.get("WORLD_SIZE", "1"))
         if launched != self.world_size:
@@ -189,7 +245,11 @@ class L2DTrainingConfig(SFTConfig):
                 f"{launched} processes were launched and {self.world_size} would train together: "
                 "start them with accelerate launch or torchrun."
             )
-        for name in ("draws", "eval_draws", "time_bins"):
+        if self.max_queries is None:
+            self.max_queries = 512 if self.use_cpu else 4096
+        at_least("eval_samples", self.eval_samples, 0)
+        counts = ("draws", "eval_draws", "time_bins", "max_queries", "eval_budget_examples", "eval_sample_tokens")
+        for name in counts:
             at_least(name, getattr(self, name), 1)
         if self.max_length is not None:
             at_least("max_length", self.max_length, 2)
@@ -198,6 +258,21 @@ class L2DTrainingConfig(SFTConfig):
         if not 0 <= self.guidance_dropout <= 1:
             raise ValueError(f"guidance_dropout={self.guidance_dropout} must be a probability, from 0 to 1.")
         one_of("too_long", self.too_long, ("error", "drop", "truncate"))
+
+
+    def _follow_total_batch_size(self) -> None:
+        if self.total_batch_size is None:
+            return
+        at_least("total_batch_size", self.total_batch_size, 1)
+        at_once = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError("total_batch_size determines gradient_accumulation_steps: keep one of them.")
+        if self.total_batch_size % at_once:
+            raise ValueError(
+                f"total_batch_size={self.total_batch_size} is no multiple of the {at_once} examples that all processes "
+                "take at once: change it, or per_device_train_batch_size."
+            )
+        self.gradient_accumulation_steps = self.total_batch_size // at_once
 
 
 def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTrainingConfig, given: set[str]) -> None:
@@ -229,7 +304,12 @@ def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTraini
     if model.method == "l2d":
         refuse_ignored_by_l2d(training)
         _check_guidance(model, data)
-        model.l2d_config()
+        _check_packing(model, training)
+        config = model.l2d_config()
+        for budget in training.eval_budgets or []:
+            config.default_sampler(budget=budget)
+        if (training.eval_budgets or training.eval_samples) and not data.has_eval:
+            raise ValueError("eval_budgets and eval_samples need evaluation data: set eval_split or eval_holdout.")
 
 
 def refuse_ignored_by_l2d(training: SFTConfig) -> None:
@@ -241,8 +321,7 @@ def refuse_ignored_by_l2d(training: SFTConfig) -> None:
         "activation_offloading": training.activation_offloading,
         "use_liger_kernel": training.use_liger_kernel,
         "router_aux_loss_coef": training.router_aux_loss_coef is not None,
-        "packing": training.packing or bool(training.eval_packing),
-        "padding_free": training.padding_free,
+        "eval_packing": bool(training.eval_packing),
         "activation_checkpointing_kwargs": bool(training.activation_checkpointing_kwargs),
         "bf16_full_eval": training.bf16_full_eval,
         "fp16_full_eval": training.fp16_full_eval,
@@ -252,9 +331,22 @@ def refuse_ignored_by_l2d(training: SFTConfig) -> None:
             raise ValueError(f"{name}={getattr(training, name)} cannot be followed by method l2d: leave it out.")
 
 
+def _check_packing(model: ModelArguments, training: L2DTrainingConfig) -> None:
+    if not training.packing:
+        return
+    if training.max_length is None:
+        raise ValueError("packing=True fills rows up to max_length, which is not set: set it.")
+    if training.packing_strategy not in ("bfd", "bfd_split"):
+        raise ValueError(
+            f"packing_strategy={training.packing_strategy!r} lets one example see another: choose bfd for method l2d."
+        )
+    if model.guidance_classes:
+        raise ValueError("packing=True keeps no class per example: use padding_free: true with guidance_classes.")
+
+
 def _check_guidance(model: ModelArguments, data: DataArguments) -> None:
     classes = model.guidance_classes or []
-    source = data.guidance_column or data.guidance_class
+    source = data.guidance_column or data.guidance_class is not None
     if source and not classes:
         raise ValueError("guidance_column and guidance_class need guidance_classes: list the names of the classes.")
     if classes and not source:

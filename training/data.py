@@ -20,23 +20,30 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_training_chat_template, maybe_convert_to_chatml
 
 from training.config import DataArguments, L2DTrainingConfig, ModelArguments
+from training.mixture import class_name, join, leave_out, unroll
 
 IGNORED = -100  # label of a token that is no target
 _FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _KEPT = ("prompt", "completion", "messages", "tools", "guidance_class")
 
 
+class Unavailable(ValueError):
+    """Something that has to be downloaded, and cannot be from here."""
+
+
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
 def load_examples(
-    data: DataArguments, guidance_classes: list[str] | None, seed: int
+    data: DataArguments, guidance_classes: list[str] | None, seed: int, processes: int | None = None
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
     """Training and evaluation examples with columns `prompt`, `completion` or `messages` (and `guidance_class`).
 
+    What was computed with the same settings before is read from the cache of `datasets`.
+
     Raises `ValueError` for data that are not there, are empty, or lack the columns.
     """
-    train = _read("dataset", data.dataset, data.dataset_config, data.train_split)
+    train = _read("dataset", data.dataset, data, data.train_split, processes)
     evaluation = None
     if data.eval_holdout:
         if data.eval_holdout >= len(train):
@@ -46,26 +53,31 @@ def load_examples(
     elif data.has_eval:
         split = data.eval_split or ("train" if data.eval_dataset and _is_file(data.eval_dataset) else "test")
         name = "eval_dataset" if data.eval_dataset else "dataset"
-        evaluation = _read(name, data.eval_dataset or data.dataset, data.dataset_config, split)
-    named = [_name_columns(part, data, guidance_classes) if part is not None else None for part in (train, evaluation)]
-    return named[0], named[1]
+        evaluation = _read(name, data.eval_dataset or data.dataset, data, split, processes)
+    parts = [part and _name_columns(part, data, guidance_classes, processes) for part in (train, evaluation)]
+    if data.unroll:
+        parts = [part and unroll(part, processes) for part in parts]
+    return parts[0], parts[1]
 
 
 def _is_file(source: str) -> bool:
     return os.path.splitext(source)[1] in _FILE_TYPES
 
 
-def _read(argument: str, source: str, configs: list[str] | None, split: str) -> datasets.Dataset:
+def _read(argument: str, source: str, data: DataArguments, split: str, processes: int | None) -> datasets.Dataset:
+    configs = data.dataset_config or [None]
     try:
-        parts = [_read_one(argument, source, config, split) for config in configs or [None]]
+        parts = [_read_one(argument, source, config, split) for config in configs]
     except (OSError, datasets.exceptions.DatasetsError, KeyError) as error:
-        raise ValueError(f"{argument}={source!r} cannot be read (split {split!r}): {error}") from error
-    if len(parts) > 1:  # subsets may differ in columns that nobody reads
-        common = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
-        parts = [datasets.concatenate_datasets([part.select_columns(common) for part in parts])]
-    if len(parts[0]) == 0:
+        kind = ValueError if os.path.exists(source) or _is_file(source) else Unavailable
+        raise kind(f"{argument}={source!r} cannot be read (split {split!r}): {error}") from error
+    needed = {*(data.exclude or {}), *(data.guidance_column or [])}
+    dataset = join(parts, configs, needed)
+    if data.exclude:
+        dataset = leave_out(dataset, data.exclude, processes)
+    if len(dataset) == 0:
         raise ValueError(f"{argument}={source!r}, split {split!r}, is empty: there is nothing to train on.")
-    return parts[0]
+    return dataset
 
 
 def _read_one(argument: str, source: str, config: str | None, split: str) -> datasets.Dataset:
@@ -87,7 +99,7 @@ def _read_one(argument: str, source: str, config: str | None, split: str) -> dat
 
 
 def _name_columns(
-    dataset: datasets.Dataset, data: DataArguments, guidance_classes: list[str] | None
+    dataset: datasets.Dataset, data: DataArguments, guidance_classes: list[str] | None, processes: int | None
 ) -> datasets.Dataset:
     """Build `prompt` and `completion` or `messages`, and `guidance_class`, and drop the other columns."""
     available = dataset.column_names
@@ -100,8 +112,9 @@ def _name_columns(
                 raise ValueError(f"columns refers to {name!r}, which is not in the data: {', '.join(available)}.")
     if "messages" not in available and "conversations" in available and "messages" not in columns:
         columns["messages"] = "conversations"
-    if data.guidance_column and data.guidance_column not in available:
-        raise ValueError(f"guidance_column={data.guidance_column!r} is not in the data: {', '.join(available)}.")
+    for column in data.guidance_column or []:
+        if column not in available:
+            raise ValueError(f"guidance_column={column!r} is not in the data: {', '.join(available)}.")
     known = {*available, *columns}
     if not {"prompt", "completion"} <= known and "messages" not in known:
         raise ValueError(
@@ -114,10 +127,11 @@ def _name_columns(
             fn_kwargs={
                 "columns": columns,
                 "classes": guidance_classes,
-                "column": data.guidance_column,
+                "sources": data.guidance_column,
                 "translate": data.guidance_map,
                 "constant": data.guidance_class,
             },
+            num_proc=processes,
             desc="Naming columns",
         )
     unused = ("messages",) if {"prompt", "completion"} <= known else ("prompt", "completion")
@@ -133,17 +147,15 @@ def _fields(source: Any) -> list[str]:
     return [name for _, name, _, _ in string.Formatter().parse(source) if name is not None]
 
 
-def _named(example: dict[str, Any], columns: dict, classes, column, translate, constant) -> dict[str, Any]:
+def _named(example: dict[str, Any], columns: dict, classes, sources, translate, constant) -> dict[str, Any]:
     named = {
         target: source.format_map(example) if "{" in source else example[source] for target, source in columns.items()
     }
     if classes:
-        value = constant if column is None else example[column]
-        if translate is not None:
-            value = translate.get(value)
-        elif column is not None and value is not None and value not in classes:
+        value = class_name(example, sources, translate) if sources else constant
+        if value is not None and value not in classes:
             raise ValueError(
-                f"guidance_column={column!r} holds {value!r}, which is not among guidance_classes={classes}: "
+                f"guidance_column={sources} holds {value!r}, which is not among guidance_classes={classes}: "
                 "add it, or set guidance_map."
             )
         named["guidance_class"] = len(classes) if value is None else classes.index(value)
@@ -163,7 +175,8 @@ def load_tokenizer(model: ModelArguments, training: L2DTrainingConfig) -> PreTra
             model.base, revision=model.base_revision, trust_remote_code=training.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"base={model.base!r} has no tokenizer that can be loaded: {error}") from error
+        kind = ValueError if os.path.isdir(model.base) else Unavailable
+        raise kind(f"base={model.base!r} has no tokenizer that can be loaded: {error}") from error
     if training.eos_token is not None:
         if training.eos_token not in tokenizer.get_vocab():
             raise ValueError(f"eos_token={training.eos_token!r} is not in the vocabulary of base={model.base!r}.")
@@ -175,6 +188,12 @@ def load_tokenizer(model: ModelArguments, training: L2DTrainingConfig) -> PreTra
     if training.chat_template_path is not None:
         with open(training.chat_template_path, encoding="utf-8") as file:
             tokenizer.chat_template = file.read()
+    if training.chat_template_date is not None:
+        if not isinstance(tokenizer.chat_template, str) or "date_string" not in tokenizer.chat_template:
+            raise ValueError("chat_template_date is set, and the chat template uses no date_string: leave it out.")
+        # In the template itself, so that the date is the same wherever the saved tokenizer is used.
+        fixed = json.dumps(training.chat_template_date)
+        tokenizer.chat_template = f"{{%- set date_string = {fixed} -%}}{tokenizer.chat_template}"
     return tokenizer
 
 
@@ -265,6 +284,7 @@ def _encode_pair(example, tokenizer, template: str | None, whole: bool) -> tuple
         tokens = _render(tokenizer, [*prompt, *completion], template, example)["input_ids"]
         prompt_tokens = _render(tokenizer, prompt, template, example, add_generation_prompt=True)["input_ids"]
         empty = not any(turn.get("content") or turn.get("tool_calls") for turn in completion)
+        tokens = _to_last_end(tokens, tokenizer.eos_token_id, len(prompt_tokens))
     # Tokens may merge across the boundary: the response begins where the prompt alone is tokenized differently.
     start = 0
     while start < min(len(prompt_tokens), len(tokens)) and prompt_tokens[start] == tokens[start]:
@@ -273,6 +293,12 @@ def _encode_pair(example, tokenizer, template: str | None, whole: bool) -> tuple
     start = 0 if whole else start
     labels = [IGNORED] * len(tokens) if empty else [IGNORED] * start + tokens[start:]
     return tokens, labels, split
+
+
+def _to_last_end(tokens: list[int], end: int, start: int) -> list[int]:
+    """Without what a template puts after the response's end-of-sequence token: nobody generates it."""
+    ends = [place for place in range(start, len(tokens)) if tokens[place] == end]
+    return tokens[: ends[-1] + 1] if ends else tokens
 
 
 def _text(value: Any) -> Any:

@@ -3,6 +3,8 @@
 - `read_recipe`: command line -> checked `Recipe`
 - `Recipe`: the three groups of settings and the names of those that were set
 
+A recipe may begin with `extends: FILE` (or a list of files), relative to itself, and then says only what differs.
+
 Unknown names, wrong types, `--config=FILE` and files that are not there are one-sentence `ValueError`s, raised before
 anything heavy is imported where that is possible.
 """
@@ -21,6 +23,7 @@ import yaml
 if TYPE_CHECKING:
     from training.config import DataArguments, L2DTrainingConfig, ModelArguments
 
+_FILES = {"base_config", "chat_template_path"}  # options whose files may be named relative to the recipe
 USAGE = "python -m training.train --config FILE.yaml [--option value ...]"
 
 
@@ -85,16 +88,31 @@ def _split_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
         raise ValueError(f"--config takes one recipe file, once (usage: {USAGE})")
     path = rest[position + 1]
     del rest[position : position + 2]
+    return _load(path, "--config", ()), rest
+
+
+def _load(path: str, asked_by: str, above: tuple[str, ...]) -> dict[str, Any]:
+    """Settings of a recipe file on top of those that it extends; files that it names may lie beside it."""
     if not os.path.isfile(path):
-        raise ValueError(f"--config {path} does not exist: give the path of a YAML recipe.")
+        raise ValueError(f"{asked_by} {path} does not exist: give the path of a YAML recipe.")
+    if os.path.realpath(path) in above:
+        raise ValueError(f"{asked_by} {path} goes round in a circle: a recipe cannot extend itself.")
     with open(path, encoding="utf-8") as file:
         try:
             settings = yaml.load(file, Loader=_Loader)
         except yaml.YAMLError as error:
-            raise ValueError(f"--config {path} is not valid YAML: {error}") from error
+            raise ValueError(f"{asked_by} {path} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"--config {path} must hold a YAML mapping of option: value.")
-    return settings, rest
+        raise ValueError(f"{asked_by} {path} must hold a YAML mapping of option: value.")
+    folder = os.path.dirname(os.path.abspath(path))
+    for name in _FILES & settings.keys():
+        beside = os.path.join(folder, str(settings[name]))
+        settings[name] = beside if os.path.isfile(beside) else settings[name]
+    parents = settings.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for parent in [parents] if isinstance(parents, str) else parents:
+        merged |= _load(os.path.join(folder, parent), f"extends in {path}:", (*above, os.path.realpath(path)))
+    return merged | settings
 
 
 class _Loader(yaml.SafeLoader):

@@ -4,7 +4,8 @@
     accelerate launch --config_file training/accelerate_configs/ddp.yaml -m training.train --config RECIPE.yaml
 
 Options on the command line (`--learning_rate 3e-5`) go before those of the recipe. What cannot be followed is refused
-in one sentence with exit status 2, before the base is loaded. What is left in `output_dir`:
+in one sentence with exit status 2, before the base is loaded; `--dry_run` shows what would be done and stops.
+What is left in `output_dir`:
 
 - `l2d`: the trained tensors, for `L2DForCausalLM.from_pretrained` and `lm_eval --model l2d`
 - `lora_sft`: the base with the deltas merged in, a plain checkpoint for `--model hf` (the adapter is in `adapter/`)
@@ -20,7 +21,7 @@ from typing import Any
 
 import yaml
 
-from training.checkpoints import check_output_dir, choose_checkpoint, clear_output_dir
+from training.checkpoints import check_output_dir, choose_checkpoint, clear_output_dir, clear_unfinished
 from training.recipe import Recipe, read_recipe
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -43,7 +44,13 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")  # TRL sets it by default
     try:
-        job = prepare(read_recipe(sys.argv[1:] if arguments is None else arguments))
+        recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
+        if recipe.training.dry_run:
+            from training.dry_run import dry_run
+
+            dry_run(recipe)
+            return
+        job = prepare(recipe)
         trainer = build_trainer(job)
     except ValueError as error:
         if RANK == 0:
@@ -63,15 +70,26 @@ def prepare(recipe: Recipe) -> Job:
     limit = length_limit(recipe)
     with training.main_process_first(desc="preparing data"):
         tokenizer = load_tokenizer(model, training)
-        train, evaluation = load_examples(data, model.guidance_classes, training.seed)
+        train, evaluation = load_examples(data, model.guidance_classes, training.seed, training.dataset_num_proc)
         train, summary = encode(train, tokenizer, training, limit, "train")
         say(summary)
         if evaluation is not None:
             evaluation, summary = encode(evaluation, tokenizer, training, limit, "eval")
             say(summary)
+    say_expected(data, train, evaluation)
     # The examples are encoded and of the right length: the trainer is to take them as they are.
-    training.max_length, training.assistant_only_loss, training.chat_template_path = None, False, None
+    training.assistant_only_loss, training.chat_template_path = False, None
+    training.max_length = limit if training.packing else None
+    training.eval_packing = False if training.packing else None
     return Job(recipe, tokenizer, train, evaluation, checkpoint)
+
+
+def say_expected(data: Any, train: Any, evaluation: Any) -> None:
+    """Compare the numbers of examples with those that the recipe expects."""
+    for expected, part, name in zip(data.expected_examples or [], (train, evaluation), ("train", "eval"), strict=False):
+        if part is not None:
+            same = "as expected" if len(part) == expected else f"{expected:,} were expected"
+            say(f"{name}: {len(part):,} examples, {same}")
 
 
 def length_limit(recipe: Recipe) -> int:
@@ -100,7 +118,6 @@ def build_trainer(job: Job) -> Any:
     """Load the base and wrap it in the trainer of the method."""
     import torch
     from transformers import set_seed
-    from trl import SFTTrainer
 
     from l2d.checkpoint import load_base
 
@@ -128,9 +145,11 @@ def build_trainer(job: Job) -> Any:
         trainer = L2DTrainer(model=L2DForCausalLM.from_base(model.base, model.l2d_config(), **options), **common)
     else:
         base = load_base(model.base, **options)
-        trainer = SFTTrainer(model=base, peft_config=lora_config(model), **common)
-    if job.recipe.training.overwrite_output_dir and RANK == 0:
-        clear_output_dir(training.output_dir)
+        from training.saving import BaselineTrainer
+
+        trainer = BaselineTrainer(model=base, peft_config=lora_config(model), **common)
+    if RANK == 0:
+        (clear_output_dir if training.overwrite_output_dir else clear_unfinished)(training.output_dir)
     return trainer
 
 
@@ -154,27 +173,45 @@ def run(trainer: Any, job: Job) -> None:
     every = sum(p.numel() for p in trainer.model.parameters())
     say(f"{job.recipe.model.method}: {trained:,} trained parameters, {every - trained:,} frozen")
     metrics = trainer.train(resume_from_checkpoint=job.checkpoint).metrics
+    if trainer.stop.stopped:
+        say(
+            f"stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved; "
+            "run the same command with resume_from_checkpoint: auto to go on"
+        )
+        trainer.end()
+        return
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
     if job.evaluation is not None:
-        metrics = trainer.evaluate()
+        metrics = last_evaluation(trainer) or trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     save(trainer, job)
     trainer.end()
 
 
+def last_evaluation(trainer: Any) -> dict[str, float] | None:
+    """What was measured after the last step, if anything was, of the weights that are kept."""
+    if trainer.args.load_best_model_at_end:
+        return None
+    found = [e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == trainer.state.global_step]
+    return {name: value for name, value in found[-1].items() if name != "step"} if found else None
+
+
 def save(trainer: Any, job: Job) -> None:
     """Write the final model, its tokenizer and the recipe."""
     folder = job.recipe.training.output_dir
     if job.recipe.model.method == "lora_sft":
-        trainer.save_model(os.path.join(folder, "adapter"))
+        trainer.save_model(os.path.join(folder, "adapter"), _internal_call=True)
         trainer.model = trainer.accelerator.unwrap_model(trainer.model_wrapped).merge_and_unload()
-    trainer.save_model(folder)
+    trainer.save_model(folder, _internal_call=True)  # pushed once, when all is there
     if RANK == 0:
         with open(os.path.join(folder, "recipe.yaml"), "w", encoding="utf-8") as file:
             yaml.safe_dump(job.recipe.settings, file, sort_keys=False)
+        trainer.create_model_card()
+    if job.recipe.training.push_to_hub:
+        trainer.push_to_hub()
     say(f"saved to {folder}")
 
 

@@ -1,6 +1,7 @@
 """`L2DTrainer`: TRL's `SFTTrainer` with the diffusion loss.
 
 - `response_positions`: labels -> positions whose next token is a target
+- `split_queries`: pieces that go through the path one after the other
 - `L2DTrainer.compute_loss`: draws times and noise there, asks the diffusion path, averages over targets and draws
 - `L2DTrainer.evaluation_loop`: the same loss on held-out data, also by bin of time, with noise seeded per example
 
@@ -21,25 +22,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from l2d.diffusion_path import NoisedTargets
 from l2d.modeling import L2DForCausalLM, L2DTrainingOutput
+from training.budgets import budget_accuracy, write_samples
+from training.card import model_card
 from training.config import L2DTrainingConfig, refuse_ignored_by_l2d
-
-MODEL_CARD = """---
-library_name: transformers
-tags: [l2d, text-generation]
----
-# {name}
-
-The trained diffusion path (variant {variant}) of an L2D model on the base `{base}`, which is loaded from there.
-
-    from l2d import L2DForCausalLM
-    model = L2DForCausalLM.from_pretrained("{name}")
-    model.generate(input_ids, sampler={{"budget": 15}})  # budget 1 is the base itself
-
-Evaluate it with `lm_eval --model l2d --model_args pretrained={name},diffusion_budget=15`. The recipe is `recipe.yaml`.
-"""
+from training.saving import SafeCheckpoints
 
 
-class L2DTrainer(SFTTrainer):
+class L2DTrainer(SafeCheckpoints, SFTTrainer):
     """Trains the diffusion path of an `L2DForCausalLM`; the base stays as it is.
 
     Takes what `SFTTrainer` takes. Raises `ValueError` for arguments that would have no effect.
@@ -54,6 +43,10 @@ class L2DTrainer(SFTTrainer):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} has no effect with method l2d: leave it out.")
         refuse_ignored_by_l2d(args)
+        sampling = bool(args.eval_budgets or args.eval_samples)
+        if sampling and os.environ.get("ACCELERATE_USE_FSDP", os.environ.get("ACCELERATE_USE_DEEPSPEED")) == "true":
+            raise ValueError("eval_budgets and eval_samples need the whole model on every device: not with sharding.")
+        backend = take_compile(args)
         own_collator = kwargs.get("data_collator") is None
         super().__init__(model=model, args=args, **kwargs)
         # TRL replaces `forward` by one that computes a cross-entropy of its own; ours comes from the diffusion path.
@@ -62,6 +55,8 @@ class L2DTrainer(SFTTrainer):
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         if own_collator:
             self.data_collator = GuidanceCollator(**vars(self.data_collator))
+        if backend is not None:
+            compile_path(model, backend)
         self._sums = torch.zeros(args.time_bins, 3, dtype=torch.float64, device=args.device)
         self._batch_of_step = (-1, 0)  # step, and number of the batch within its accumulation
 
@@ -74,23 +69,44 @@ class L2DTrainer(SFTTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> torch.Tensor:
-        """Mean cross-entropy over targets and draws, of the whole accumulated batch in all processes."""
+        """Mean cross-entropy over targets and draws, of the whole accumulated batch in all processes.
+
+        In training, all but the last `max_queries` queries are also taken through the backward pass here, a piece at a
+        time: queries are independent given the main path, so nothing is computed twice and little is kept.
+        """
         index, targets = response_positions(inputs["labels"])
         queries = self._draw(inputs, index, targets)
-        output = self._ask(model, inputs, queries)
-        self._sums += sums_by_bin(output, queries.time, self.args.time_bins).sum(0)
-        count = output.valid.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        loss = output.nll.sum() / (count.clamp(min=1) * self.args.draws)
+        count = (index >= 0).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        scale = 1 / (count.clamp(min=1) * self.args.draws)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * self.accelerator.num_processes  # the count is over all processes, and DDP averages gradients
-        return loss
+            scale = scale * self.accelerator.num_processes  # the count is over all processes; DDP averages gradients
+        in_pieces = torch.is_grad_enabled() and num_items_in_batch is not None and not self.is_deepspeed_enabled
+        pieces = split_queries(queries, self.args.max_queries) if in_pieces else [queries]
+        state, done = None, torch.zeros((), device=index.device)
+        for piece in pieces[:-1]:
+            with self.accelerator.no_sync(model):
+                loss, state = self._piece_loss(model, inputs, piece, state, scale)
+                self.accelerator.backward(loss)
+            done += loss.detach()
+        return self._piece_loss(model, inputs, pieces[-1], state, scale)[0] + done
 
-    def _ask(self, model: torch.nn.Module, inputs: dict[str, Any], queries: NoisedTargets) -> L2DTrainingOutput:
+    def _piece_loss(
+        self, model: torch.nn.Module, inputs: dict[str, Any], queries: NoisedTargets, state: Any, scale: torch.Tensor
+    ) -> tuple[torch.Tensor, Any]:
+        """Scaled loss of some queries, which are counted for the log, and the main path."""
+        output = self._ask(model, inputs, queries, state)
+        self._sums += sums_by_bin(output, queries.time, self.args.time_bins).sum(0)
+        return output.nll.sum() * scale, output.state
+
+    def _ask(
+        self, model: torch.nn.Module, inputs: dict[str, Any], queries: NoisedTargets, state: Any = None
+    ) -> L2DTrainingOutput:
         return model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs.get("attention_mask"),
             position_ids=inputs.get("position_ids"),
             queries=queries,
+            state=state,
         )
 
     def _draw(self, inputs: dict[str, torch.Tensor], index: torch.Tensor, targets: torch.Tensor) -> NoisedTargets:
@@ -108,7 +124,7 @@ class L2DTrainer(SFTTrainer):
         if "guidance_class" in inputs:
             dropped = torch.rand(shape, **options) < self.args.guidance_dropout
             no_class = len(self.model.config.guidance_classes)
-            classes = inputs["guidance_class"][None, :, None].expand(shape).masked_fill(dropped, no_class)
+            classes = classes_at(inputs["guidance_class"], index).expand(shape).masked_fill(dropped, no_class)
         return NoisedTargets(index, targets, self._times(uniform), noise, classes)
 
     def _times(self, uniform: torch.Tensor) -> torch.Tensor:
@@ -127,15 +143,27 @@ class L2DTrainer(SFTTrainer):
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """Evaluation batches are padded, one example per row: noise belongs to an example."""
+        kept = self.data_collator
+        if getattr(kept, "padding_free", False):
+            self.data_collator = dataclasses.replace(kept, padding_free=False)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = kept
+
     def prediction_step(
         self, model: torch.nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         """Loss of one batch; its sums by time bin are added to those of the evaluation."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            queries = self.evaluation_queries(inputs)
-            output = self._ask(model, inputs, queries)
-        sums = sums_by_bin(output, queries.time, self.args.time_bins)  # (B, T, 3)
+            sums, state = 0, None
+            for piece in split_queries(self.evaluation_queries(inputs), self.args.max_queries):
+                output = self._ask(model, inputs, piece, state)
+                state = output.state
+                sums = sums + sums_by_bin(output, piece.time, self.args.time_bins)  # (B, T, 3)
         # Processes get equally many examples, some of them twice; gathering leaves the second ones out.
         self._evaluation_sums += self.accelerator.gather_for_metrics(sums).sum(0)
         return sums[..., 0].sum() / sums[..., 2].sum().clamp(min=1), None, None
@@ -153,6 +181,8 @@ class L2DTrainer(SFTTrainer):
         devices = [self.args.device] if self.args.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+            output.metrics.update(budget_accuracy(self, dataloader.dataset, f"{metric_key_prefix}_"))
+            write_samples(self, dataloader.dataset)
         sums = self._evaluation_sums.cpu()
         output.metrics[f"{metric_key_prefix}_loss"] = (sums[:, 0].sum() / sums[:, 2].sum()).item()
         output.metrics.update(metrics_by_bin(sums, f"{metric_key_prefix}_"))
@@ -173,7 +203,7 @@ class L2DTrainer(SFTTrainer):
             noise[:, row, :count] = torch.randn(draws, count, dim, generator=generator)
         classes = None
         if "guidance_class" in inputs:
-            classes = inputs["guidance_class"][None, :, None].expand(uniform.shape)
+            classes = classes_at(inputs["guidance_class"], index).expand(uniform.shape)
         return NoisedTargets(index, targets, self._times(uniform.to(index.device)), noise.to(index.device), classes)
 
     # ---- checkpoints and data ------------------------------------------------------------------------------------
@@ -195,13 +225,13 @@ class L2DTrainer(SFTTrainer):
                 parameter.copy_(saved[name])
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write a README.md that says what the checkpoint is and how to use it."""
+        """Write a README.md: what the checkpoint is, how to use it, and how it came about."""
         if self.is_world_process_zero():
             config, out = self.model.config, self.args.output_dir
             name = self.args.hub_model_id or os.path.basename(os.path.abspath(out))
-            text = MODEL_CARD.format(name=name, base=config.base_name_or_path, variant=config.variant)
+            trained = sum(parameter.numel() for _, parameter in self.model.trained_parameters())
             with open(os.path.join(out, "README.md"), "w", encoding="utf-8") as file:
-                file.write(text)
+                file.write(model_card(out, name, config, trained))
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -215,13 +245,18 @@ class L2DTrainer(SFTTrainer):
 
 @dataclasses.dataclass
 class GuidanceCollator(DataCollatorForLanguageModeling):
-    """TRL's collator, which also keeps each example's `guidance_class` (B,)."""
+    """TRL's collator, which also keeps each example's `guidance_class` (B,), or without padding each token's (1, S)."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         """Pad and stack the examples."""
         batch = super().torch_call(examples)
         if "guidance_class" in examples[0]:
-            batch["guidance_class"] = torch.tensor([example["guidance_class"] for example in examples])
+            classes = torch.tensor([example["guidance_class"] for example in examples])
+            if self.padding_free:
+                lengths = torch.tensor([len(example["input_ids"]) for example in examples])
+                classes = classes.repeat_interleave(lengths)
+                classes = torch.nn.functional.pad(classes, (0, batch["input_ids"].shape[1] - len(classes)))[None]
+            batch["guidance_class"] = classes
         return batch
 
 
@@ -237,6 +272,50 @@ def response_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     valid = wanted.gather(1, index)
     targets = following.gather(1, index).masked_fill(~valid, 0)
     return index.masked_fill(~valid, -1), targets
+
+
+def classes_at(classes: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Classes (B, Q) of positions (B, Q), from one per row (B,) or one per token (B, S)."""
+    return classes[:, None].expand_as(index) if classes.dim() == 1 else classes.gather(1, index.clamp(min=0))
+
+
+def take_compile(args: L2DTrainingConfig) -> str | None:
+    """The backend that `torch_compile` asks for, which `Trainer` is then not told of: see `compile_path`."""
+    if not args.torch_compile:
+        return None
+    backend = args.torch_compile_backend
+    args.torch_compile, args.torch_compile_backend, args.torch_compile_mode = False, None, None
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
+        os.environ.pop(name, None)
+    return backend
+
+
+def compile_path(model: L2DForCausalLM, backend: str) -> None:
+    """Compile the MLP half of every layer of the path, in which nothing varies but the number of queries.
+
+    Attention is left as it is; the whole model, as `Trainer` compiles it, would be compiled anew for most batches.
+    """
+    for layer in model.path.layers:
+        layer.twin.transform = torch.compile(layer.twin.transform, dynamic=True, backend=backend)
+
+
+def split_queries(queries: NoisedTargets, most: int) -> list[NoisedTargets]:
+    """Pieces of at most `most` queries each: some draws of all positions, or one draw of some positions."""
+    valid = queries.index >= 0
+    count, draws = int(valid.sum()), queries.time.shape[0]
+    if count * draws <= most:
+        return [queries]
+    groups = torch.arange(draws).split(max(1, most // max(count, 1)))
+    number = valid.flatten().cumsum(0).view_as(valid) - 1  # of each position among the valid ones
+    pieces = []
+    for group in groups:
+        draw = slice(int(group[0]), int(group[-1]) + 1)
+        classes = None if queries.classes is None else queries.classes[draw]
+        for start in range(0, count, most):
+            wanted = valid & (number >= start) & (number < start + most)
+            index = queries.index.masked_fill(~wanted, -1)
+            pieces.append(NoisedTargets(index, queries.targets, queries.time[draw], queries.noise[draw], classes))
+    return pieces
 
 
 def sums_by_bin(output: L2DTrainingOutput, time: torch.Tensor, bins: int) -> torch.Tensor:

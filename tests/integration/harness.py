@@ -37,6 +37,11 @@ class Run:
         (file,) = self.output.glob(f"*/samples_{task}_*.jsonl")
         return [json.loads(line) for line in file.read_text().splitlines()]
 
+    def compute(self, task: str) -> list[dict[str, Any]]:
+        """The compute file of `task`."""
+        (file,) = self.output.glob(f"*/compute_{task}_*.jsonl")
+        return [json.loads(line) for line in file.read_text().splitlines()]
+
 
 def start(command: list[str], output: Path, *arguments: str, cwd: Path | None = None) -> Run:
     """Start `command` with `arguments`, one thread, offline, without a GPU."""

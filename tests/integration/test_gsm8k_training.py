@@ -1,9 +1,11 @@
 """Real data: GSM8K's train split through the training command, its stock task through the evaluation command.
 
-Skipped where the data are absent. `python -m pytest tests/integration/test_gsm8k_training.py`
+Skipped where the data are absent. `python -m pytest tests/integration/test_gsm8k_training.py`; the run that is
+interrupted five times is run by `-m slow` only.
 """
 
 import json
+import random
 import subprocess
 import sys
 
@@ -12,7 +14,18 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tests.training_runs import REPOSITORY, _run, logged, train_in_process
+from tests.training_runs import (
+    INTERRUPTED,
+    REPOSITORY,
+    SMALL,
+    _run,
+    launch_two,
+    logged,
+    same_bits,
+    train_in_process,
+    weights,
+    write_recipe,
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +85,38 @@ def test_train_and_evaluate(base, shared_data, tmp_path):
     found = json.loads(next(results.rglob("results_*.json")).read_text())
     assert 0 <= found["results"]["gsm8k"]["exact_match,strict-match"] <= 1
     assert found["n-samples"]["gsm8k"]["effective"] == 2 and found["n-shot"]["gsm8k"] == 5
+
+
+@pytest.mark.parametrize("kills, steps", [(1, 8), pytest.param(5, 24, marks=pytest.mark.slow)])
+def test_two_processes_interrupted_at_random(base, shared_data, tmp_path, request, kills, steps):
+    """SIGKILL at random steps and moments, then SIGTERM to one process: weights and curve of an unbroken run."""
+    if kills > 1 and "slow" not in (request.config.getoption("-m") or ""):
+        pytest.skip("takes minutes: choose it with -m slow")
+    settings = {
+        **SMALL, "base": base, "dataset": shared_data / "openai" / "gsm8k", "dataset_config": "main", "draws": 2,
+        "train_split": "train[:100]", "columns": {"prompt": "Question: {question}\nAnswer:", "completion": " {answer}"},
+        "per_device_train_batch_size": 2, "max_steps": steps, "save_strategy": "steps", "save_steps": 3,
+        "logging_steps": 2,
+    }  # fmt: skip
+    whole, broken, script = tmp_path / "whole", tmp_path / "broken", tmp_path / "interrupted.py"
+    script.write_text(INTERRUPTED)
+    done = launch_two(["--config", str(write_recipe(tmp_path / "whole.yaml", output_dir=whole, **settings))])
+    assert done.returncode == 0, done.stderr[-3000:]
+    path = write_recipe(tmp_path / "broken.yaml", output_dir=broken, **settings)
+    arguments = ["--config", str(path), "--resume_from_checkpoint", "auto"]
+    draw = random.Random(request.node.callspec.id)
+    moments = sorted(draw.sample(range(2, steps), kills))
+    for step in moments:
+        chosen = {"SIGNAL_WHERE": "saving" if step % 3 == 0 else draw.choice(["begin", "end"])}
+        chosen |= {"SIGNAL_AT": str(step), "SIGNAL_RANK": draw.choice(["-1", "0", "1"])}
+        killed = launch_two(arguments, script=script, env=chosen)
+        assert killed.returncode != 0 and not (broken / "model.safetensors").exists(), (chosen, killed.stderr[-2000:])
+    last = {"SIGNAL_AT": str(steps - 1), "SIGNAL": "TERM", "SIGNAL_RANK": "1"}
+    ended = launch_two(arguments, script=script, env=last)
+    assert ended.returncode == 0 and "stopped by SIGTERM" in ended.stdout, ended.stderr[-3000:]
+    assert (broken / f"checkpoint-{steps - 1}").is_dir()
+    done = launch_two(arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert same_bits(weights(whole), weights(broken))
+    for name in ("loss", "accuracy", "grad_norm"):
+        assert logged(whole, name) == logged(broken, name) and len(logged(whole, name)) == steps // 2

@@ -7,6 +7,7 @@
 
 import argparse
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -23,11 +24,13 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace the demo that the folder holds")
     options = parser.parse_args()
     started = time.monotonic()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the running steps, too
     try:
         workspace = open_workspace(options.out, {"recipes": recipes(options.out.absolute())}, options.overwrite)
+    except OSError as error:
+        sys.exit(_refused(f"OUT={options.out} cannot be written to ({error}): choose another folder with OUT=."))
     except ValueError as error:
-        print("error:", error, file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_refused(str(error)))
     print(f"demo in {workspace.folder}: about 7 minutes on 2 cores; every step's output is in logs/", flush=True)
     try:
         write_recipes(workspace.folder)
@@ -42,6 +45,11 @@ def main() -> None:
     report(workspace)
     workspace.finish()
     print(f"\ndone in {time.monotonic() - started:.0f} s")
+
+
+def _refused(message: str) -> int:
+    print("error:", message, file=sys.stderr)
+    return 2
 
 
 def environment(out: Path) -> dict[str, str]:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("l2d_demo_products", "l2d_demo_sums")
 DECODINGS = {"greedy": (), "sampled": ("--gen_kwargs", "do_sample=true,temperature=1.0")}
 BUDGETS = (1, 3, 7, 15, 31)
-STEPS = 3000
+STEPS = 2000
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,6 @@ def recipes(out: Path) -> dict[str, dict[str, Any]]:
         "dataset": str(out / "data" / "products_train.jsonl"),
         "max_steps": STEPS,
         "per_device_train_batch_size": 128,
-        "learning_rate": 3.0e-3,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 50,
         "weight_decay": 0.01,
@@ -78,6 +77,7 @@ def recipes(out: Path) -> dict[str, dict[str, Any]]:
         "report_to": "none",
     }
     path = {
+        "learning_rate": 6.0e-3,
         "variant": "full",
         "diffusion_dim": 64,
         "noise_std": 0.75,
@@ -88,7 +88,11 @@ def recipes(out: Path) -> dict[str, dict[str, Any]]:
         "draws": 4,
         "sampler": {"budget": 15},
     }
-    own: dict[str, dict[str, Any]] = {"l2d": path, "lora_sft": {}, "full_sft": {}}
+    own: dict[str, dict[str, Any]] = {
+        "l2d": path,
+        "lora_sft": {"learning_rate": 3.0e-3},
+        "full_sft": {"learning_rate": 3.0e-3},
+    }
     return {method: {"method": method, **common, "output_dir": str(out / method), **own[method]} for method in own}
 
 

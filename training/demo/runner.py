@@ -73,7 +73,7 @@ def run_steps(steps: list[Step], workspace: Workspace, environment: dict[str, st
                 busy = sum(one.step.threads for one in running)
                 if complete.issuperset(step.needs) and busy + step.threads <= slots:
                     waiting.remove(step)
-                    running.append(_start(step, workspace.folder, environment, cwd))
+                    running.append(_start(step, workspace, environment, cwd))
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
                 seconds = _end(one)
@@ -90,15 +90,22 @@ def run_steps(steps: list[Step], workspace: Workspace, environment: dict[str, st
             one.process.wait()
 
 
-def _start(step: Step, folder: Path, environment: dict[str, str], cwd: Path) -> _Running:
+def _start(step: Step, workspace: Workspace, environment: dict[str, str], cwd: Path) -> _Running:
     if step.output.is_dir():
         shutil.rmtree(step.output)
     step.output.unlink(missing_ok=True)
-    log = folder / "logs" / f"{step.name.replace(' ', '_')}.log"
+    log = workspace.folder / "logs" / f"{step.name.replace(' ', '_')}.log"
     environment = {**environment, "OMP_NUM_THREADS": str(step.threads), "MKL_NUM_THREADS": str(step.threads)}
     with log.open("w", encoding="utf-8") as file:
         print("$", *step.command, file=file, flush=True)
-        process = subprocess.Popen(step.command, stdout=file, stderr=subprocess.STDOUT, cwd=cwd, env=environment)
+        process = subprocess.Popen(
+            step.command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            cwd=cwd,
+            env=environment,
+            pass_fds=(workspace.lock.fileno(),),  # a step that outlives us keeps the folder locked
+        )
     return _Running(step, process, log, time.monotonic())
 
 

@@ -1,9 +1,10 @@
 """The demo's output folder.
 
-* `open_workspace`: refuses folders whose content is not an unfinished demo of the same settings
+* `open_workspace`: refuses folders whose content is not an unfinished demo of the same settings, and folders in use
 * `Workspace`: which steps are complete, kept in `demo.json`, so that an interrupted run continues where it stopped
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 STATE = "demo.json"
+DRAFT = ".demo.json"
+LOCK = ".lock"
 CONTENTS = (
     "data", "base", "l2d", "lora_sft", "full_sft", "configs", "results", "logs", "cache",
     "leaderboard.md", "leaderboard.json", "accuracy.png", STATE,
@@ -23,12 +26,21 @@ class Workspace:
     Attributes:
         folder: absolute path.
         seconds: duration of every complete step by name.
+        lock: open file, locked as long as this process or one that inherited it lives.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], seconds: dict[str, float] | None = None):
+    def __init__(self, folder: Path, settings: dict[str, Any]):
         self.folder = folder
         self.settings = settings
-        self.seconds = dict(seconds or {})
+        self.seconds: dict[str, float] = {}
+        self.lock = (folder / LOCK).open("w")
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.lock.close()
+            raise ValueError(
+                f"OUT={folder} is in use by a demo that still runs: wait, or choose another OUT=."
+            ) from error
 
     def complete(self, name: str, output: Path) -> bool:
         """Whether the step `name` was completed, and its output is still there."""
@@ -40,12 +52,13 @@ class Workspace:
         self._save(finished=False)
 
     def finish(self) -> None:
-        """Remember that the whole demo is complete."""
+        """Remember that the whole demo is complete, and unlock the folder."""
         self._save(finished=True)
+        self.lock.close()
 
     def _save(self, finished: bool) -> None:
         state = {"finished": finished, "settings": self.settings, "seconds": self.seconds}
-        draft = self.folder / f".{STATE}"
+        draft = self.folder / DRAFT
         draft.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
         os.replace(draft, self.folder / STATE)  # never half-written
 
@@ -56,22 +69,32 @@ def open_workspace(folder: Path, settings: dict[str, Any], overwrite: bool) -> W
     Raises `ValueError`, one sentence, for anything else; files that are not the demo's are never removed.
     """
     folder = folder.absolute()
+    if "," in str(folder):
+        raise ValueError(f"OUT={folder} holds a comma, which separates arguments of lm_eval: choose another OUT=.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"OUT={folder} is a file: choose a folder with OUT= (--out).")
-    content = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    content = {path.name for path in folder.iterdir()} - {LOCK, DRAFT} if folder.exists() else set()
     if content and STATE not in content:
-        raise ValueError(f"OUT={folder} holds {content[0]!r}, which is no demo's: choose another folder with OUT=.")
-    workspace = Workspace(folder, settings)
-    if content:
-        state = _read_state(folder)
-        if not overwrite:
-            _check_unfinished(folder, state, settings)
-            workspace.seconds = state["seconds"]
-        else:
-            _clear(folder)
+        raise ValueError(f"OUT={folder} holds {min(content)!r}, which is no demo's: choose another folder with OUT=.")
     folder.mkdir(parents=True, exist_ok=True)
+    workspace = Workspace(folder, settings)
+    if content and overwrite:
+        _clear(folder)
+    elif content:
+        workspace.seconds = _resumed(folder, settings)
     workspace._save(finished=False)
     return workspace
+
+
+def _resumed(folder: Path, settings: dict[str, Any]) -> dict[str, float]:
+    """The complete steps of the unfinished demo in `folder`. Raises `ValueError` if it cannot be continued."""
+    state = _read_state(folder)
+    remedy = "choose another folder with OUT=, or replace it with OVERWRITE=1 (--overwrite)."
+    if state["finished"]:
+        raise ValueError(f"OUT={folder} holds a finished demo (see leaderboard.md there): {remedy}")
+    if state["settings"] != settings:
+        raise ValueError(f"OUT={folder} holds an unfinished demo of other settings: {remedy}")
+    return state["seconds"]
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -80,14 +103,6 @@ def _read_state(folder: Path) -> dict[str, Any]:
         return {"finished": state["finished"], "settings": state["settings"], "seconds": state["seconds"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"OUT={folder} holds an unreadable {STATE}: choose another folder with OUT=.") from error
-
-
-def _check_unfinished(folder: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
-    remedy = "choose another folder with OUT=, or replace it with OVERWRITE=1 (--overwrite)."
-    if state["finished"]:
-        raise ValueError(f"OUT={folder} holds a finished demo (see leaderboard.md there): {remedy}")
-    if state["settings"] != settings:
-        raise ValueError(f"OUT={folder} holds an unfinished demo of other settings: {remedy}")
 
 
 def _clear(folder: Path) -> None:

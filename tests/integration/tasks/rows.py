@@ -3,6 +3,7 @@
 from datasets import Dataset, DatasetDict
 
 QUESTIONS = ["How many clips in April?", "A train runs 3 hours.", "The cat", "2 + 3 =", "0 1 2 3 4", "def add(a, b):"]
+QUESTIONS += [QUESTIONS[2], QUESTIONS[0], QUESTIONS[0]]  # equal prompts on the same process of two, and on the other
 CHOICES = ["24", "90 miles", " on the mat", "5", "a + b"]
 
 

@@ -1,0 +1,79 @@
+"""`python -m lm_eval_ext.leaderboard RESULTS_DIR... [--out DIR]`: lm-eval's results as page, table and files.
+
+- `main`: the command line; `write_leaderboard`: the same from Python
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from lm_eval_ext.leaderboard.board import Board, build_board
+from lm_eval_ext.leaderboard.files import read_runs
+from lm_eval_ext.leaderboard.page import html_page
+from lm_eval_ext.leaderboard.tables import csv_text, json_text, markdown, missing_controls
+
+
+def write_leaderboard(
+    folders: list[Path],
+    out: Path,
+    metrics: dict[str, str] | None = None,
+    cluster_fields: tuple[str, ...] = (),
+    title: str = "Leaderboard",
+) -> Board:
+    """Read all results below `folders`, write `leaderboard.{html,md,csv,json}` into `out`, return what they show.
+
+    Args: see `board.build_board`. Raises `ValueError` if a folder is missing or holds nothing usable.
+    """
+    runs, skipped = read_runs(folders)
+    board = build_board(runs, skipped, metrics, cluster_fields)
+    if not board.rows:
+        reasons = "; ".join(f"{item.file} {item.reason}" for item in skipped[:3])
+        raise ValueError(
+            f"{', '.join(map(str, folders))}: no usable results_*.json of lm-eval{f' ({reasons})' * bool(reasons)}."
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    texts = {
+        "html": html_page(board, out, title),
+        "md": markdown(board, out),
+        "csv": csv_text(board, out),
+        "json": json_text(board, out),
+    }
+    for ending, text in texts.items():
+        (out / f"leaderboard.{ending}").write_text(text, encoding="utf-8", errors="replace")
+    return board
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="l2d-leaderboard", description="lm-eval results as one page, table and files")
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RESULTS_DIR", help="folders with results_*.json")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder to write to (default: here)")
+    parser.add_argument("--title", default="Leaderboard", help="heading of the page")
+    parser.add_argument(
+        "--metric", action="append", default=[], metavar="TASK=METRIC,FILTER", help="number of a task to show first"
+    )
+    parser.add_argument(
+        "--cluster",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="document field whose equal values form clusters",
+    )
+    given = parser.parse_args(arguments)
+    try:
+        metrics = dict(entry.split("=", 1) for entry in given.metric)
+    except ValueError:
+        parser.error(f"--metric {given.metric!r} must look like gsm8k=exact_match,strict-match")
+    try:
+        board = write_leaderboard(given.folders, given.out, metrics, tuple(given.cluster), given.title)
+    except ValueError as error:
+        parser.exit(1, f"l2d-leaderboard: {error}\n")
+    for item in board.skipped:
+        print(f"left out: {item.file} {f'({item.part}) ' if item.part else ''}{item.reason}", file=sys.stderr)
+    for sentence in missing_controls(board):
+        print(sentence)
+    print(f"{len(board.rows)} settings, {len(board.tasks)} tasks: {given.out / 'leaderboard.html'}")
+
+
+if __name__ == "__main__":
+    main()

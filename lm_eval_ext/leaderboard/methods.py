@@ -1,0 +1,219 @@
+"""What a run is: which method, which base it belongs to, and how it decoded.
+
+- `describe`: a run's `Setting`
+- `Setting`: label, kind, base, sampler, decoding, trainable parameters, cost
+- `KINDS`: the kinds of rows with their names, controls included
+
+Checkpoint folders are looked at where they still exist: a `recipe.yaml` tells finetuned models from plain ones, and the
+headers of `*.safetensors` give the number of trained parameters. Everything else comes from the results file.
+"""
+
+import dataclasses
+import json
+import struct
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from lm_eval_ext.leaderboard.files import Run
+from lm_eval_ext.leaderboard.schema import number
+
+KINDS = {
+    "base": "base",
+    "l2d-base": "L2D at T = 1",
+    "l2d-lora": "L2D (lora)",
+    "l2d-full": "L2D (full)",
+    "one-evaluation": "control: one evaluation",
+    "noise-free": "control: noise-free path",
+    "lora-ft": "LoRA finetuning",
+    "full-ft": "full finetuning",
+    "other": "other model",
+}
+CONTROLS = ("one-evaluation", "noise-free", "lora-ft")
+_RECIPE_METHODS = {"lora_sft": "lora-ft", "full_sft": "full-ft"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A model and how it answered.
+
+    kind: a key of `KINDS`; model: folder or hub name; base: the base's, or `None` where it is not known.
+    budget, solver, guidance, final_time, seed: of the sampler; budget 1 and `None` for plain models.
+    decoding: "greedy", "sampled at TEMPERATURE", "scored" or several of them; details: other unusual settings.
+    cost: by quantity ("asked", "computed", "rounds"), the recorded statistics per token.
+    tokens: generated and scored ones, `None` where nobody counted.
+    """
+
+    kind: str
+    model: str
+    base: str | None
+    budget: int | None
+    solver: str | None
+    guidance: str | None
+    final_time: float | None
+    seed: int | None
+    decoding: str
+    details: str
+    trained: int | None
+    parameters: int | None
+    cost: dict[str, dict[str, Any]]
+    tokens: int | None
+    seconds: float | None
+    fingerprint: str | None
+    base_fingerprint: str | None
+    world_size: int | None
+
+    @property
+    def name(self) -> str:
+        """The model's own name, without its folder."""
+        return Path(self.model).name or self.model
+
+    @property
+    def label(self) -> str:
+        """Method and what sets it apart, in one line."""
+        parts = [KINDS[self.kind]]
+        if self.kind == "one-evaluation":
+            parts.append(f"t = {self.final_time:g}")
+        elif self.kind in ("l2d-lora", "l2d-full", "noise-free"):
+            parts.append(f"T = {self.budget}" if self.budget else f"{self.solver}, adaptive")
+        if self.details:
+            parts.append(self.details)
+        return ", ".join(parts)
+
+    @property
+    def seconds_per_token(self) -> float | None:
+        """Seconds of the whole call per generated or scored token."""
+        return self.seconds / self.tokens if self.seconds and self.tokens else None
+
+
+def describe(run: Run) -> Setting:
+    """The setting of `run`; unknown parts are `None`."""
+    ours, arguments = run.l2d, run.model_args
+    model = str(arguments.get("pretrained") or run.raw.get("model_name") or run.config.get("model") or "?")
+    recipe = _recipe(model)
+    sampler = ours.get("sampler") if isinstance(ours.get("sampler"), dict) else {}
+    adaptive = sampler.get("solver") in ("adaptive_heun", "bosh3", "fehlberg2", "dopri5") and sampler.get("budget") != 1
+    kind, base = _kind(run, model, sampler, recipe)
+    tokens = (number(ours.get("generated_tokens")) or 0) + (number(ours.get("scored_tokens")) or 0)
+    cost = {name: ours.get(f"{name}_per_token") for name in ("asked", "computed", "rounds")}
+    scale = number(sampler.get("guidance_scale"))
+    guidance = sampler.get("guidance_class")
+    if guidance is not None or scale not in (None, 1.0):
+        guidance = f"{guidance or 'no class'} × {scale if scale is not None else 1:g}"
+    return Setting(
+        kind=kind,
+        model=str(arguments.get("peft") or model),
+        base=base,
+        budget=None if adaptive else sampler.get("budget") if ours else 1 if kind != "other" else None,
+        solver=sampler.get("solver") if sampler.get("budget") != 1 else None,
+        guidance=guidance,
+        final_time=number(sampler.get("final_time")),
+        seed=sampler.get("seed"),
+        decoding=_decoding(run),
+        details=_details(sampler, kind),
+        trained=_trained(run, model, kind),
+        parameters=_whole(run.config.get("model_num_parameters")),
+        cost={name: value for name, value in cost.items() if isinstance(value, dict)},
+        tokens=int(tokens) or None,
+        seconds=run.seconds,
+        fingerprint=ours.get("checkpoint_fingerprint"),
+        base_fingerprint=ours.get("base_fingerprint"),
+        world_size=_whole(ours.get("world_size")),
+    )
+
+
+def _kind(run: Run, model: str, sampler: dict[str, Any], recipe: dict[str, str]) -> tuple[str, str | None]:
+    ours = run.l2d
+    if ours:
+        base = str(ours["base"]) if ours.get("base") else None
+        if sampler.get("budget") == 1:
+            return "l2d-base", base
+        if ours.get("noise_free") or recipe.get("noise_free") == "true":
+            return "noise-free", base
+        final = number(sampler.get("final_time"))
+        if sampler.get("budget") == 2 and final is not None and final < 1:
+            return "one-evaluation", base
+        return ("l2d-full" if ours.get("variant") == "full" else "l2d-lora"), base
+    if run.model_args.get("peft"):
+        return "lora-ft", model
+    if recipe.get("method") in _RECIPE_METHODS:
+        return _RECIPE_METHODS[recipe["method"]], recipe.get("base")
+    return "other", None
+
+
+def _details(sampler: dict[str, Any], kind: str) -> str:
+    if kind in ("base", "l2d-base", "other"):
+        return ""
+    usual = dict(solver="midpoint", start_time=0.0, final_time=1.0, choice="sample", choice_temperature=0.0)
+    usual |= dict(normalize_average=False, end_velocity="straight", mc_samples=1, seed=0)
+    if kind == "one-evaluation":
+        usual |= {name: sampler.get(name) for name in ("solver", "final_time")}
+    named = {"solver": "{}", "final_time": "to t = {}", "start_time": "from t = {}", "choice": "{}", "seed": "seed {}"}
+    named |= {"choice_temperature": "τ = {}", "mc_samples": "{} noise draws", "normalize_average": "normalised"}
+    named |= {"end_velocity": "end velocity {}"}
+    unusual = [name for name, value in usual.items() if name in sampler and sampler[name] != value]
+    return ", ".join(named[name].format(sampler[name]) for name in unusual)
+
+
+def _decoding(run: Run) -> str:
+    found = set()
+    overrides = run.config.get("gen_kwargs")
+    for config in run.raw["configs"].values():
+        if not isinstance(config, dict):
+            continue
+        if config.get("output_type") != "generate_until":
+            found.add("scored")
+            continue
+        kwargs = {**(config.get("generation_kwargs") or {}), **(overrides if isinstance(overrides, dict) else {})}
+        if kwargs.get("do_sample") in (True, "true", "True") and number(kwargs.get("temperature", 1.0)) != 0:
+            temperature = number(kwargs.get("temperature"))
+            found.add(f"sampled at {1.0 if temperature is None else temperature:g}")
+        else:
+            found.add("greedy")
+    return " + ".join(sorted(found)) or "?"
+
+
+def _whole(value: Any) -> int | None:
+    found = number(value)
+    return None if found is None or found < 0 else int(found)
+
+
+# ---- checkpoint folders ------------------------------------------------------------------------------------------
+
+
+def _trained(run: Run, model: str, kind: str) -> int | None:
+    recorded = _whole(run.l2d.get("trained_parameters"))
+    if recorded is not None or kind in ("base", "other"):
+        return recorded
+    if kind == "full-ft":
+        return _whole(run.config.get("model_num_parameters"))
+    adapter = Path(str(run.model_args.get("peft") or Path(model) / "adapter"))
+    return count_parameters(adapter if kind == "lora-ft" else Path(model))
+
+
+@lru_cache(maxsize=1024)
+def count_parameters(folder: Path) -> int | None:
+    """Numbers in the `*.safetensors` of `folder`, from their headers; `None` where there are none."""
+    total = 0
+    try:
+        for file in folder.glob("*.safetensors"):
+            with file.open("rb") as stream:
+                size = struct.unpack("<Q", stream.read(8))[0]
+                header = json.loads(stream.read(min(size, 1 << 26)))
+            total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        return None
+    return total or None
+
+
+@lru_cache(maxsize=1024)
+def _recipe(model: str) -> dict[str, str]:
+    """Top-level `key: value` lines of the `recipe.yaml` in the checkpoint's folder; empty where there is none."""
+    file = Path(model) / "recipe.yaml"
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        return {}
+    pairs = (line.partition(":") for line in lines if line[:1].strip() and not line.startswith("#"))
+    return {key.strip(): value.strip().strip("'\"") for key, _, value in pairs}

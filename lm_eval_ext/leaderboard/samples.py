@@ -1,0 +1,55 @@
+"""What the drill-down shows: every document's prompt, target, answers and scores, packed into the page.
+
+- `pack_samples`: by task, documents and all rows' answers, as base64 of gzipped JSON
+
+Prompts are stored once per task. The page unpacks a task when a reader opens it, so it opens as fast with 20,000
+samples as with 20.
+"""
+
+import base64
+import gzip
+import json
+from typing import Any
+
+from lm_eval_ext.leaderboard.board import Board, Cell, by_document
+from lm_eval_ext.leaderboard.files import COSTS
+
+
+def pack_samples(board: Board) -> dict[str, str]:
+    """By task, `{"documents": [[prompt, target]...], "rows": {number: {"base": number, "answers": [...]}}}`, packed.
+
+    An answer is `[document, answer, score, cost]`; cost is an object of `files.COSTS` where the
+    run recorded it, else `null`.
+    """
+    packed = {}
+    for task in board.tasks:
+        content = _task_content(board, task)
+        if content["rows"]:
+            text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+            packed[task] = base64.b64encode(gzip.compress(text.encode(), 6, mtime=0)).decode()
+    return packed
+
+
+def _task_content(board: Board, task: str) -> dict[str, Any]:
+    documents: dict[tuple[str, int, str], int] = {}
+    texts, rows = [], {}
+    for row in board.rows:
+        cell = row.cells.get(task)
+        if cell is None or not cell.samples:
+            continue
+        answers = []
+        for key, sample in by_document(cell.samples).items():
+            place = documents.setdefault((*key, sample.prompt), len(texts))
+            if place == len(texts):
+                texts.append([sample.prompt, sample.target])
+            answers.append([place, sample.answer, sample.scores.get(cell.measure.metric), _cost(cell, sample)])
+        base = next((r.number for r in board.rows if cell.base is not None and r.cells.get(task) is cell.base), None)
+        rows[row.number] = {"base": base, "answers": answers}
+    return {"documents": texts, "rows": rows}
+
+
+def _cost(cell: Cell, sample: Any) -> dict[str, Any] | None:
+    found = cell.costs.get(sample.doc_hash)
+    if not found:
+        return None
+    return {**{name: int(found[name]) for name in COSTS[:-1]}, "seconds": round(found["seconds"], 4)}

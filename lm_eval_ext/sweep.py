@@ -1,0 +1,251 @@
+"""`python -m lm_eval_ext.sweep FILE.yaml`: a grid of settings, one output folder each, resumed where it was stopped.
+
+    output: runs/sweep
+    tasks: [gsm8k, humaneval_instruct]
+    base: true                              # also the base, which is budget 1
+    model_args: {pretrained: CHECKPOINT}    # of every setting
+    grid:                                   # model args with several values: all combinations
+      diffusion_budget: [3, 7, 15]
+      guidance_scale: [1.0, 1.5]
+    run: {num_fewshot: 5, batch_size: 8}    # options of the lm_eval command line, of every setting
+
+- `read_plan`: the YAML file, validated without loading anything
+- `run_plan`: runs what is not complete; `table`: the scores of what is
+
+A setting runs in `OUTPUT/TASK/NAME.partial`, which is renamed to `NAME` when its results are written: a folder without
+that ending is complete. It holds what `lm_eval` wrote, its output as `log.txt`, and the setting as `setting.json`.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import gc
+import io
+import itertools
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lm_eval_ext.arguments import BUDGET, UsageError, parse_arguments
+
+KEYS = ("output", "tasks", "base", "model_args", "grid", "run")
+OWN_OPTIONS = ("model", "model_args", "tasks", "output_path")
+PARTIAL = ".partial"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One run: a task, a name that tells what the grid chose, model args, and options of the command line."""
+
+    task: str
+    name: str
+    model_args: dict[str, Any]
+    run: dict[str, Any]
+
+    def command(self, folder: Path) -> list[str]:
+        """Arguments of `lm_eval` for this setting."""
+        words = ["run", "--model", "l2d", "--tasks", self.task, "--output_path", str(folder)]
+        words += ["--model_args", json.dumps(self.model_args)]
+        for option, value in self.run.items():
+            if value is True:
+                words.append(f"--{option}")
+            elif value not in (False, None):
+                words += [f"--{option}", json.dumps(value) if isinstance(value, dict) else _joined(value)]
+        return words
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All settings of a sweep, in the order in which they run."""
+
+    output: Path
+    settings: list[Setting]
+
+    def folder(self, setting: Setting) -> Path:
+        """Where a complete setting lies."""
+        return self.output / setting.task / setting.name
+
+
+# ---- the file --------------------------------------------------------------------------------------------------------
+
+
+def read_plan(file: str | Path) -> Plan:
+    """Read and check a sweep's YAML file; `UsageError` for anything that a run would refuse."""
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise UsageError(f"sweep file {str(file)!r} cannot be read: {' '.join(str(error).split())}.") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"sweep file {str(file)!r} must hold a mapping with the keys {', '.join(KEYS)}.")
+    for name in content:
+        if name not in KEYS:
+            raise UsageError(f"sweep file has the key {name!r}, which is not known: use {', '.join(KEYS)}.")
+    output, tasks = content.get("output"), content.get("tasks")
+    if not isinstance(output, str) or not output:
+        raise UsageError(f"output={output!r} must be the name of a folder.")
+    if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) and task for task in tasks):
+        raise UsageError(f"tasks={tasks!r} must be a list of names of tasks.")
+    shared, grid, run = (_mapping(content, name) for name in ("model_args", "grid", "run"))
+    for name, values in grid.items():
+        if not isinstance(values, list) or not values:
+            raise UsageError(f"grid: {name}={values!r} must be a list of values.")
+    for name in run:
+        if name in OWN_OPTIONS:
+            raise UsageError(f"run: {name!r} is set by the sweep itself; leave it out.")
+    points = list(_points(shared, grid, content.get("base", False)))
+    for _, model_args in points:
+        parse_arguments(dict(model_args))
+    settings = [Setting(task, name, args, {"log_samples": True, **run}) for task in tasks for name, args in points]
+    return Plan(Path(output), settings)
+
+
+def _points(shared: dict[str, Any], grid: dict[str, list], base: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(name, model args) of the base and of every combination in the grid."""
+    if not isinstance(base, bool):
+        raise UsageError(f"base={base!r} must be true or false.")
+    if base:
+        unguided = {name: value for name, value in shared.items() if not name.startswith("guidance_")}
+        yield "base", {**unguided, BUDGET: 1}
+    for values in itertools.product(*grid.values()) if grid or not base else ():
+        chosen = dict(zip(grid, values, strict=True))
+        name = ",".join(f"{name}={str(value).replace('/', '_')}" for name, value in chosen.items())
+        yield name or "default", {**shared, **chosen}
+
+
+def _mapping(content: dict[str, Any], name: str) -> dict[str, Any]:
+    value = content.get(name) or {}
+    if not isinstance(value, dict):
+        raise UsageError(f"{name}={value!r} must be a mapping.")
+    return value
+
+
+def _joined(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+# ---- the runs --------------------------------------------------------------------------------------------------------
+
+
+def run_plan(plan: Plan) -> list[Setting]:
+    """Run every setting that is not complete; return those that failed. The table is written after each."""
+    _check_options(plan)
+    pending = [setting for setting in plan.settings if not _complete(plan, setting)]
+    print(f"{len(plan.settings)} settings, {len(plan.settings) - len(pending)} of them complete", flush=True)
+    failed = []
+    for number, setting in enumerate(plan.settings, 1):
+        head = f"[{number}/{len(plan.settings)}] {setting.task} {setting.name}"
+        if setting not in pending:
+            print(f"{head}: complete", flush=True)
+            continue
+        print(f"{head}: running", flush=True)
+        start = time.perf_counter()
+        try:
+            _run(plan, setting)
+        except (Exception, SystemExit) as error:  # one setting's failure must not take the others with it
+            failed.append(setting)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            print(f"{head}: failed, {reason} (see {plan.folder(setting)}{PARTIAL})", flush=True)
+            continue
+        print(f"{head}: done in {time.perf_counter() - start:.0f} s", flush=True)
+        (plan.output / "table.md").write_text(table(plan), encoding="utf-8")
+    return failed
+
+
+def _check_options(plan: Plan) -> None:
+    """Let the harness's own command line look at the options, before anything runs."""
+    from lm_eval._cli import HarnessCLI
+
+    given, said = sys.argv, io.StringIO()
+    try:
+        sys.argv = ["lm_eval", *plan.settings[0].command(plan.output)]
+        with contextlib.redirect_stderr(said):
+            HarnessCLI().parse_args()
+    except SystemExit as error:
+        raise UsageError(f"run: {said.getvalue().strip().splitlines()[-1]}.") from error
+    finally:
+        sys.argv = given
+
+
+def _complete(plan: Plan, setting: Setting) -> bool:
+    folder = plan.folder(setting)
+    if not folder.is_dir():
+        return False
+    try:
+        held = json.loads((folder / "setting.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{str(folder)!r} was not made by a sweep: give another output folder.") from error
+    if held != json.loads(json.dumps(dataclasses.asdict(setting))):
+        raise UsageError(f"{str(folder)!r} was made with other settings: give another output folder, or remove it.")
+    return True
+
+
+def _run(plan: Plan, setting: Setting) -> None:
+    from lm_eval_ext.__main__ import main as lm_eval
+
+    folder = plan.folder(setting)
+    partial = folder.with_name(folder.name + PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    given = sys.argv
+    try:
+        with (partial / "log.txt").open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+            lm_eval(setting.command(partial))
+    finally:
+        sys.argv = given
+        gc.collect()  # the model, before the next one is loaded
+    if not list(partial.glob("**/results_*.json")):
+        raise RuntimeError("lm_eval wrote no results")
+    (partial / "setting.json").write_text(json.dumps(dataclasses.asdict(setting), indent=2), encoding="utf-8")
+    os.replace(partial, folder)
+
+
+# ---- the table -------------------------------------------------------------------------------------------------------
+
+
+def table(plan: Plan) -> str:
+    """Scores of all complete settings, and the evaluations that a token asked for and needed."""
+    lines = ["| task | setting | metric | score | standard error | asked / token | computed / token |"]
+    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for setting in plan.settings:
+        for file in sorted(plan.folder(setting).glob("**/results_*.json")):
+            results = json.loads(file.read_text(encoding="utf-8"))
+            ours = results["config"].get("l2d") or {}
+            cost = [_shown((ours.get(f"{name}_per_token") or {}).get("mean"), 2) for name in ("asked", "computed")]
+            for task, metrics in results["results"].items():
+                for name, score, error in _scores(metrics):
+                    cells = [task, setting.name, name, _shown(score, 4), _shown(error, 4), *cost]
+                    lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _scores(metrics: dict[str, Any]) -> Iterator[tuple[str, float, Any]]:
+    for key, value in metrics.items():
+        metric, comma, filter_name = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, (int, float)):
+            name = metric if filter_name == "none" else f"{metric} ({filter_name})"
+            yield name, value, metrics.get(f"{metric}_stderr,{filter_name}")
+
+
+def _shown(value: Any, digits: int) -> str:
+    return f"{value:.{digits}f}" if isinstance(value, (int, float)) else ""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the sweep of the file that is named on the command line; 1 if a setting failed."""
+    parser = argparse.ArgumentParser(prog="python -m lm_eval_ext.sweep", description="Run a grid of evaluations.")
+    parser.add_argument("file", help="YAML file with output, tasks, base, model_args, grid and run")
+    plan = read_plan(parser.parse_args(arguments).file)
+    failed = run_plan(plan)
+    print(table(plan))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""A headless browser for the tests of pages: see `chromium`."""

@@ -1,0 +1,143 @@
+"""Sweeps: the grid of a YAML file, resuming after SIGKILL, refusals.
+
+Run: `python -m pytest tests/test_lm_eval_sweep.py`
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lm_eval_ext import sweep
+from lm_eval_ext.arguments import UsageError
+from tests.conftest import REPOSITORY
+from tests.integration.harness import TASKS
+
+
+def write(folder: Path, l2d_dir: Path, **changes) -> Path:
+    """A sweep file: the base and two budgets on one task."""
+    content = {
+        "output": str(folder / "out"),
+        "tasks": ["l2d_test_choice"],
+        "base": True,
+        "model_args": {"pretrained": str(l2d_dir), "device": "cpu"},
+        "grid": {"diffusion_budget": [3, 15]},
+        "run": {"include_path": str(TASKS), "batch_size": 8},
+    }
+    file = folder / "sweep.yaml"
+    file.write_text(yaml.safe_dump({**content, **changes}, sort_keys=False))
+    return file
+
+
+def start(file: Path) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "lm_eval_ext.sweep", str(file)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_a_killed_sweep_is_completed(l2d_dir, tmp_path):
+    file, out = write(tmp_path, l2d_dir), tmp_path / "out"
+    first = start(file)
+    choice = out / "l2d_test_choice"
+    while not (choice / "diffusion_budget=3.partial").is_dir():  # the base is complete, the next one is running
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.05)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    (base,) = choice.glob("base/*/results_*.json")
+    before = base.stat().st_mtime_ns
+    second = start(file)
+    stdout, stderr = second.communicate(timeout=300)
+    assert second.returncode == 0, stderr
+    assert "3 settings, 1 of them complete\n[1/3] l2d_test_choice base: complete\n[2/3]" in stdout
+    assert base.stat().st_mtime_ns == before
+    assert sorted(path.name for path in choice.iterdir()) == ["base", "diffusion_budget=15", "diffusion_budget=3"]
+    assert stdout.endswith((out / "table.md").read_text() + "\n")
+
+    plan = sweep.read_plan(file)
+    whole = sweep.table(plan)
+    assert whole == (out / "table.md").read_text()
+    for setting in plan.settings:
+        (results,) = plan.folder(setting).glob("*/results_*.json")
+        budget = setting.model_args["diffusion_budget"]
+        assert json.loads(results.read_text())["config"]["l2d"]["asked_per_token"]["mean"] == budget
+        assert f"| l2d_test_choice | {setting.name} | acc |" in whole
+        assert len(list(plan.folder(setting).glob("*/compute_l2d_test_choice_*.jsonl"))) == 1
+        assert "l2d_test_choice" in (plan.folder(setting) / "log.txt").read_text()
+    with pytest.raises(UsageError, match="was made with other settings: give another output folder"):
+        sweep.run_plan(sweep.read_plan(write(tmp_path, l2d_dir, run={"batch_size": 4})))
+
+
+def test_a_failing_setting_does_not_stop_the_others(l2d_dir, tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def lm_eval(words):
+        args = json.loads(words[words.index("--model_args") + 1])
+        ran.append(args["diffusion_budget"])
+        if args["diffusion_budget"] == 3:
+            raise RuntimeError("no\nmemory")
+        folder = Path(words[words.index("--output_path") + 1]) / "model"
+        folder.mkdir()
+        (folder / "results_x.json").write_text('{"config": {}, "results": {"task": {"acc,none": 0.5}}}')
+
+    monkeypatch.setattr("lm_eval_ext.__main__.main", lm_eval)
+    file = str(write(tmp_path, l2d_dir))
+    assert sweep.main([file]) == 1
+    assert ran == [1, 3, 15]
+    assert "[2/3] l2d_test_choice diffusion_budget=3: failed, no memory (see " in capsys.readouterr().out
+    assert sweep.main([file]) == 1
+    assert ran == [1, 3, 15, 3]
+    with pytest.raises(UsageError, match="run: .*unrecognized arguments: --fewshots 3"):
+        sweep.main([str(write(tmp_path, l2d_dir, run={"fewshots": 3}))])
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (dict(task=["x"]), "the key 'task', which is not known: use output, tasks"),
+        (dict(output=3), "output=3 must be the name of a folder"),
+        (dict(tasks="gsm8k"), "tasks='gsm8k' must be a list of names"),
+        (dict(base="yes"), "base='yes' must be true or false"),
+        (dict(grid={"diffusion_budget": 15}), "grid: diffusion_budget=15 must be a list of values"),
+        (dict(grid={"diffusion_budget": [3, 14]}), "diffusion_budget=14 cannot be met"),
+        (dict(grid={"guidance_scale": [1.0, 1.5]}), "guidance_scale=1.5 needs a model that was trained with"),
+        (dict(grid=[1]), "grid=[1] must be a mapping"),
+        (dict(run={"output_path": "x"}), "run: 'output_path' is set by the sweep itself"),
+        (dict(model_args={}), "'pretrained' is missing"),
+    ],
+)
+def test_refusals(l2d_dir, tmp_path, changes, sentence):
+    with pytest.raises(UsageError) as caught:
+        sweep.read_plan(write(tmp_path, l2d_dir, **changes))
+    assert sentence in str(caught.value)
+
+
+def test_unreadable_files(tmp_path):
+    for text, sentence in [(None, "cannot be read"), ("[1", "cannot be read"), ("- 1", "must hold a mapping")]:
+        file = tmp_path / "bad.yaml"
+        if text is not None:
+            file.write_text(text)
+        with pytest.raises(UsageError, match=sentence):
+            sweep.read_plan(file)
+
+
+def test_grid_and_command(l2d_dir, tmp_path):
+    grid = {"diffusion_budget": [3, 7], "seed": [0, 1]}
+    run = {"num_fewshot": 2, "log_samples": False, "gen_kwargs": {"max_gen_toks": 4}, "apply_chat_template": True}
+    plan = sweep.read_plan(write(tmp_path, l2d_dir, grid=grid, tasks=["a", "b"], run=run))
+    assert [(setting.task, setting.name) for setting in plan.settings][:6] == [
+        ("a", "base"),
+        ("a", "diffusion_budget=3,seed=0"),
+        ("a", "diffusion_budget=3,seed=1"),
+        ("a", "diffusion_budget=7,seed=0"),
+        ("a", "diffusion_budget=7,seed=1"),
+        ("b", "base"),
+    ]
+    words = plan.settings[1].command(Path("x"))
+    assert words[-5:] == ["--num_fewshot", "2", "--gen_kwargs", '{"max_gen_toks": 4}', "--apply_chat_template"]

@@ -1,0 +1,250 @@
+"""What a recipe would do, without weights: `python -m training.train --config RECIPE.yaml --dry_run`.
+
+- `dry_run`: builds the model on the meta device, reads the data, prints, and stops
+- `estimate_memory`, `estimate_flops`: per device, from shapes alone
+- `coloured`: a decoded example with its targets marked
+
+Estimates count what dominates: weights, gradients and AdamW's two moments, activations kept for the backward pass,
+keys and values of the main path, and one chunk of logits. Attention's own operations and buffers of communication are
+left out.
+"""
+
+import dataclasses
+import json
+import math
+import os
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from l2d.losses import CHUNK_ELEMENTS
+from training.config import L2DTrainingConfig
+from training.data import IGNORED, Unavailable
+from training.recipe import Recipe
+
+ASSUMED_LENGTH, ASSUMED_RESPONSE = 700, 0.5  # mean tokens per example and share of targets, where the data are not here
+FLOPS_PER_S = 0.4 * 989e12  # 40 % of an H100's bfloat16 peak
+GIB = 2**30
+_STATE = "trained weights, gradients, AdamW"
+_GREEN, _GREY, _END = "\033[1;32m", "\033[90m", "\033[0m"
+
+
+@dataclasses.dataclass
+class Shape:
+    """What estimates need to know of a run, per device."""
+
+    base: PreTrainedConfig
+    method: str
+    variant: str
+    trained: int
+    frozen: int
+    frozen_bytes: int  # per weight of the frozen base
+    stream_bytes: int  # per activation
+    rows: int
+    length: int
+    mean_length: int  # tokens of an example, of which `response` are targets
+    response: float
+    draws: int
+    max_queries: int
+    checkpointing: bool
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Print parameters, memory, three examples and the schedule. Raises `ValueError` as a real run would."""
+    from training.train import say
+
+    model = build_on_meta(recipe)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    say(f"{recipe.model.method}: {trained:,} trained parameters, {frozen:,} frozen")
+    encoded = read_data(recipe, say)
+    examples, length, response = ASSUMED_LENGTH, ASSUMED_LENGTH, ASSUMED_RESPONSE
+    if encoded is None:
+        examples = (recipe.data.expected_examples or [None])[0]
+        say(f"assumed below: {length} tokens per example, {response:.0%} of them targets")
+    else:
+        examples, length, response = describe(encoded)
+    shape = shape_of(recipe, model, trained, frozen, length, response)
+    say_memory(shape, recipe, say)
+    say_schedule(recipe.training, examples, shape, say)
+
+
+# ---- model and data ----------------------------------------------------------------------------------------------
+
+
+def base_configuration(recipe: Recipe) -> PreTrainedConfig:
+    """The base's configuration: of the folder `base`, from `base_config`, or from the hub. Raises `ValueError`."""
+    model = recipe.model
+    if model.base_config is not None and not os.path.isdir(model.base):
+        with open(model.base_config, encoding="utf-8") as file:
+            return AutoConfig.for_model(**json.load(file))
+    try:
+        return AutoConfig.from_pretrained(
+            model.base, revision=model.base_revision, trust_remote_code=recipe.training.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"base={model.base!r} is neither a model's folder nor a model on the hub; a dry run can do with its "
+            f"configuration alone: set base_config. ({error})"
+        ) from error
+
+
+def build_on_meta(recipe: Recipe) -> PreTrainedModel:
+    """The model that would be trained, with a base that has shapes and no weights."""
+    from training.train import lora_config
+
+    config = base_configuration(recipe)
+    if config.model_type == "l2d":
+        raise ValueError(f"base={recipe.model.base!r} is an L2D checkpoint: name the model that it was trained on.")
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    if recipe.model.method == "l2d":
+        from l2d import L2DForCausalLM
+
+        with init_empty_weights():
+            return L2DForCausalLM.from_base(base, recipe.model.l2d_config())
+    if recipe.model.method == "lora_sft":
+        from peft import get_peft_model
+
+        return get_peft_model(base, lora_config(recipe.model))
+    return base
+
+
+def read_data(recipe: Recipe, say: Any) -> Any:
+    """The encoded training examples, after printing three of them; `None`, with a note, if they are not at hand."""
+    from training.data import encode, load_examples, load_tokenizer
+
+    model, training = recipe.model, recipe.training
+    try:
+        tokenizer = load_tokenizer(model, training)
+        train, _ = load_examples(recipe.data, model.guidance_classes, training.seed, training.dataset_num_proc)
+    except Unavailable as error:
+        say(f"examples are not shown: {' '.join(str(error).split())[:200]}")
+        return None
+    longest = getattr(base_configuration(recipe).get_text_config(), "max_position_embeddings", None)
+    encoded, summary = encode(train, tokenizer, training, training.max_length or longest, "train")
+    say(summary)
+    for number in range(min(3, len(encoded))):
+        say(f"--- example {number}: targets are green\n{coloured(encoded[number], tokenizer)}")
+    return encoded
+
+
+def coloured(example: dict[str, Any], tokenizer: Any) -> str:
+    """The decoded example, what is trained on in bold green and what is not in grey."""
+    parts, marked = [], [label != IGNORED for label in example["labels"]]
+    start = 0
+    for place in range(1, len(marked) + 1):
+        if place == len(marked) or marked[place] != marked[start]:
+            text = tokenizer.decode(example["input_ids"][start:place])
+            parts.append(f"{_GREEN if marked[start] else _GREY}{text}{_END}")
+            start = place
+    return "".join(parts)
+
+
+def describe(encoded: Any) -> tuple[int, int, float]:
+    """Number of examples, their mean length and their share of targets, the latter from up to 1,000 of them."""
+    sample = encoded.select(range(min(len(encoded), 1000)))
+    tokens = sum(len(row) for row in sample["labels"])
+    targets = sum(label != IGNORED for row in sample["labels"] for label in row)
+    return len(encoded), max(round(tokens / len(sample)), 1), targets / tokens
+
+
+# ---- estimates ---------------------------------------------------------------------------------------------------
+
+
+def shape_of(
+    recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, length: int, response: float
+) -> Shape:
+    """The run's shape: memory is for a batch of the longest examples, with their usual share of targets."""
+    training = recipe.training
+    mixed = training.bf16 or training.fp16
+    l2d = recipe.model.method == "l2d"
+    return Shape(
+        base=(model.base if l2d else model).config.get_text_config(),
+        method=recipe.model.method,
+        variant=recipe.model.variant,
+        trained=trained,
+        frozen=frozen,
+        frozen_bytes=4 if recipe.model.dtype == "float32" or (recipe.model.dtype is None and not mixed) else 2,
+        stream_bytes=2 if mixed else 4,
+        rows=training.per_device_train_batch_size,
+        length=training.max_length or length,
+        mean_length=length,
+        response=response,
+        draws=training.draws if l2d else 1,
+        max_queries=training.max_queries if "max_queries" in recipe.settings or not mixed else 4096,
+        checkpointing=bool(training.activation_checkpointing),
+    )
+
+
+def estimate_memory(shape: Shape) -> dict[str, float]:
+    """Bytes per device by what they are for, where nothing is sharded."""
+    base, s = shape.base, shape.stream_bytes
+    layers, hidden, inner = base.num_hidden_layers, base.hidden_size, base.intermediate_size
+    head = getattr(base, "head_dim", None) or hidden // base.num_attention_heads
+    attention, kept = base.num_attention_heads * head, base.num_key_value_heads * head
+    tokens = shape.rows * shape.length
+    block = s * (6 * hidden + 2 * attention + 4 * inner) + 8 * hidden  # what one layer keeps per position
+    parts = {"frozen weights": shape.frozen * shape.frozen_bytes, _STATE: shape.trained * 16}
+    if shape.method == "l2d":
+        queries = min(math.ceil(tokens * shape.response) * shape.draws, shape.max_queries)
+        modulation = 24 * hidden  # scales, shifts and gates in float32
+        per_layer = modulation + (hidden * s if shape.checkpointing else block)
+        parts["keys and values of the main path"] = 2 * layers * kept * tokens * s
+        parts["activations"] = queries * (layers * per_layer + (block if shape.checkpointing else 0))
+    else:
+        block += s * 2 * kept
+        parts["activations"] = tokens * (layers * hidden * s + block if shape.checkpointing else layers * block)
+    parts["logits"] = 3 * 4 * CHUNK_ELEMENTS["cuda"]
+    return parts
+
+
+def estimate_flops(shape: Shape) -> float:
+    """Floating-point operations of one training example, attention scores left out."""
+    base = shape.base
+    vocabulary = base.vocab_size * base.hidden_size
+    embedded = vocabulary if base.tie_word_embeddings else 2 * vocabulary
+    length, targets = shape.mean_length, shape.mean_length * shape.response * shape.draws
+    again = 1 if shape.checkpointing else 0
+    if shape.method != "l2d":
+        body = (shape.frozen or shape.trained) - embedded
+        backward = 2 if shape.method == "full_sft" else 1
+        adapters = 0 if shape.method == "full_sft" else 6 * shape.trained
+        return length * (2 * body * (1 + backward + again) + adapters) + targets * 4 * vocabulary
+    body = shape.frozen - embedded
+    if shape.variant == "full":
+        path = 2 * shape.trained * (3 + again)
+    else:
+        path = 2 * body * (2 + again) + 2 * shape.trained * (3 + again)
+    return length * 2 * body + targets * (path + 4 * vocabulary)
+
+
+def say_memory(shape: Shape, recipe: Recipe, say: Any) -> None:
+    """Print the memory of one device, and with the trained state sharded over eight."""
+    parts = estimate_memory(shape)
+    total = sum(parts.values())
+    lines = [f"  {value / GIB:7.1f} GiB  {name}" for name, value in parts.items()]
+    say(f"memory per device, estimated for {shape.rows} x {shape.length} tokens:\n" + "\n".join(lines))
+    sharded = total - parts[_STATE] * 7 / 8
+    say(f"  {total / GIB:7.1f} GiB  in all; {sharded / GIB:.1f} GiB with the trained state sharded over 8 devices")
+
+
+def say_schedule(training: L2DTrainingConfig, examples: int | None, shape: Shape, say: Any) -> None:
+    """Print steps, warm-up and learning rates, and the time that eight H100 would take."""
+    batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
+    steps = training.max_steps
+    if steps <= 0 and examples:
+        steps = math.ceil(math.ceil(examples / batch) * training.num_train_epochs)
+    many = f"{steps:,} steps" if steps > 0 else f"{training.num_train_epochs:g} epochs"
+    kind = getattr(training.lr_scheduler_type, "value", training.lr_scheduler_type)
+    say(
+        f"schedule: {many} of {batch} examples ({training.per_device_train_batch_size} x "
+        f"{training.gradient_accumulation_steps} accumulated x {training.world_size} processes), {kind} from "
+        f"{training.learning_rate:g} after {training.warmup_steps:g} warm-up steps, "
+        f"{training.lr_scheduler_kwargs or 'to 0'}"
+    )
+    if steps > 0:
+        work = estimate_flops(shape) * steps * batch
+        say(f"work: {work:.2e} floating-point operations, {work / FLOPS_PER_S / 8 / 3600:.1f} hours on 8 H100 at 40 %")

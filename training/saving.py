@@ -1,0 +1,184 @@
+"""Checkpoints that are whole or not there, and a clean stop on SIGTERM; for every training method.
+
+- `SafeCheckpoints`: mixed into a trainer, writes each checkpoint under another name and renames it when it is complete
+- `BaselineTrainer`: TRL's `SFTTrainer` with it
+- `StopOnSignal`: on SIGTERM all processes finish the step, save a checkpoint and end
+
+A checkpoint also keeps what the next log line will be made of, so that the loss curve of a resumed run is that of an
+unbroken one, also where a checkpoint lies between two log lines.
+"""
+
+import json
+import os
+import shutil
+import signal
+import threading
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
+from trl import SFTTrainer
+
+from training.checkpoints import UNFINISHED
+
+
+class SafeCheckpoints:
+    """A trainer's checkpoints, atomic: a kill leaves an `unfinished-checkpoint-N`, never half of one."""
+
+    resumed_from: str | None = None
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.stop = StopOnSignal(self)
+        self.add_callback(self.stop)
+        self.add_callback(_RestoreCurve(self))
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Train, from the beginning or from a complete checkpoint."""
+        self.resumed_from = resume_from_checkpoint
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+        final = os.path.join(self.args.output_dir, name)
+        partial = os.path.join(self.args.output_dir, UNFINISHED + name)
+        if self.args.should_save:
+            shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
+        self.accelerator.wait_for_everyone()
+        self.store_flos()
+        self.save_model(partial, _internal_call=True)
+        if not self.args.save_only_model:
+            self._save_optimizer_and_scheduler(partial)
+            self._save_scaler(partial)
+            self._save_rng_state(partial)
+            self._save_curve(partial)
+        if self.state.best_global_step:
+            best = os.path.join(self.args.output_dir, f"checkpoint-{self.state.best_global_step}")
+            if best == final or os.path.isdir(best):
+                self.state.best_model_checkpoint = best
+        if self.args.should_save:
+            self._export_callbacks()
+            self.state.save_to_json(os.path.join(partial, "trainer_state.json"))
+        self._publish(partial, final)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+        if self.args.should_save:
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, True)
+
+    def _publish(self, partial: str, final: str) -> None:
+        """Rename once every process has written its part; on nodes with a disk of their own, once on each."""
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            replace_folder(partial, final)
+        self.accelerator.wait_for_everyone()
+        if self.args.local_process_index == 0 and os.path.isdir(partial):
+            replace_folder(partial, final)
+        self.accelerator.wait_for_everyone()
+
+    def _export_callbacks(self) -> None:
+        for part in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(part, ExportableState):
+                name, known = type(part).__name__, self.state.stateful_callbacks
+                if isinstance(known.get(name), list):
+                    known[name].append(part.state())
+                else:
+                    known[name] = part.state()
+
+    def _curve_file(self, folder: str) -> str:
+        return os.path.join(folder, f"curve_{self.args.process_index}.json")
+
+    def _save_curve(self, folder: str) -> None:
+        """Write what this process has summed since the last log line."""
+        sums = getattr(self, "_sums", None)
+        content = {
+            "loss": self._tr_loss.item(),
+            "last_logged": self._globalstep_last_logged,
+            "sums": None if sums is None else sums.tolist(),
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "tokens": getattr(self, "_total_train_tokens", 0),
+        }
+        with open(self._curve_file(folder), "w", encoding="utf-8") as file:
+            json.dump(content, file)
+
+    def restore_curve(self, folder: str) -> None:
+        """Go on with the sums that `_save_curve` wrote, where they are there."""
+        if not os.path.isfile(self._curve_file(folder)):
+            return
+        with open(self._curve_file(folder), encoding="utf-8") as file:
+            content = json.load(file)
+        self._tr_loss.fill_(content["loss"])
+        self._total_loss_scalar = -content["loss"]  # the mean that is reported at the end is of this call's steps
+        self._globalstep_last_logged = content["last_logged"]
+        if content["sums"] is not None:
+            self._sums.copy_(torch.tensor(content["sums"], dtype=self._sums.dtype))
+        for name, values in content["metrics"].items():
+            self._metrics["train"][name].extend(values)
+        if hasattr(self, "_total_train_tokens"):
+            self._total_train_tokens = content["tokens"]
+
+
+def replace_folder(partial: str, final: str) -> None:
+    """Put a folder that was written completely in the place of `final`, after its content has reached the disk."""
+    for place, _, names in os.walk(partial):
+        for name in names:
+            with open(os.path.join(place, name), "rb") as file:
+                os.fsync(file.fileno())
+    old = f"{partial}-old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.isdir(final):
+        os.rename(final, old)
+    os.rename(partial, final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+class _RestoreCurve(TrainerCallback):
+    def __init__(self, trainer: SafeCheckpoints):
+        self.trainer = trainer
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        if self.trainer.resumed_from:
+            self.trainer.restore_curve(self.trainer.resumed_from)
+
+
+class StopOnSignal(TrainerCallback):
+    """Saves a checkpoint and ends the training after the step in which any process was sent SIGTERM.
+
+    Attributes:
+        stopped: whether training was ended that way before its last step.
+    """
+
+    def __init__(self, trainer: SafeCheckpoints):
+        self.trainer, self.asked, self.stopped = trainer, False, False
+        self.before: Any = None  # what SIGTERM did before
+
+    def _ask(self, *args: Any) -> None:
+        self.asked = True
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        """From here on there is something to lose. Signals reach the main thread only."""
+        if threading.current_thread() is threading.main_thread():
+            self.before = signal.signal(signal.SIGTERM, self._ask)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        """The final evaluation and saving may be interrupted: the last checkpoint is there."""
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+            self.before = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Stop where all processes agree that one was asked to; evaluation is left out, time may be short."""
+        asked = torch.tensor(float(self.asked), device=args.device)
+        if args.world_size > 1:
+            asked = self.trainer.accelerator.reduce(asked, "sum")
+        if asked.item() and state.global_step < state.max_steps:
+            self.stopped = control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+        return control
+
+
+class BaselineTrainer(SafeCheckpoints, SFTTrainer):
+    """TRL's `SFTTrainer` as it is, with safe checkpoints."""
