@@ -18,8 +18,9 @@ import torch
 from l2d.evaluator import PathEvaluator, Sites, SiteSolution
 from l2d.solvers import FixedGrid
 
-_QUERIES_PER_PASS = {"cpu": 128}  # up to which looking further ahead costs little; elsewhere:
-_QUERIES_PER_PASS_ACCELERATOR = 2048
+_QUERIES_PER_PASS = 128  # up to which looking further ahead costs little on a CPU,
+_QUERIES_PER_PASS_OVERHEAD = 2048  # and where a pass is mostly overhead: on an accelerator, or in a tiny model
+_TINY = 256  # hidden size
 
 
 @dataclasses.dataclass
@@ -46,7 +47,7 @@ def solve_speculatively(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid,
         everyone = len(pending) == total
         current, assumed = (sites, chosen) if everyone else (sites.take(pending), chosen[pending])
         start = accepted if everyone else accepted[pending]
-        end = (start + _look_ahead(len(pending) * branches, device)).clamp(max=count + 1)
+        end = (start + _look_ahead(len(pending) * branches, output)).clamp(max=count + 1)
         made = _evaluate(evaluator, current, grid, assumed, start, end)
         answers, read = _answers(evaluator, current, grid, made, assumed, keep_logits=total <= evaluator.chunk)
         wrong = (answers != assumed).any(-1) & (numbers >= start[:, None])
@@ -84,9 +85,10 @@ def _first_choice(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid) -> to
     return tokens
 
 
-def _look_ahead(sites: int, device: torch.device) -> int:
-    """Evaluations per site that one pass makes."""
-    return max(1, _QUERIES_PER_PASS.get(device.type, _QUERIES_PER_PASS_ACCELERATOR) // sites)
+def _look_ahead(sites: int, hidden: torch.Tensor) -> int:
+    """Evaluations per site that one pass makes; `hidden` (N, H) tells device and model size."""
+    costly = hidden.device.type == "cpu" and hidden.shape[-1] > _TINY
+    return max(1, (_QUERIES_PER_PASS if costly else _QUERIES_PER_PASS_OVERHEAD) // sites)
 
 
 def _evaluate(

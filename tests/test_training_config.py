@@ -92,7 +92,8 @@ REFUSED = {
     "packing without length": ({"packing": True}, "packing=True fills rows up to max_length"),
     "packing strategy": ({"packing": True, "max_length": 64, "packing_strategy": "wrapped"}, "choose bfd"),
     "packing with classes": (
-        {"packing": True, "max_length": 64, "guidance_classes": ["math"], "guidance_class": "math"}, "padding_free"
+        {"packing": True, "max_length": 64, "guidance_classes": ["math"], "guidance_class": "math"},
+        "padding_free",
     ),
     "eval packing": ({"eval_packing": True}, "eval_packing=True"),
     "budget": ({"eval_budgets": [3, 4], "eval_holdout": 2}, "budget"),

@@ -259,7 +259,6 @@ class L2DTrainingConfig(SFTConfig):
             raise ValueError(f"guidance_dropout={self.guidance_dropout} must be a probability, from 0 to 1.")
         one_of("too_long", self.too_long, ("error", "drop", "truncate"))
 
-
     def _follow_total_batch_size(self) -> None:
         if self.total_batch_size is None:
             return

@@ -154,9 +154,7 @@ def describe(encoded: Any) -> tuple[int, int, float]:
 # ---- estimates ---------------------------------------------------------------------------------------------------
 
 
-def shape_of(
-    recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, length: int, response: float
-) -> Shape:
+def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, length: int, response: float) -> Shape:
     """The run's shape: memory is for a batch of the longest examples, with their usual share of targets."""
     training = recipe.training
     mixed = training.bf16 or training.fp16

@@ -12,6 +12,8 @@ from lm_eval_ext.leaderboard.files import read_runs
 from lm_eval_ext.leaderboard.page import html_page
 from lm_eval_ext.leaderboard.tables import csv_text, json_text, markdown, missing_controls
 
+FORMATS = ("html", "md", "csv", "json")
+
 
 def write_leaderboard(
     folders: list[Path],
@@ -19,10 +21,12 @@ def write_leaderboard(
     metrics: dict[str, str] | None = None,
     cluster_fields: tuple[str, ...] = (),
     title: str = "Leaderboard",
+    only: tuple[str, ...] = FORMATS,
 ) -> Board:
     """Read all results below `folders`, write `leaderboard.{html,md,csv,json}` into `out`, return what they show.
 
-    Args: see `board.build_board`. Raises `ValueError` if a folder is missing or holds nothing usable.
+    Args: see `board.build_board`; `only` names the formats to write. Raises `ValueError` if a folder is missing or
+    holds nothing usable.
     """
     runs, skipped = read_runs(folders)
     board = build_board(runs, skipped, metrics, cluster_fields)
@@ -33,13 +37,13 @@ def write_leaderboard(
         )
     out.mkdir(parents=True, exist_ok=True)
     texts = {
-        "html": html_page(board, out, title),
-        "md": markdown(board, out),
-        "csv": csv_text(board, out),
-        "json": json_text(board, out),
+        "html": lambda: html_page(board, out, title),
+        "md": lambda: markdown(board, out),
+        "csv": lambda: csv_text(board, out),
+        "json": lambda: json_text(board, out),
     }
-    for ending, text in texts.items():
-        (out / f"leaderboard.{ending}").write_text(text, encoding="utf-8", errors="replace")
+    for ending in only:
+        (out / f"leaderboard.{ending}").write_text(texts[ending](), encoding="utf-8", errors="replace")
     return board
 
 
@@ -59,20 +63,24 @@ def main(arguments: list[str] | None = None) -> None:
         metavar="FIELD",
         help="document field whose equal values form clusters",
     )
+    parser.add_argument("--only", nargs="+", choices=FORMATS, default=FORMATS, help="formats to write (default: all)")
     given = parser.parse_args(arguments)
     try:
         metrics = dict(entry.split("=", 1) for entry in given.metric)
     except ValueError:
         parser.error(f"--metric {given.metric!r} must look like gsm8k=exact_match,strict-match")
     try:
-        board = write_leaderboard(given.folders, given.out, metrics, tuple(given.cluster), given.title)
+        board = write_leaderboard(
+            given.folders, given.out, metrics, tuple(given.cluster), given.title, tuple(given.only)
+        )
     except ValueError as error:
         parser.exit(1, f"l2d-leaderboard: {error}\n")
     for item in board.skipped:
         print(f"left out: {item.file} {f'({item.part}) ' if item.part else ''}{item.reason}", file=sys.stderr)
     for sentence in missing_controls(board):
         print(sentence)
-    print(f"{len(board.rows)} settings, {len(board.tasks)} tasks: {given.out / 'leaderboard.html'}")
+    written = ", ".join(str(given.out / f"leaderboard.{ending}") for ending in given.only)
+    print(f"{len(board.rows)} settings, {len(board.tasks)} tasks: {written}")
 
 
 if __name__ == "__main__":

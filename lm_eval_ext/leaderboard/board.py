@@ -33,6 +33,8 @@ GROUP_RULE = (
 PERFORMANCE = ("batch_size", "batch_sizes", "device", "model_num_parameters", "use_cache", "l2d", "model_args")
 _PERFORMANCE_ARGUMENTS = ("batch_size", "max_batch_size", "device", "parallelize", "max_memory_per_gpu")
 
+_EXACT = ("speculation", "draft_tokens")  # sampler settings that change the cost and never the result
+
 
 @dataclasses.dataclass
 class Cell:
@@ -159,7 +161,7 @@ def _row_key(run: Run, setting: Setting) -> str:
     """Everything that makes two runs the same row: model, settings and software, but not speed."""
     config = {name: value for name, value in run.config.items() if name not in PERFORMANCE}
     arguments = {name: value for name, value in run.model_args.items() if name not in _PERFORMANCE_ARGUMENTS}
-    sampler = {name: value for name, value in (run.l2d.get("sampler") or {}).items() if name != "speculation"}
+    sampler = {name: value for name, value in (run.l2d.get("sampler") or {}).items() if name not in _EXACT}
     software = [run.raw.get(name) for name in ("git_hash", "lm_eval_version", "transformers_version", "max_length")]
     templates = [run.raw.get(name) for name in ("chat_template_sha", "system_instruction_sha", "fewshot_as_multiturn")]
     own = [setting.kind, setting.decoding, setting.fingerprint, setting.world_size]

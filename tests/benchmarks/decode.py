@@ -3,7 +3,8 @@
     python -m tests.benchmarks.decode --shape 135m --batch-size 1 --budget 15 [--changes 0.2] [--no-speculation]
 
 Prints `plain_step_s` (median Hugging Face greedy step with its cache), `token_s` (median; the mean where tokens are
-drafted ahead and come in bursts), and their `ratio`; the change rate that was met; and `exact`, the share of tokens equal to the sequential solver's. `--json FILE` writes the same figures.
+drafted ahead and come in bursts), and their `ratio`; the change rate that was met; and `exact`, the share of tokens
+equal to the sequential solver's. `--json FILE` writes the same figures.
 """
 
 import argparse

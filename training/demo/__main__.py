@@ -1,13 +1,15 @@
 """Runs the demo: `python -m training.demo --out FOLDER`.
 
 * trains a tiny base, L2D and two finetuning baselines, and evaluates all of them through `lm_eval`, offline, on the CPU
-* leaves `leaderboard.md`, `leaderboard.json` and `accuracy.png` in the folder, with every model, log and result file
+* leaves `leaderboard.md`, `.json` and `.html`, `accuracy.png` and `trace.html` in the folder, with every model, log and
+  result file
 * an interrupted run continues; a finished one is not overwritten without `--overwrite`
 """
 
 import argparse
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -88,8 +90,29 @@ def report(workspace: Workspace) -> None:
         print(f"\n{heading}:")
         print("\n".join(f"- {line}" for line in lines))
     print()
-    for name in ("leaderboard.md", "leaderboard.json", "accuracy.png", "base", "l2d"):
+    write_pages(out)
+    pages = ("leaderboard.html", "trace.html", "trace.json")
+    for name in ("leaderboard.md", "leaderboard.json", "accuracy.png", *pages, "base", "l2d"):
         print(f"{name:17s} {out / name}")
+
+
+def write_pages(out: Path) -> None:
+    """The harness's leaderboard over all results, and the trace of a problem that only the larger budget solves."""
+    from training.demo.report import changed_prompt
+
+    commands = {
+        "pages": ("lm_eval_ext.leaderboard", out / "results", "--out", out, "--only", "html", "--title", "Demo"),
+        "trace": ("l2d", "trace", out / "l2d", "--prompt", changed_prompt(out), "--budget", "15")
+        + ("--max-new-tokens", "8", "--out", out / "trace.html"),
+    }
+    for name, command in commands.items():
+        call = [sys.executable, "-m", *map(str, command)]
+        done = subprocess.run(call, cwd=ROOT, env=environment(out), capture_output=True, text=True)
+        (out / "logs" / f"{name}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+        if done.returncode:
+            raise SystemExit(f"error: {' '.join(call)} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+        if name == "trace":
+            print(done.stdout)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 * `read_rows`: the value and standard error of every setting, decoding and task, from `lm_eval`'s result files
 * `findings`: sentences computed from the rows: what is shown, and what is not
+* `changed_prompt`: a problem whose answer the budget changed
 * `terminal_table`, `markdown`: the rows for people
 """
 
@@ -79,6 +80,17 @@ def read_answers(out: Path, setting: Setting, decoding: str, task: str) -> dict[
     file = sorted(result_folder(out, setting, decoding).glob(f"*/samples_{task}_*.jsonl"))[-1]
     samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     return {sample["doc"]["prompt"]: sample["resps"][0][0] for sample in samples}
+
+
+def changed_prompt(out: Path) -> str:
+    """A product that L2D gets wrong at T = 1 and right at T = 15 (any product, if there is none)."""
+    one, fifteen = (next(s for s in SETTINGS if s.method == "l2d" and s.budget == budget) for budget in (1, 15))
+    right: dict[int, set[str]] = {}
+    for setting in (one, fifteen):
+        file = sorted(result_folder(out, setting, "greedy").glob(f"*/samples_{TASKS[0]}_*.jsonl"))[-1]
+        samples = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        right[setting.budget] = {sample["doc"]["prompt"] for sample in samples if sample[METRIC]}
+    return min(right[15] - right[1], default=min(sample["doc"]["prompt"] for sample in samples))
 
 
 # ---- sentences ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ DRAFT = ".demo.json"
 LOCK = ".lock"
 CONTENTS = (
     "data", "base", "l2d", "lora_sft", "full_sft", "configs", "results", "logs", "cache",
-    "leaderboard.md", "leaderboard.json", "accuracy.png", STATE,
+    "leaderboard.md", "leaderboard.json", "leaderboard.html", "trace.html", "trace.json", "accuracy.png", STATE,
 )  # fmt: skip
 
 
