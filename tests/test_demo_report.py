@@ -9,7 +9,7 @@ import pytest
 
 from training.demo import __main__ as demo
 from training.demo.plan import DECODINGS, SETTINGS, TASKS, result_folder
-from training.demo.report import findings, read_rows, terminal_table
+from training.demo.report import changed_prompt, findings, read_rows, terminal_table
 from training.demo.workspace import open_workspace
 
 PRODUCTS = {"base": 0.50, "l2d-1": 0.50, "l2d-3": 0.52, "l2d-7": 0.88, "l2d-15": 0.93, "l2d-31": 0.94, "control": 0.94,
@@ -31,8 +31,13 @@ def write_results(out, products=PRODUCTS, answers="right"):
             (folder / "results_2026-01-01T00-00-00.000000.json").write_text(json.dumps(content))
             for task in TASKS:
                 answer = answers if setting.name == "l2d-1" else "right"
-                sample = {"doc": {"prompt": "^1+1="}, "resps": [[answer]]}
-                (folder / f"samples_{task}_2026-01-01T00-00-00.000000.jsonl").write_text(json.dumps(sample) + "\n")
+                solved = [("^1*1=", True), ("^2*2=", setting.budget > 7)]
+                samples = [
+                    {"doc": {"prompt": prompt}, "resps": [[answer]], "exact_match": float(right)}
+                    for prompt, right in solved
+                ]
+                lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+                (folder / f"samples_{task}_2026-01-01T00-00-00.000000.jsonl").write_text(lines)
 
 
 def sentences(tmp_path, changes=None, same=(9, 9)):
@@ -75,7 +80,13 @@ def test_other_numbers_give_other_sentences(tmp_path):
     assert "full finetuning did better" in not_shown and "LoRA and full" not in not_shown
 
 
-def test_report_leaves_all_files(tmp_path, capsys):
+def test_the_trace_is_of_a_problem_that_only_the_larger_budget_solves(tmp_path):
+    write_results(tmp_path)
+    assert changed_prompt(tmp_path) == "^2*2="
+
+
+def test_report_leaves_all_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "write_pages", lambda out: None)  # needs the demo's models
     workspace = open_workspace(tmp_path / "demo", {}, overwrite=False)
     out = workspace.folder
     write_results(out, answers="wrong")

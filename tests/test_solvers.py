@@ -50,7 +50,7 @@ def test_a_constant_estimate_is_reached_exactly_along_a_straight_line(solver):
     states, last = follow(sampler, noise, lambda x, time: clean)
     torch.testing.assert_close(last, clean, rtol=0, atol=1e-4)
     for time, state in zip(fixed_grid(sampler).levels.tolist(), states, strict=True):
-        torch.testing.assert_close(state, (1 - time) * noise + time * clean, rtol=0, atol=1e-6)  # float32 times
+        torch.testing.assert_close(state, (1 - time) * noise + time * clean, rtol=0, atol=1e-5)  # float32 times
 
 
 @pytest.mark.parametrize("solver", ["heun2", "rk4"])

@@ -70,11 +70,8 @@ class Stopwatch(BaseStreamer):
         """Nothing to do."""
 
 
-def measure(model: L2DForCausalLM, arguments: argparse.Namespace) -> dict[str, float]:
+def measure(model: L2DForCausalLM, prompts: torch.Tensor, arguments: argparse.Namespace) -> dict[str, float]:
     """All figures of one setting."""
-    generator = torch.Generator().manual_seed(3)
-    shape = (arguments.batch_size, arguments.prompt)
-    prompts = torch.randint(1, model.base.config.vocab_size, shape, generator=generator).to(model.device)
     sampler = {"budget": arguments.budget, "solver": arguments.solver, "speculation": arguments.speculation}
     sampler["draft_tokens"] = arguments.draft_tokens
     if arguments.guidance:
@@ -127,14 +124,18 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     base = make_base(arguments.shape, getattr(torch, arguments.dtype), arguments.device)
-    model, rate = make_model(base, arguments.variant, arguments.changes, ["a", "b"] if arguments.guidance else None)
+    generator = torch.Generator().manual_seed(3)
+    shape = (arguments.batch_size, arguments.prompt)
+    prompts = torch.randint(1, base.config.vocab_size, shape, generator=generator).to(base.device)
+    classes = ["a", "b"] if arguments.guidance else None
+    model, rate = make_model(base, arguments.variant, arguments.changes, classes, prompts)
     print(f"{arguments.shape}, batch {arguments.batch_size}, {arguments.dtype}, {arguments.threads} threads, "
           f"{arguments.solver}, change rate met in calibration {rate:.2f}")  # fmt: skip
     results = []
     budgets = arguments.budget
     for budget in budgets:
         arguments.budget = budget
-        figures = measure(model, arguments)
+        figures = measure(model, prompts, arguments)
         results.append({"budget": budget, **figures})
         print(f"T = {budget:4d}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if v is not None))
     if arguments.json:

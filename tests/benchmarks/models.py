@@ -56,22 +56,27 @@ def change_rate(model: L2DForCausalLM, prompts: torch.Tensor, budget: int, token
 
 
 def make_model(
-    base: LlamaForCausalLM, variant: str, changes: float | None, classes: list[str] | None = None
+    base: LlamaForCausalLM,
+    variant: str,
+    changes: float | None,
+    classes: list[str] | None = None,
+    prompts: torch.Tensor | None = None,
 ) -> tuple[L2DForCausalLM, float]:
     """An L2D model whose token changes about `changes` times per trajectory at T = 15 (`None`: at least once).
 
-    Returns the model and the rate that was met.
+    The rate is that of decoding `prompts` (by default four random ones). Returns the model and the rate that was met.
     """
     model = L2DForCausalLM.from_base(base, L2DConfig(variant=variant, guidance_classes=classes)).eval()
-    generator = torch.Generator().manual_seed(2)
-    prompts = torch.randint(1, base.config.vocab_size, (4, 16), generator=generator).to(base.device)
+    if prompts is None:
+        generator = torch.Generator().manual_seed(2)
+        prompts = torch.randint(1, base.config.vocab_size, (4, 16), generator=generator).to(base.device)
     target = 1.2 if changes is None else changes
     low, high = 0.01, 100.0
     best: tuple[float, float] | None = None  # gain and rate
     for _ in range(10):  # the rate rises with the gain
         gain = (low * high) ** 0.5
         scale_path(model, gain)
-        rate = change_rate(model, prompts, 15)
+        rate = change_rate(model, prompts, 15, tokens=-(-48 // len(prompts)))
         if (changes is not None or rate >= target) and (best is None or abs(rate - target) < abs(best[1] - target)):
             best = (gain, rate)
         low, high = (low, gain) if rate >= target else (gain, high)
