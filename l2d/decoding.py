@@ -162,6 +162,9 @@ class DecodingLoop:
         for number in range(count):
             logits = self.model.base_logits(states[-1])[:, -1].float()
             token = self._choose(self.processor(ids, logits), number)
+            ends = self.config._eos_token_tensor
+            if ends is not None and bool(torch.isin(token, ends.to(token.device))[self.unfinished].all()):
+                break  # nothing comes after it
             ids = torch.cat([ids, token[:, None]], dim=1)
             mask = torch.cat([mask, mask.new_ones(len(token), 1)], dim=1)
             positions = (self.lengths + number)[:, None]
