@@ -7,6 +7,8 @@ Public names, imported on first use so that `import l2d` alone does not load tor
 """
 
 import importlib
+import importlib.abc
+import importlib.machinery
 import sys
 
 __version__ = "0.1.0"
@@ -29,5 +31,32 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
 
 
+_AUTO_CLASSES = {  # where transformers keeps its Auto classes, and which of our modules registers with them
+    "transformers.models.auto.configuration_auto": "l2d.config",
+    "transformers.models.auto.modeling_auto": "l2d.modeling",
+}
+
+
+class _RegisterLater(importlib.abc.MetaPathFinder):
+    """Lets the Auto classes know us as soon as somebody imports them: until then nothing heavy is loaded."""
+
+    def find_spec(self, name: str, path=None, target=None):
+        spec = importlib.machinery.PathFinder.find_spec(name, path) if name in _AUTO_CLASSES else None
+        if spec is None:
+            return None
+        load = spec.loader.exec_module
+
+        def load_and_register(module) -> None:
+            load(module)
+            ours = [m for n, m in list(sys.modules.items()) if n.startswith("l2d.")]
+            if not any(getattr(m.__spec__, "_initializing", False) for m in ours):  # else they are on their way
+                importlib.import_module(_AUTO_CLASSES[name])
+
+        spec.loader.exec_module = load_and_register
+        return spec
+
+
 if "transformers.configuration_utils" in sys.modules:  # torch is loaded already: let the Auto classes know us at once
     importlib.import_module("l2d.modeling")
+else:
+    sys.meta_path.insert(0, _RegisterLater())

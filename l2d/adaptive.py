@@ -86,7 +86,7 @@ def solve_adaptive(evaluator: PathEvaluator, sites: Sites) -> SiteSolution:
             field, solver.tableau, active, x[active], velocity[active], time[active], end
         )
         scale = sampler.atol + sampler.rtol * torch.maximum(x[active].abs(), new_x.abs())
-        ratio = (error / scale).square().mean(-1).sqrt()
+        ratio = (error / scale).square().mean(-1).sqrt().nan_to_num(nan=torch.inf)  # not finite: a shorter step
         good = ratio <= 1
         accepted = active[good]
         length = end - time[active]

@@ -49,6 +49,8 @@ class QueryLayout:
         used = [row for row in range(batch) if counts[row]]
         width = max(counts)
         self.groups: list[_RowGroup] = []
+        if not used:
+            return
         if len(used) == batch and min(counts) == width:
             self.groups.append(_RowGroup(None, 0, width, index.view(batch, width), None))
         elif len(used) * width <= 1.25 * len(rows) or len(used) > 4:

@@ -7,6 +7,7 @@
 A checkpoint without its base, with another base, or with missing, extra, misshapen or non-finite tensors is refused.
 """
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -81,12 +82,13 @@ def load(
     tensors = read_tensors(name, **hub)
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     if isinstance(dtype, str) and dtype != "auto":
-        dtype = getattr(torch, dtype)
+        dtype = _dtype(dtype)
+    given = base
     if not isinstance(base, PreTrainedModel):
         base = load_base(base_location(name, config, base), revision=config.base_revision, **kwargs)
     _check_base(name, config, base)
-    if isinstance(dtype, torch.dtype):
-        base = base.to(dtype)
+    if isinstance(dtype, torch.dtype) and any(p.dtype != dtype for p in base.parameters()):
+        base = (copy.deepcopy(base) if base is given else base).to(dtype)  # the caller's model stays as it is
     model = cls(config, base=base)
     _fill(model, tensors, os.fspath(name))
     if config.variant == "full":  # copies of the base's projections run in the base's dtype
@@ -98,6 +100,13 @@ def load(
         pass  # the base's stays
     model.name_or_path = os.fspath(name)
     return model.eval()
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={name!r} is not known; choose 'auto', 'float32', 'bfloat16' or 'float16'.")
+    return dtype
 
 
 def read_config(name: str | os.PathLike, **hub: Any) -> L2DConfig:

@@ -127,3 +127,6 @@ class L2DConfig(PreTrainedConfig):
 def base_config_from_dict(base_config: dict[str, Any]) -> PreTrainedConfig:
     """Rebuild a base's configuration object from its dictionary (`model_type` included)."""
     return AutoConfig.for_model(**base_config)
+
+
+AutoConfig.register("l2d", L2DConfig, exist_ok=True)

@@ -121,6 +121,8 @@ class DecodingLoop:
             raise ValueError(f"num_beams={generation_config.num_beams} cannot be used: decoding is one beam.")
         mask = model_kwargs.get("attention_mask")
         self.mask = torch.ones_like(input_ids) if mask is None else mask
+        if not bool(self.mask[:, -1].all()):
+            raise ValueError("attention_mask marks the end of a prompt as padding: pad prompts on the left.")
         self.ids, self.lengths, self.step = input_ids, self.mask.sum(1), 0
         self.noises = [RequestNoise(self.sampler.seed, key) for key in self._keys()]
         self.record = DecodeRecord.empty(len(input_ids))

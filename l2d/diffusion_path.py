@@ -53,14 +53,18 @@ class NoisedTargets:
 
 @dataclasses.dataclass
 class Modulation:
-    """Per layer (N, 6H): scale, shift and gate of attention, then of the MLP; and (N, H): `w(t) - w(0)`."""
+    """Per layer (P, 6H): scale, shift and gate of attention, then of the MLP; and (P, H): `w(t) - w(0)`.
+
+    One row per query (P = N), or one per query of a pattern that `repeats` times makes up the batch (N = repeats * P).
+    """
 
     layers: list[torch.Tensor]
     output: torch.Tensor
+    repeats: int = 1
 
-    def select(self, rows: torch.Tensor) -> "Modulation":
-        """The modulation of some rows of a table, repeated as often as `rows` (N,) names them."""
-        return Modulation([layer[rows] for layer in self.layers], self.output[rows])
+    def select(self, rows: torch.Tensor, repeats: int = 1) -> "Modulation":
+        """The modulation of rows (P,) of a table, for a batch that repeats them."""
+        return Modulation([layer[rows] for layer in self.layers], self.output[rows], repeats)
 
 
 class DiffusionLayer(nn.Module):
@@ -74,7 +78,7 @@ class DiffusionLayer(nn.Module):
     def forward(
         self, hidden: torch.Tensor, modulation: torch.Tensor, layout: QueryLayout, layer: LayerState
     ) -> torch.Tensor:
-        """Hidden stream (N, H) through attention and MLP, modulated by (N, 6H)."""
+        """Hidden stream (R, P, H) through attention and MLP, modulated by (P, 6H); R P queries in flat order."""
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
         hidden = hidden + gate1.to(hidden.dtype) * self.twin.attend(hidden, scale1, shift1, layout, layer)
         return hidden + gate2.to(hidden.dtype) * self.twin.transform(hidden, scale2, shift2)
@@ -145,26 +149,33 @@ class DiffusionPath(nn.Module):
         """
         device = self.output_modulation[0].weight.device
         weights = tuple(
-            p._version for name, p in self.named_parameters() if "modulation" in name or "embedding" in name
+            (p.data_ptr(), p.dtype, p._version)
+            for name, p in self.named_parameters()
+            if "modulation" in name or "embedding" in name
         )
         key = (tuple(times.tolist()), kinds, device, weights)
-        if self._table is None or self._table[0] != key:
+        kept = self._table  # another thread may put another grid's table in its place
+        if kept is None or kept[0] != key:
             grid = times.to(device, torch.float32)
             classes = None
             if kinds is not None:
                 classes = torch.tensor(kinds, device=device).repeat_interleave(len(grid))
                 grid = grid.repeat(len(kinds))
-            self._table = (key, self.modulate(grid, classes))
-        return self._table[1]
+            self._table = kept = (key, self.modulate(grid, classes))
+        return kept[1]
 
     def forward(self, x: torch.Tensor, time: torch.Tensor, modulation: Modulation, layout: QueryLayout) -> torch.Tensor:
         """Fused hidden states (N, H) before the final norm, for states x (N, d) at times (N,)."""
         main = layout.hidden()
+        if not len(main):  # no queries at all
+            return main + modulation.output.to(main.dtype)
         hidden = self.input_projection(x, time).to(self.layers[0].twin.stream_dtype(main.dtype))
+        hidden = hidden.unflatten(0, (modulation.repeats, -1))
         layers = zip(self.layers, modulation.layers, layout.state.layers, strict=True)
         for number, (layer, scales, kept) in enumerate(layers):
             if self.checkpointing is not None and torch.is_grad_enabled() and number % self.checkpointing[1] == 0:
                 hidden = self.checkpointing[0](layer, hidden, scales, layout, kept)
             else:
                 hidden = layer(hidden, scales, layout, kept)
-        return main + modulation.output.to(main.dtype) * hidden.to(main.dtype)
+        added = modulation.output.to(main.dtype) * hidden.to(main.dtype)
+        return main + added.flatten(0, 1)

@@ -140,9 +140,17 @@ class PathEvaluator:
         kinds = None if self.branches[0] is None else self.branches
         table = self.model.path.modulation_table(grid.times, kinds)
         time = grid.times.to(x.device)[evaluation]
-        if branch is not None:
-            evaluation = evaluation + branch * len(grid.times)
-        return self._run(sites, site, x, time, table.select(evaluation))
+        row = evaluation if branch is None else evaluation + branch * len(grid.times)
+        pattern = row[: len(row) // len(sites)]  # where all sites ask for the same evaluations, one copy is enough
+        if (
+            len(sites) > 1
+            and len(pattern) * len(sites) == len(row)
+            and bool((row.view(len(sites), -1) == pattern).all())
+        ):
+            modulation = table.select(pattern, len(sites))
+        else:
+            modulation = table.select(row)
+        return self._run(sites, site, x, time, modulation)
 
     def at_times(self, sites: Sites, x: torch.Tensor, time: torch.Tensor, branches: int) -> torch.Tensor:
         """Hidden states (N, branches, H) of one point per site at its own time: x (N, d), time (N,)."""

@@ -22,6 +22,10 @@ _REFUSED = {
     "past_key_values": "the sampler keeps its own cache; leave past_key_values out",
     "inputs_embeds": "the sampler needs token ids; pass input_ids",
     "custom_generate": "the L2D sampler is the generate function; leave custom_generate out",
+    "prompt_lookup_num_tokens": "the L2D sampler drafts with the base; set draft_tokens in sampler instead",
+    "guidance_scale": "guidance belongs to the L2D sampler; set guidance_scale and guidance_class in sampler instead",
+    "output_attentions": "the sampler keeps no attention weights; leave output_attentions out",
+    "output_hidden_states": "the sampler keeps no hidden states; leave output_hidden_states out",
 }
 
 
@@ -51,7 +55,8 @@ def generate(
     Raises `ValueError` for settings that this sampler would ignore.
     """
     for name, reason in _REFUSED.items():
-        if kwargs.get(name) is not None and not (name == "num_beams" and kwargs[name] == 1):
+        given = kwargs.get(name)
+        if given is not None and given is not False and not (name in ("num_beams", "guidance_scale") and given == 1):
             raise ValueError(f"{name} cannot be used: {reason}.")
     if inputs is None:
         inputs = kwargs.pop("input_ids", None)
@@ -60,5 +65,5 @@ def generate(
     sampler = model.sampler(sampler)
     model.prepare_inference()
     loop = DecodingLoop(model, sampler, request_keys, noise, kwargs.get("streamer"))
-    result = GenerationMixin.generate(model, inputs, custom_generate=loop.run, use_cache=True, **kwargs)
+    result = GenerationMixin.generate(model, inputs, custom_generate=loop.run, **{**kwargs, "use_cache": True})
     return (result, loop.record) if return_record else result

@@ -10,6 +10,7 @@ Legend: B rows, S keys, L new positions (L = S without a cache), H hidden size, 
 
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -139,16 +140,20 @@ def _recording(
     decoder: Decoder, layers: list[LayerState], found: dict[str, torch.Tensor], cached: bool
 ) -> Iterator[None]:
     recorder = _Recorder(layers)
+    owner = threading.get_ident()  # other threads may run the same base meanwhile, and have hooks of their own
 
     def before_attention(number: int):
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None):
+            if threading.get_ident() != owner:
+                return None
             layers[number].rotary = kwargs.get("position_embeddings")
             return None if cached else (args, {**kwargs, "past_key_values": recorder})
 
         return hook
 
     def before_norm(module: nn.Module, args: tuple):
-        found["hidden"] = args[0]
+        if threading.get_ident() == owner:
+            found["hidden"] = args[0]
 
     handles = [
         layer.self_attn.register_forward_pre_hook(before_attention(number), with_kwargs=True)

@@ -55,14 +55,26 @@ class DeltaMerger:
         if not self._layers or path.training or self._layers[0].get_base_layer().weight.dtype.itemsize < 4:
             self.release(path)
             return
-        weights = [w for layer in self._layers for w in (layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)]
-        key = (weights[0].device, weights[0].dtype, weights[0].data_ptr(), tuple(w._version for w in weights))
+        key = self._weights()
         if key == self._key:
             return
         self.release(path)
-        if self._needed() < _SHARE * _free_memory(weights[0].device):
+        if self._needed() < _SHARE * _free_memory(self._layers[0].get_base_layer().weight.device):
             merge_deltas(path)
             self._key = key
+
+    def release_stale(self, path: nn.Module) -> None:
+        """Go back to separate deltas if any weight changed since they were merged."""
+        if self._key is not None and self._key != self._weights():
+            self.release(path)
+
+    def _weights(self) -> tuple:
+        weights = (
+            w
+            for layer in self._layers
+            for w in (layer.get_base_layer().weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
+        )
+        return tuple((w.device, w.dtype, w.data_ptr(), w._version) for w in weights)
 
     def release(self, path: nn.Module) -> None:
         """Go back to separate deltas."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
@@ -82,7 +82,7 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         for _, parameter in self.trained_parameters():
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
-        self.generation_config = base.generation_config
+        self.generation_config = copy.deepcopy(base.generation_config)
         for module in self.modules():  # nothing here may be initialised a second time
             module._is_hf_initialized = True
         self.post_init()
@@ -214,6 +214,8 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         """Fused hidden states (N, H) of flat queries: rows, index, time, classes (N,) and x (N, d)."""
         if torch.is_grad_enabled():
             self._merger.release(self.path)
+        else:
+            self._merger.release_stale(self.path)
         modulation = self.path.modulate(time.float(), classes)
         return self.path(x, time, modulation, QueryLayout(state, rows, index))
 
@@ -298,9 +300,11 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         sampler: SamplerConfig | dict[str, Any] | None = None,
         classes: torch.Tensor | None = None,
         record: bool = True,
+        uniforms: torch.Tensor | None = None,
     ) -> Solution:
         """Integrate from start noise `x0` (B, Q, d) at positions `index` (B, Q); see `sampling.solve`."""
-        return solve(self, state, index, x0, self.sampler(sampler), classes=classes, record=record)
+        self._merger.release_stale(self.path)
+        return solve(self, state, index, x0, self.sampler(sampler), classes, record, uniforms)
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any):
         """Decode token by token with the L2D sampler; see `generation.generate` for all arguments."""
@@ -311,5 +315,4 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         return score(self, input_ids, attention_mask, **kwargs)
 
 
-AutoConfig.register("l2d", L2DConfig, exist_ok=True)
 AutoModelForCausalLM.register(L2DConfig, L2DForCausalLM, exist_ok=True)

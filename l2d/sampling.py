@@ -140,7 +140,7 @@ def solve(
     default = sampler.class_index(model.config.guidance_classes) if not (classes is not None) else None
     groups = [(default, torch.ones_like(rows, dtype=torch.bool))]
     if classes is not None:
-        groups = [(int(c), classes[rows] == c) for c in classes.unique()]
+        groups = [(int(c), classes[rows] == c) for c in classes[rows].unique()] or groups
     logits = final = chosen = None
     grid = None if sampler.is_base or sampler.adaptive else fixed_grid(sampler)
     trajectory = None

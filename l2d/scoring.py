@@ -62,7 +62,7 @@ def score(
         request_keys: identity of each row for its noise; default: the tokens before its first scored one, so that all
             continuations of one context share their noise.
 
-    Raises `ValueError` for a mask that marks position 0 or padding.
+    Raises `ValueError` for a mask that marks position 0 or padding, padding before tokens, or a wrong number of keys.
     """
     sampler = model.sampler(sampler)
     model.prepare_inference()
@@ -74,10 +74,12 @@ def score(
     wanted = continuation_mask.bool()
     if bool(wanted[:, 0].any()) or (attention_mask is not None and bool((wanted & ~attention_mask.bool()).any())):
         raise ValueError("continuation_mask marks position 0 or padding: only tokens with a context can be scored.")
-    keys = request_keys or _context_keys(input_ids, wanted)
+    if attention_mask is not None and bool((attention_mask.bool()[:, 1:] & ~attention_mask.bool()[:, :-1]).any()):
+        raise ValueError("attention_mask marks padding before tokens: pad rows to be scored on the right.")
+    keys = request_keys if request_keys is not None else _context_keys(input_ids, wanted)
+    if len(keys) != len(input_ids):
+        raise ValueError(f"request_keys has {len(keys)} entries for {len(input_ids)} rows: give one key per row.")
     noises = [RequestNoise(sampler.seed, key) for key in keys]
-    shorter = None if attention_mask is None else attention_mask[:, :-1]
-    state = model.main_path(input_ids[:, :-1], shorter)  # nothing is predicted from the last token
     rows, places = torch.nonzero(wanted, as_tuple=True)
     shape = input_ids.shape
     output = ScoreOutput(
@@ -88,6 +90,10 @@ def score(
             for name in ("asked", "computed", "rounds")
         },
     )
+    if not len(rows):
+        return output
+    shorter = None if attention_mask is None else attention_mask[:, :-1]
+    state = model.main_path(input_ids[:, :-1], shorter)  # nothing is predicted from the last token
     for r, p in zip(rows.split(_SITES_PER_SOLVE), places.split(_SITES_PER_SOLVE), strict=True):
         _score_sites(model, state, input_ids, r, p, sampler, noises, output)
     return output

@@ -65,7 +65,7 @@ class ModulatedNorm:
         return nn.functional.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps)
 
     def __call__(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """Inputs, scales and shifts (N, H) to (N, H) in the dtype of `x`; computed in float32."""
+        """Inputs (..., H), scales and shifts to (..., H) in the dtype of `x`; computed in float32."""
         weight = at_least_float32(self.norm.weight) + (1.0 if self.plus_one else 0.0)
         return torch.addcmul(at_least_float32(shift), self._normalise(x), weight + scale).to(x.dtype)
 
@@ -94,22 +94,22 @@ class TwinLayer(nn.Module):
     def attend(
         self, hidden: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, layout: QueryLayout, layer: LayerState
     ) -> torch.Tensor:
-        """What attention adds to the stream (N, H), before its gate."""
+        """What attention adds to the stream (..., H), queries in flat order, before its gate."""
         inputs = self._modulated[0](hidden, scale, shift) if self._before[0] else hidden
         output = self.self_attn(
-            hidden_states=inputs.unsqueeze(0),
+            hidden_states=inputs.flatten(0, -2).unsqueeze(0),
             position_embeddings=layout.rotary(layer),
             attention_mask=None,
             past_key_values=None,
             main_path=(layout, layer),
-        )[0].squeeze(0)
+        )[0].view(inputs.shape)
         return self._finish(0, output, scale, shift)
 
     def transform(self, hidden: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """What the MLP adds to the stream (N, H), before its gate."""
+        """What the MLP adds to the stream (..., H), before its gate."""
         inputs = self._modulated[1](hidden, scale, shift) if self._before[1] else hidden
-        output = self.mlp(inputs.unsqueeze(0))
-        output = (output[0] if isinstance(output, tuple) else output).squeeze(0)
+        output = self.mlp(inputs.flatten(0, -2).unsqueeze(0))
+        output = (output[0] if isinstance(output, tuple) else output).view(inputs.shape)
         return self._finish(1, output, scale, shift)
 
     def _finish(self, block: int, output: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:

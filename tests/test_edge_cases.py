@@ -1,0 +1,181 @@
+"""Edges of the public calls: nothing to do, one token, odd padding, changed weights, shared bases, threads.
+
+Every test here was a defect once, or guards a promise that no other test covers.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from l2d import L2DForCausalLM
+from l2d.diffusion_path import NoisedTargets, Queries
+from tests.conftest import REPOSITORY, randomise_path
+
+GUIDED = dict(guidance_scale=1.5, guidance_class="math")
+PLAIN = dict(speculation=False, draft_tokens=0)
+IDS = torch.randint(3, 400, (3, 10), generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def folder(make_base, make_l2d):
+    return make_l2d(make_base("llama"), "lora", ["math", "coding"])
+
+
+@pytest.fixture
+def model(folder):
+    return L2DForCausalLM.from_pretrained(folder)
+
+
+def changed(folder, seed: int = 5) -> L2DForCausalLM:
+    """A freshly loaded model with other trained weights."""
+    model = L2DForCausalLM.from_pretrained(folder)
+    randomise_path(model, seed=seed)
+    return model
+
+
+@pytest.mark.parametrize("sampler", [{}, PLAIN, dict(budget=1), dict(solver="bosh3"), GUIDED])
+def test_nothing_to_score_or_solve_is_an_empty_result(model, sampler):
+    for ids in (IDS, IDS[:, :1]):
+        scored = model.score(ids, continuation_mask=torch.zeros_like(ids, dtype=torch.bool), sampler=sampler)
+        assert scored.logprobs.shape == ids.shape and not scored.asked.any()
+    state, index, x0 = model.main_path(IDS[:2]), torch.tensor([[4, -1], [-1, -1]]), torch.zeros(2, 2, 16)
+    assert not model.solve(state, torch.full_like(index, -1), x0, sampler).final_logits.any()
+    solved = model.solve(state, index, x0, sampler, classes=torch.tensor([1, 0])).final_logits
+    assert solved[0, 0].any() and not solved[1].any()
+
+
+def test_no_queries_at_all(model):
+    state, index = model.main_path(IDS[:2]), torch.full((2, 3), -1)
+    assert not model.path_logits(state, Queries(index, torch.zeros(2, 3, 16), torch.zeros(2, 3))).any()
+    noised = NoisedTargets(index, index, torch.rand(2, 2, 3), torch.randn(2, 2, 3, 16))
+    output = model.train()(input_ids=IDS[:2], queries=noised)
+    output.nll.sum().backward()
+    assert not output.nll.any() and not output.valid.any()
+
+
+def test_sampled_choices_of_a_solve_take_their_numbers(model):
+    state, index = model.main_path(IDS[:2]), torch.tensor([[3], [5]])
+    settings = dict(choice_temperature=1.0)
+    uniforms = torch.rand(2, 1, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    made = [
+        model.solve(state, index, torch.zeros(2, 1, 16), {**settings, **more}, uniforms=uniforms).chosen
+        for more in ({}, PLAIN)
+    ]
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize("shape", ["one token", "holes", "one new"])
+def test_odd_prompts_decode_as_the_plain_solver_does(model, shape):
+    model.double()
+    ids, mask = (IDS[:, -1:], torch.ones(3, 1)) if shape == "one token" else (IDS, torch.ones(3, 10))
+    if shape == "holes":
+        mask[0, 3] = mask[2, 7] = 0
+    settings = dict(attention_mask=mask.long(), max_new_tokens=1 if shape == "one new" else 6)
+    assert torch.equal(model.generate(ids, **settings), model.generate(ids, sampler=PLAIN, **settings))
+    base = model.base.generate(ids, do_sample=False, **settings)
+    assert torch.equal(model.generate(ids, sampler={"budget": 1}, use_cache=True, **settings), base)
+    assert torch.equal(model.generate(ids, sampler={"budget": 1}, use_cache=False, **settings), base)
+
+
+def test_wrong_padding_keys_and_ignored_settings_are_refused(model):
+    right, left = torch.ones_like(IDS), torch.ones_like(IDS)
+    right[1, -2:] = left[1, :2] = 0
+    with pytest.raises(ValueError, match="on the left"):
+        model.generate(IDS, attention_mask=right, max_new_tokens=2)
+    wanted = torch.zeros_like(IDS, dtype=torch.bool)
+    wanted[:, -1] = True
+    with pytest.raises(ValueError, match="on the right"):
+        model.score(IDS, left, continuation_mask=wanted)
+    for keys in (["a"], ["a"] * 4, []):
+        with pytest.raises(ValueError, match="request_keys"):
+            model.score(IDS, continuation_mask=wanted, request_keys=keys)
+    for wrong in (dict(guidance_scale=1.5), dict(prompt_lookup_num_tokens=2), dict(output_hidden_states=True)):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            model.generate(IDS, max_new_tokens=2, **wrong)
+
+
+@pytest.mark.timeout(60)
+def test_a_field_that_is_not_finite_still_ends(model):
+    with torch.no_grad():
+        model.path.vocabulary.projection.bias.fill_(float("nan"))
+    _, record = model.generate(
+        IDS, max_new_tokens=1, sampler=dict(solver="bosh3", max_evaluations=20), return_record=True
+    )
+    assert record.capped == 3
+
+
+@torch.no_grad()
+def test_weights_that_change_after_inference_are_used(model, folder):
+    settings = dict(max_new_tokens=6)
+    index = torch.tensor([[3, 5], [3, 5]])
+
+    def answers(one: L2DForCausalLM) -> tuple:
+        queries = Queries(index, torch.ones(2, 2, 16), torch.full((2, 2), 0.5))
+        state = one.main_path(IDS[:2])
+        return one.path_logits(state, queries), one.solve(state, index, torch.ones(2, 2, 16)).final_logits
+
+    other = changed(folder)
+    for assign in (False, True):
+        model.generate(IDS, **settings)
+        model.load_state_dict({k: v.clone() for k, v in other.state_dict().items()}, assign=assign)
+        for found, expected in zip(answers(model), answers(other), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        assert torch.equal(model.generate(IDS, **settings), other.generate(IDS, **settings))
+        model = L2DForCausalLM.from_pretrained(folder)
+    model.generate(IDS, **settings)
+    for (_, own), (_, new) in zip(model.trained_parameters(), other.trained_parameters(), strict=True):
+        own.data = new.data.clone()
+    assert torch.equal(model.generate(IDS, **settings), other.generate(IDS, **settings))
+
+
+def test_a_deep_copy_is_a_model_of_its_own(model, folder):
+    before = model.generate(IDS, max_new_tokens=6)
+    for rounds in (1, 2, 3):
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin.generate(IDS, max_new_tokens=6), before)
+        for _ in range(rounds):
+            randomise_path(twin, seed=5)
+        assert torch.equal(twin.generate(IDS, max_new_tokens=6), changed(folder).generate(IDS, max_new_tokens=6))
+    assert torch.equal(model.generate(IDS, max_new_tokens=6), before)
+
+
+def test_a_given_base_keeps_its_dtype_and_settings(folder, make_base):
+    base = AutoModelForCausalLM.from_pretrained(make_base("llama"))
+    model = L2DForCausalLM.from_pretrained(folder, base=base, dtype="torch.bfloat16")
+    assert model.base.dtype == torch.bfloat16 and base.dtype == torch.float32
+    fresh = L2DForCausalLM.from_base(base)
+    fresh.generation_config.max_new_tokens = 3
+    assert base.generation_config.max_new_tokens is None
+    with pytest.raises(ValueError, match="float33"):
+        L2DForCausalLM.from_pretrained(folder, base=base, dtype="float33")
+
+
+def test_threads_may_share_a_model_and_a_base(folder, make_base):
+    base = AutoModelForCausalLM.from_pretrained(make_base("llama"))
+    pair = [L2DForCausalLM.from_pretrained(folder, base=base) for _ in range(2)]
+
+    def decode(job: tuple[int, int]) -> torch.Tensor:
+        return pair[job[0]].generate(IDS, max_new_tokens=6, sampler={"budget": job[1]})
+
+    jobs = [(0, 15), (1, 7), (0, 7), (1, 15)] * 3
+    expected = [decode(job) for job in jobs]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(*both) for both in zip(expected, pool.map(decode, jobs), strict=True))
+
+
+@pytest.mark.parametrize("name", ["AutoConfig", "AutoModelForCausalLM"])
+def test_the_auto_classes_know_us_whatever_is_imported_first(folder, name):
+    code = (
+        "import sys, l2d; assert 'torch' not in sys.modules; "
+        f"from transformers import {name} as A; print(type(A.from_pretrained(sys.argv[1])).__name__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True
+    )
+    assert done.stdout.split()[-1:] == [{"AutoConfig": "L2DConfig"}.get(name, "L2DForCausalLM")], done.stderr
