@@ -152,11 +152,13 @@ def path_attention(
             else:
                 keys, values = keys[group.rows], values[group.rows]
         rows, heads = group.index.shape[0], query.shape[1]
-        if group.scatter is not None:
-            part = query[0][:, group.scatter]  # (A, R, P, D)
+        if rows == 1 and len(layout.groups) == 1:
+            part = query
+        elif group.scatter is not None:
+            part = query[0][:, group.scatter].transpose(0, 1)  # (R, A, P, D)
         else:
-            part = query[0, :, group.start : group.start + rows * group.count].unflatten(1, (rows, group.count))
-        part = part.transpose(0, 1)  # (R, A, P, D)
+            part = query[0, :, group.start : group.start + rows * group.count]
+            part = part.unflatten(1, (rows, group.count)).transpose(0, 1)
         repeat = heads // keys.shape[1]
         # Query heads that share a key/value head are queries of that head: no copies of keys per head.
         folded = part.reshape(rows, keys.shape[1], repeat * group.count, part.shape[-1])
@@ -166,7 +168,8 @@ def path_attention(
         output = _attend(folded, keys, values, mask, scaling, softcap)
         output = output.view(rows, heads, group.count, -1).permute(0, 2, 1, 3)  # (R, P, A, D)
         outputs.append(output.flatten(0, 1) if group.scatter is None else _unpad(output, group, query.shape[2]))
-    return torch.cat(outputs).unsqueeze(0).to(dtype), None
+    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return output.unsqueeze(0).to(dtype), None
 
 
 def _unpad(output: torch.Tensor, group: _RowGroup, total: int) -> torch.Tensor:

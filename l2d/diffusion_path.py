@@ -56,15 +56,18 @@ class Modulation:
     """Per layer (P, 6H): scale, shift and gate of attention, then of the MLP; and (P, H): `w(t) - w(0)`.
 
     One row per query (P = N), or one per query of a pattern that `repeats` times makes up the batch (N = repeats * P).
+    In a table of an inference grid the layers are one tensor, and the scales have the norms' weights added (`folded`).
     """
 
-    layers: list[torch.Tensor]
+    layers: list[torch.Tensor] | torch.Tensor
     output: torch.Tensor
     repeats: int = 1
+    folded: bool = False
 
     def select(self, rows: torch.Tensor, repeats: int = 1) -> "Modulation":
         """The modulation of rows (P,) of a table, for a batch that repeats them."""
-        return Modulation([layer[rows] for layer in self.layers], self.output[rows], repeats)
+        layers = self.layers[:, rows] if self.folded else [layer[rows] for layer in self.layers]
+        return Modulation(layers, self.output[rows], repeats, self.folded)
 
 
 class DiffusionLayer(nn.Module):
@@ -75,11 +78,26 @@ class DiffusionLayer(nn.Module):
         self.twin = twin
         self.modulation = modulation_head(width, 6 * hidden_size)
 
+    def fold(self, modulation: torch.Tensor) -> torch.Tensor:
+        """Add the norms' weights to the scales of (P, 6H), in place."""
+        chunks = modulation.chunk(6, dim=-1)
+        for chunk, weight in zip((chunks[0], chunks[3]), self.twin.norm_weights(), strict=True):
+            chunk += weight
+        return modulation
+
     def forward(
-        self, hidden: torch.Tensor, modulation: torch.Tensor, layout: QueryLayout, layer: LayerState
+        self,
+        hidden: torch.Tensor,
+        modulation: torch.Tensor,
+        layout: QueryLayout,
+        layer: LayerState,
+        folded: bool = False,
     ) -> torch.Tensor:
         """Hidden stream (R, P, H) through attention and MLP, modulated by (P, 6H); R P queries in flat order."""
         scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
+        if not folded:
+            weight1, weight2 = self.twin.norm_weights()
+            scale1, scale2 = weight1 + scale1, weight2 + scale2
         hidden = hidden + gate1.to(hidden.dtype) * self.twin.attend(hidden, scale1, shift1, layout, layer)
         return hidden + gate2.to(hidden.dtype) * self.twin.transform(hidden, scale2, shift2)
 
@@ -114,6 +132,14 @@ class DiffusionPath(nn.Module):
         self.output_modulation = modulation_head(width, hidden_size)
         self.checkpointing: tuple[Callable, int] | None = None  # function, and every how many layers
         self._decoder = decoder
+        # What a table of modulations depends on.
+        parts = (
+            self.time_embedding,
+            self.class_embedding,
+            self.output_modulation,
+            *(layer.modulation for layer in self.layers),
+        )
+        self._conditioning = tuple(p for part in parts if part is not None for p in part.parameters())
         self._table: tuple[tuple, Modulation] | None = None
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -148,11 +174,7 @@ class DiffusionPath(nn.Module):
         Row `k * E + e` belongs to class `kinds[k]` and time `times[e]`.
         """
         device = self.output_modulation[0].weight.device
-        weights = tuple(
-            (p.data_ptr(), p.dtype, p._version)
-            for name, p in self.named_parameters()
-            if "modulation" in name or "embedding" in name
-        )
+        weights = tuple((p.data_ptr(), p.dtype, p._version) for p in self._conditioning)
         key = (tuple(times.tolist()), kinds, device, weights)
         kept = self._table  # another thread may put another grid's table in its place
         if kept is None or kept[0] != key:
@@ -161,7 +183,9 @@ class DiffusionPath(nn.Module):
             if kinds is not None:
                 classes = torch.tensor(kinds, device=device).repeat_interleave(len(grid))
                 grid = grid.repeat(len(kinds))
-            self._table = kept = (key, self.modulate(grid, classes))
+            made = self.modulate(grid, classes)
+            folded = [layer.fold(rows) for layer, rows in zip(self.layers, made.layers, strict=True)]
+            self._table = kept = (key, Modulation(torch.stack(folded), made.output, folded=True))
         return kept[1]
 
     def forward(self, x: torch.Tensor, time: torch.Tensor, modulation: Modulation, layout: QueryLayout) -> torch.Tensor:
@@ -174,8 +198,8 @@ class DiffusionPath(nn.Module):
         layers = zip(self.layers, modulation.layers, layout.state.layers, strict=True)
         for number, (layer, scales, kept) in enumerate(layers):
             if self.checkpointing is not None and torch.is_grad_enabled() and number % self.checkpointing[1] == 0:
-                hidden = self.checkpointing[0](layer, hidden, scales, layout, kept)
+                hidden = self.checkpointing[0](layer, hidden, scales, layout, kept, modulation.folded)
             else:
-                hidden = layer(hidden, scales, layout, kept)
+                hidden = layer(hidden, scales, layout, kept, modulation.folded)
         added = modulation.output.to(main.dtype) * hidden.to(main.dtype)
         return main + added.flatten(0, 1)

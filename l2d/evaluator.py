@@ -141,7 +141,8 @@ class PathEvaluator:
         table = self.model.path.modulation_table(grid.times, kinds)
         time = grid.times.to(x.device)[evaluation]
         row = evaluation if branch is None else evaluation + branch * len(grid.times)
-        pattern = row[: len(row) // len(sites)]  # where all sites ask for the same evaluations, one copy is enough
+        # Where all sites ask for the same evaluations, one copy is enough.
+        pattern = row[: len(row) // max(1, len(sites))]
         if (
             len(sites) > 1
             and len(pattern) * len(sites) == len(row)

@@ -64,10 +64,14 @@ class ModulatedNorm:
     def _normalise(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps)
 
-    def __call__(self, x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-        """Inputs (..., H), scales and shifts to (..., H) in the dtype of `x`; computed in float32."""
-        weight = at_least_float32(self.norm.weight) + (1.0 if self.plus_one else 0.0)
-        return torch.addcmul(at_least_float32(shift), self._normalise(x), weight + scale).to(x.dtype)
+    def weight(self) -> torch.Tensor:
+        """The frozen weight `g` (H,), to which a scale is added."""
+        weight = at_least_float32(self.norm.weight)
+        return weight + 1.0 if self.plus_one else weight
+
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        """Inputs, weights `g + scale` and shifts, each (..., H), to (..., H) in the dtype of `x`; in float32."""
+        return torch.addcmul(at_least_float32(shift), self._normalise(x), weight).to(x.dtype)
 
 
 class TwinLayer(nn.Module):
@@ -91,11 +95,15 @@ class TwinLayer(nn.Module):
         copies = [p.dtype for p in self.parameters() if p.requires_grad] if self.variant == "full" else []
         return copies[0] if copies else base_dtype
 
+    def norm_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Frozen weights (H,) of the two modulated norms."""
+        return self._modulated[0].weight(), self._modulated[1].weight()
+
     def attend(
-        self, hidden: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, layout: QueryLayout, layer: LayerState
+        self, hidden: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, layout: QueryLayout, layer: LayerState
     ) -> torch.Tensor:
         """What attention adds to the stream (..., H), queries in flat order, before its gate."""
-        inputs = self._modulated[0](hidden, scale, shift) if self._before[0] else hidden
+        inputs = self._modulated[0](hidden, weight, shift) if self._before[0] else hidden
         output = self.self_attn(
             hidden_states=inputs.flatten(0, -2).unsqueeze(0),
             position_embeddings=layout.rotary(layer),
@@ -103,18 +111,18 @@ class TwinLayer(nn.Module):
             past_key_values=None,
             main_path=(layout, layer),
         )[0].view(inputs.shape)
-        return self._finish(0, output, scale, shift)
+        return self._finish(0, output, weight, shift)
 
-    def transform(self, hidden: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    def transform(self, hidden: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """What the MLP adds to the stream (..., H), before its gate."""
-        inputs = self._modulated[1](hidden, scale, shift) if self._before[1] else hidden
+        inputs = self._modulated[1](hidden, weight, shift) if self._before[1] else hidden
         output = self.mlp(inputs.flatten(0, -2).unsqueeze(0))
         output = (output[0] if isinstance(output, tuple) else output).view(inputs.shape)
-        return self._finish(1, output, scale, shift)
+        return self._finish(1, output, weight, shift)
 
-    def _finish(self, block: int, output: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    def _finish(self, block: int, output: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         if not self._before[block]:
-            output = self._modulated[block](output, scale, shift)
+            output = self._modulated[block](output, weight, shift)
         elif self._after[block] is not None:
             output = self._after[block](output)
         return output if self._multiplier is None else output * self._multiplier
