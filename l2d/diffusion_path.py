@@ -139,7 +139,7 @@ class DiffusionPath(nn.Module):
             self.output_modulation,
             *(layer.modulation for layer in self.layers),
         )
-        self._conditioning = tuple(p for part in parts if part is not None for p in part.parameters())
+        self._conditioning = tuple(m for part in parts if part is not None for m in part.modules() if m._parameters)
         self._table: tuple[tuple, Modulation] | None = None
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -174,7 +174,9 @@ class DiffusionPath(nn.Module):
         Row `k * E + e` belongs to class `kinds[k]` and time `times[e]`.
         """
         device = self.output_modulation[0].weight.device
-        weights = tuple((p.data_ptr(), p.dtype, p._version) for p in self._conditioning)
+        weights = tuple(
+            (p.data_ptr(), p.dtype, p._version) for module in self._conditioning for p in module._parameters.values()
+        )
         key = (tuple(times.tolist()), kinds, device, weights)
         kept = self._table  # another thread may put another grid's table in its place
         if kept is None or kept[0] != key:

@@ -79,8 +79,9 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         self._trained_names = tuple(
             name for name, parameter in self.path.named_parameters("path") if id(parameter) not in frozen
         )
-        for _, parameter in self.trained_parameters():
-            parameter.data = parameter.data.float()
+        device = self._decoder.embeddings.weight.device
+        for name, parameter in self.trained_parameters():
+            parameter.data = parameter.data.float() if ".twin." in name else parameter.data.to(device, torch.float32)
             parameter.requires_grad_(True)
         self.generation_config = copy.deepcopy(base.generation_config)
         for module in self.modules():  # nothing here may be initialised a second time
