@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torchdiffeq import odeint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from l2d.budget import FIXED_SOLVERS
 from l2d.config import L2DConfig, base_config_from_dict
 from l2d.diffusion_path import Queries
 from l2d.evaluator import clean_estimate
@@ -238,6 +239,20 @@ class _ReleasedField:
         return scale * conditional + (1 - scale) * self._branch(x, now, None)
 
 
+def _habits(
+    method: str, steps: int, family: str, start_time: float, final_time: float
+) -> tuple[torch.Tensor, float, bool]:
+    """Time levels (n,) float32, how far ahead the temperature is read, and whether the velocity is zeroed at t >= 1."""
+    grid = torch.linspace(start_time, final_time, steps, dtype=torch.float32)
+    spacing = float(grid[1] - grid[0])
+    fixed = method in FIXED_SOLVERS
+    if fixed:
+        delta = spacing / 2 if method == "midpoint" else spacing
+    else:
+        delta = spacing if family == "qwen2" and method == "adaptive_heun" else 0.0
+    return grid, delta, "heun" in method or method == "rk4" or (not fixed and family == "llama")
+
+
 @torch.no_grad()
 def released_solve(
     model: L2DForCausalLM,
@@ -273,14 +288,7 @@ def released_solve(
     zeroed ones included, and `chosen` (Q', B, Q) and `temperatures` (Q',) of every network call, branches in turn.
     """
     method = "heun2" if method == "heun" else method
-    fixed = method in ("euler", "midpoint", "heun2", "heun3", "rk4")
-    heun_like = "heun" in method or method == "rk4"
-    grid = torch.linspace(start_time, final_time, steps, dtype=torch.float32)
-    spacing = float(grid[1] - grid[0])
-    if fixed:
-        delta = spacing / 2 if method == "midpoint" else spacing
-    else:
-        delta = spacing if family == "qwen2" and method == "adaptive_heun" else 0.0
+    grid, delta, guarded = _habits(method, steps, family, start_time, final_time)
     spread = None if classes is None else classes[:, None].expand_as(index)
     field = _ReleasedField(
         model,
@@ -291,7 +299,7 @@ def released_solve(
             "temperature": temperature,
             "normalize": normalize,
             "delta": delta,
-            "guarded": heun_like or (not fixed and family == "llama"),
+            "guarded": guarded,
             "classes": spread,
             "guidance_scale": guidance_scale,
             "max_evaluations": max_evaluations,
