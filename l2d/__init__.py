@@ -41,6 +41,7 @@ class _RegisterLater(importlib.abc.MetaPathFinder):
     """Lets the Auto classes know us as soon as somebody imports them: until then nothing heavy is loaded."""
 
     def find_spec(self, name: str, path=None, target=None):
+        """The ordinary spec of an Auto module, which registers us after it was executed; `None` for other names."""
         spec = importlib.machinery.PathFinder.find_spec(name, path) if name in _AUTO_CLASSES else None
         if spec is None:
             return None

@@ -138,6 +138,7 @@ class DiffusionPath(nn.Module):
             self.class_embedding,
             self.output_modulation,
             *(layer.modulation for layer in self.layers),
+            *(norm for layer in self.layers for norm in layer.twin.modulated_norms()),
         )
         self._conditioning = tuple(m for part in parts if part is not None for m in part.modules() if m._parameters)
         self._table: tuple[tuple, Modulation] | None = None

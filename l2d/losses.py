@@ -59,6 +59,7 @@ def _forward(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor,
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, rows: int):
+        """Losses (N,) and hits (N,); keeps the gradient of every row's loss, (N, H), and no logits."""
         gradient = torch.empty_like(hidden)
         losses, hits = [], []
         for number, (part, wanted) in enumerate(_chunks(hidden, targets, rows)):

@@ -95,6 +95,10 @@ class TwinLayer(nn.Module):
         copies = [p.dtype for p in self.parameters() if p.requires_grad] if self.variant == "full" else []
         return copies[0] if copies else base_dtype
 
+    def modulated_norms(self) -> tuple[nn.Module, nn.Module]:
+        """The base's norms that are modulated, of attention and MLP."""
+        return self._modulated[0].norm, self._modulated[1].norm
+
     def norm_weights(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Frozen weights (H,) of the two modulated norms."""
         return self._modulated[0].weight(), self._modulated[1].weight()

@@ -133,6 +133,20 @@ def test_weights_that_change_after_inference_are_used(model, folder):
     assert torch.equal(model.generate(IDS, **settings), other.generate(IDS, **settings))
 
 
+def test_the_table_of_modulations_follows_the_norms_of_the_base(model):
+    def solved() -> torch.Tensor:
+        index = torch.tensor([[5]])
+        return model.solve(model.main_path(IDS[:1]), index, torch.ones(1, 1, 16), {"speculation": False}).final_logits
+
+    solved()
+    norm = model.base.model.layers[0].input_layernorm.weight
+    with torch.no_grad():
+        norm.mul_(1.5)
+    kept = solved()
+    model.path._table = None  # made anew
+    assert torch.equal(kept, solved())
+
+
 def test_a_deep_copy_is_a_model_of_its_own(model, folder):
     before = model.generate(IDS, max_new_tokens=6)
     for rounds in (1, 2, 3):
