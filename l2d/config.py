@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from l2d.sampler_config import SamplerConfig
+from l2d.sampler_config import NOISE_FREE_SAMPLER, SamplerConfig
 
 __all__ = ["L2DConfig", "SamplerConfig"]
 
@@ -31,6 +31,8 @@ class L2DConfig(PreTrainedConfig):
         input_scale: factor on the variance-rescaled input.
         min_noise: training times are drawn from `[0, 1 - min_noise]`.
         guidance_classes: names of the classes for classifier-free guidance; `None` for a model without.
+        carried_state: the path's last hidden state enters the next evaluation; evaluations then go in sequence.
+        noise_free: a control: the path sees zeros in place of the noised token and is evaluated once, at t = 1.
         sampler: defaults for `SamplerConfig` that belong to this checkpoint.
     """
 
@@ -55,6 +57,8 @@ class L2DConfig(PreTrainedConfig):
         input_scale: float = 1.0,
         min_noise: float = 0.0,
         guidance_classes: list[str] | None = None,
+        carried_state: bool = False,
+        noise_free: bool = False,
         sampler: dict[str, Any] | None = None,
         **kwargs: Any,
     ):
@@ -74,6 +78,8 @@ class L2DConfig(PreTrainedConfig):
         self.input_scale = input_scale
         self.min_noise = min_noise
         self.guidance_classes = list(guidance_classes) if guidance_classes else None
+        self.carried_state = carried_state
+        self.noise_free = noise_free
         self.sampler = dict(sampler or {})
         super().__init__(**kwargs)
         self._validate()
@@ -96,12 +102,24 @@ class L2DConfig(PreTrainedConfig):
         classes = self.guidance_classes or []
         if len(set(classes)) != len(classes) or not all(isinstance(name, str) for name in classes):
             raise ValueError(f"guidance_classes={classes!r} must be distinct names.")
-        SamplerConfig().replace(**self.sampler).class_index(self.guidance_classes)
+        for name in ("carried_state", "noise_free"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false.")
+        if self.noise_free and self.carried_state:
+            raise ValueError("noise_free=True is evaluated once, so carried_state=True has no effect: set one of them.")
+        if self.noise_free:
+            self.sampler = {**NOISE_FREE_SAMPLER, **self.sampler}
+        self.check_sampler(SamplerConfig().replace(**self.sampler))
 
     @property
     def token_norm(self) -> float:
         """Norm of every token's embedding in the diffusion space."""
         return self.diffusion_dim**0.5 if self.embedding_norm is None else self.embedding_norm
+
+    def check_sampler(self, sampler: SamplerConfig) -> SamplerConfig:
+        """`sampler` as this model can follow it; `ValueError` where its classes or its path do not allow it."""
+        sampler.class_index(self.guidance_classes)
+        return sampler.for_path(self.carried_state, self.noise_free)
 
     def default_sampler(self, sampler: SamplerConfig | dict[str, Any] | None = None, **changes: Any) -> SamplerConfig:
         """The checkpoint's sampler settings, overridden by `sampler` (a dictionary, or whole) and `changes`."""

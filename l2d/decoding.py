@@ -21,8 +21,7 @@ from l2d.evaluator import SiteSolution
 from l2d.main_path import MainPathState
 from l2d.noise import RequestNoise, default_keys, draw_token
 from l2d.sampler_config import SamplerConfig
-from l2d.sampling import solve_sites
-from l2d.scoring import make_sites
+from l2d.votes import solve_next
 
 if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM
@@ -55,7 +54,7 @@ class DecodeRecord:
             wasted = sum(computed[accepted:])
             for number in range(accepted):
                 made = computed[number] + (wasted if number == accepted - 1 else 0)
-                self.asked[row].append(computed[number] if sampler.adaptive else sampler.budget)
+                self.asked[row].append(computed[number] if sampler.adaptive else sampler.asked)
                 self.computed[row].append(made)
                 self.rounds[row].append(rounds[number])
                 self.changes[row].append(changes[number])
@@ -103,7 +102,6 @@ class DecodingLoop:
     ):
         self.model, self.sampler, self.request_keys = model, sampler, request_keys
         self.given_noise, self.streamer = noise, streamer
-        self.site_class = sampler.class_index(model.config.guidance_classes)
         self.record = DecodeRecord.empty(0)
 
     @torch.no_grad()
@@ -180,15 +178,11 @@ class DecodingLoop:
         places = (self.lengths[rows, None] + torch.arange(width, device=rows.device)).flatten().tolist()
         spread = rows.repeat_interleave(width)
         noises = [self.noises[row] for row in spread.tolist()]
-        sites = make_sites(self.model, self.sampler, spread, index, places, noises)
+        start = None
         if self.given_noise is not None and not self.sampler.is_base:
-            given = self.given_noise.to(rows.device)
-            sites.noise = given[self.step + index, spread].double()
-        solved = solve_sites(self.model, state, sites, self.sampler, self.site_class)
-        logits = solved.logits
-        if logits is None:
-            logits = self.model._decoder.logits(solved.hidden[:, None])[:, 0]
-        logits = logits.float().unflatten(0, (len(rows), width))
+            start = self.given_noise.to(rows.device)[self.step + index, spread].double()
+        solved, logits = solve_next(self.model, state, self.sampler, spread, index, places, noises, start)
+        logits = logits.unflatten(0, (len(rows), width))
         if len(rows) == len(self.unfinished):
             return solved, logits
         return solved, logits.new_zeros(len(self.unfinished), *logits.shape[1:]).index_copy_(0, rows, logits)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from l2d.attention import QueryLayout
 from l2d.config import L2DConfig
-from l2d.embeddings import InputProjection, TimeEmbedding, VocabularyEmbedding, modulation_head
+from l2d.embeddings import CarriedState, InputProjection, TimeEmbedding, VocabularyEmbedding, modulation_head
 from l2d.main_path import Decoder, LayerState
 from l2d.twin import TwinLayer, build_twin
 
@@ -34,14 +34,17 @@ class Queries:
 
 @dataclasses.dataclass
 class NoisedTargets:
-    """Training queries: K noise draws for every response position.
+    """Training queries: K noise draws for every response position, each evaluated once or rolled out.
 
     Attributes:
         index: (B, Q) int64, position whose next token is predicted; -1 at padding.
         targets: (B, Q) int64, that next token.
-        time: (K, B, Q) float32, t of every draw.
+        time: (K, B, Q) float32, t of every draw; for a rollout (J, K, B, Q), rising, of its J evaluations.
         noise: (K, B, Q, d) float32, unit normal.
         classes: (K, B, Q) int64 after dropout, or `None` for "no class" everywhere.
+        sources: (K, B, Q) int64 tokens that `x_t` is built from in place of the targets; -1 where it is to be a sample
+            of the base's own distribution, which `uniforms` (K, B, Q) float64 fix.
+        unscored: makes it a rollout: how many of its first evaluations have no loss.
     """
 
     index: torch.Tensor
@@ -49,6 +52,24 @@ class NoisedTargets:
     time: torch.Tensor
     noise: torch.Tensor
     classes: torch.Tensor | None = None
+    sources: torch.Tensor | None = None
+    uniforms: torch.Tensor | None = None
+    unscored: int | None = None
+
+    @property
+    def scored_time(self) -> torch.Tensor:
+        """Times (K', B, Q) of all evaluations that have a loss; K' is K times their number per draw."""
+        return self.time if self.unscored is None else self.time[self.unscored :].flatten(0, 1)
+
+    def select(self, index: torch.Tensor, draws: slice) -> "NoisedTargets":
+        """Some of the draws, at the positions `index` (B, Q)."""
+
+        def part(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values[draws]
+
+        time = self.time[draws] if self.unscored is None else self.time[:, draws]
+        per_draw = (part(values) for values in (self.noise, self.classes, self.sources, self.uniforms))
+        return NoisedTargets(index, self.targets, time, *per_draw, unscored=self.unscored)
 
 
 @dataclasses.dataclass
@@ -130,6 +151,9 @@ class DiffusionPath(nn.Module):
             DiffusionLayer(twin, width, hidden_size) for twin in build_twin(decoder, base.config, config)
         )
         self.output_modulation = modulation_head(width, hidden_size)
+        self.noise_free = config.noise_free
+        # Made last, so that all other weights are those of a model without.
+        self.carried_state = CarriedState(hidden_size) if config.carried_state else None
         self.checkpointing: tuple[Callable, int] | None = None  # function, and every how many layers
         self._decoder = decoder
         # What a table of modulations depends on.
@@ -191,12 +215,27 @@ class DiffusionPath(nn.Module):
             self._table = kept = (key, Modulation(torch.stack(folded), made.output, folded=True))
         return kept[1]
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor, modulation: Modulation, layout: QueryLayout) -> torch.Tensor:
-        """Fused hidden states (N, H) before the final norm, for states x (N, d) at times (N,)."""
+    def forward(
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        modulation: Modulation,
+        layout: QueryLayout,
+        carried: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Evaluate states x (N, d) at times (N,), with what was carried (N, H) from their last evaluations, or nothing.
+
+        Returns the fused hidden states (N, H) before the final norm, and the path's own (N, H), to be carried on.
+        """
         main = layout.hidden()
         if not len(main):  # no queries at all
-            return main + modulation.output.to(main.dtype)
-        hidden = self.input_projection(x, time).to(self.layers[0].twin.stream_dtype(main.dtype))
+            return main + modulation.output.to(main.dtype), main
+        if self.noise_free:
+            x = torch.zeros_like(x)
+        hidden = self.input_projection(x, time)
+        if carried is not None and self.carried_state is not None:
+            hidden = hidden + self.carried_state(carried)
+        hidden = hidden.to(self.layers[0].twin.stream_dtype(main.dtype))
         hidden = hidden.unflatten(0, (modulation.repeats, -1))
         layers = zip(self.layers, modulation.layers, layout.state.layers, strict=True)
         for number, (layer, scales, kept) in enumerate(layers):
@@ -205,4 +244,4 @@ class DiffusionPath(nn.Module):
             else:
                 hidden = layer(hidden, scales, layout, kept, modulation.folded)
         added = modulation.output.to(main.dtype) * hidden.to(main.dtype)
-        return main + added.flatten(0, 1)
+        return main + added.flatten(0, 1), hidden.flatten(0, 1)

@@ -4,6 +4,7 @@
 - `InputProjection`: a noised embedding into the base's hidden stream
 - `TimeEmbedding`: sinusoidal features of t and their MLP
 - `modulation_head`: linear, SiLU, zero-initialised linear
+- `CarriedState`: what one evaluation hands to the next
 
 All of them compute in float32, whatever the base's dtype (in float64 where they were cast to it). Source: Cetin et
 al., 2025, sections 3 and A.
@@ -26,7 +27,8 @@ class Float32Linear(nn.Linear):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         weight = at_least_float32(self.weight)
-        return functional.linear(inputs.to(weight.dtype), weight, self.bias.to(weight.dtype))
+        bias = None if self.bias is None else self.bias.to(weight.dtype)
+        return functional.linear(inputs.to(weight.dtype), weight, bias)
 
 
 def _linear(inputs: int, outputs: int, init: str) -> nn.Linear:
@@ -111,3 +113,19 @@ class TimeEmbedding(nn.Module):
         """Times (...) to embeddings (..., C) float32."""
         with _full_precision(time):
             return self.layers(self.features(time))
+
+
+class CarriedState(nn.Module):
+    """The path's last hidden state of one evaluation as part of the next one's input: `W RMSNorm(s)`, W zero at first.
+
+    Not part of the published method. Where nothing was evaluated before, `s = 0`, and so is what is added.
+    """
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.projection = Float32Linear(hidden_size, hidden_size, bias=False, dtype=torch.float32)
+        nn.init.zeros_(self.projection.weight)
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        """States (..., H) to what is added to the projected input, (..., H) float32."""
+        return self.projection(functional.rms_norm(at_least_float32(state), state.shape[-1:], eps=1e-6))

@@ -24,7 +24,7 @@ from l2d.solvers import FixedGrid
 if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM
 
-_LOGIT_ELEMENTS = 1 << 23  # logits alive at once while tokens are chosen
+LOGIT_ELEMENTS = 1 << 23  # logits alive at once while tokens are chosen
 
 
 @dataclasses.dataclass
@@ -57,7 +57,8 @@ class SiteSolution:
     they were at hand.
     computed, rounds, changes (N,) int64: network queries, batched passes, and changes of the chosen token.
     capped (N,) bool: the adaptive solver ran into `max_evaluations`.
-    clean (N, E, d) float64 and chosen (N, E, branches) int64: recorded on request, fixed grids only.
+    clean (N, E, d) float64 and chosen (N, E, branches) int64: recorded on request, fixed grids only; the sequential
+    solver also records the fused hidden states of all evaluations, evaluated (N, E + 1, H), of the first branch.
     """
 
     hidden: torch.Tensor
@@ -68,6 +69,7 @@ class SiteSolution:
     clean: torch.Tensor | None = None
     chosen: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    evaluated: torch.Tensor | None = None
 
     @classmethod
     def join(cls, parts: "list[SiteSolution]") -> "SiteSolution":
@@ -120,7 +122,7 @@ class PathEvaluator:
     def __init__(self, model: "L2DForCausalLM", state: MainPathState, sampler: SamplerConfig, site_class: int | None):
         self.model, self.state, self.sampler = model, state, sampler
         self.table = model.vocabulary_table()
-        self.chunk = max(1, _LOGIT_ELEMENTS // self.table.shape[0])  # rows whose logits may be alive at once
+        self.chunk = max(1, LOGIT_ELEMENTS // self.table.shape[0])  # rows whose logits may be alive at once
         classes = len(model.config.guidance_classes or [])
         own = classes if site_class is None else site_class
         self.branches: tuple[int | None, ...] = (
@@ -135,8 +137,12 @@ class PathEvaluator:
         evaluation: torch.Tensor,
         branch: torch.Tensor | None,
         x: torch.Tensor,
-    ) -> torch.Tensor:
-        """Hidden states (M, H) of flat queries: site (M,) in order, evaluation (M,), branch (M,), state x (M, d)."""
+        carried: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fused and own hidden states, (M, H) each, of flat queries.
+
+        site (M,) in order, evaluation (M,), branch (M,), state x (M, d), carried (M, H): see `DiffusionPath.forward`.
+        """
         kinds = None if self.branches[0] is None else self.branches
         table = self.model.path.modulation_table(grid.times, kinds)
         time = grid.times.to(x.device)[evaluation]
@@ -151,7 +157,7 @@ class PathEvaluator:
             modulation = table.select(pattern, len(sites))
         else:
             modulation = table.select(row)
-        return self._run(sites, site, x, time, modulation)
+        return self._run(sites, site, x, time, modulation, carried)
 
     def at_times(self, sites: Sites, x: torch.Tensor, time: torch.Tensor, branches: int) -> torch.Tensor:
         """Hidden states (N, branches, H) of one point per site at its own time: x (N, d), time (N,)."""
@@ -160,14 +166,20 @@ class PathEvaluator:
         classes = None
         if self.branches[0] is not None:
             classes = torch.tensor(self.branches[:branches], device=x.device).repeat(len(sites))
-        hidden = self._run(sites, site, x, time, self.model.path.modulate(time.float(), classes))
+        hidden, _ = self._run(sites, site, x, time, self.model.path.modulate(time.float(), classes))
         return hidden.unflatten(0, (len(sites), branches))
 
     def _run(
-        self, sites: Sites, site: torch.Tensor, x: torch.Tensor, time: torch.Tensor, modulation: Modulation
-    ) -> torch.Tensor:
+        self,
+        sites: Sites,
+        site: torch.Tensor,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        modulation: Modulation,
+        carried: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         layout = QueryLayout(self.state, sites.rows[site], sites.index[site])
-        return self.model.path(x, time, modulation, layout)
+        return self.model.path(x, time, modulation, layout, carried)
 
     def choose(self, hidden: torch.Tensor, temperature: float, uniforms: torch.Tensor | None) -> tuple:
         """Clean estimates (M, branches, d) and tokens (M, branches) for hidden states (M, branches, H), in chunks.

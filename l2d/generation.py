@@ -63,6 +63,8 @@ def generate(
     if inputs is None or inputs.dim() != 2 or inputs.shape[1] == 0:
         raise ValueError("input_ids must be a tensor of shape (rows, length) with at least one token per row.")
     sampler = model.sampler(sampler)
+    if noise is not None and sampler.votes > 1:
+        raise ValueError(f"noise gives one start per token, and votes={sampler.votes} need several: leave votes at 1.")
     model.prepare_inference()
     loop = DecodingLoop(model, sampler, request_keys, noise, kwargs.get("streamer"))
     result = GenerationMixin.generate(model, inputs, custom_generate=loop.run, **{**kwargs, "use_cache": True})

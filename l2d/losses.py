@@ -1,6 +1,6 @@
 """Cross-entropy over a large vocabulary without a (tokens x vocabulary) tensor.
 
-- `chunked_cross_entropy`: hidden states through a frozen head to losses and hits, a few rows at a time
+- `chunked_cross_entropy`: hidden states through a frozen head to losses and tokens, a few rows at a time
 
 Every row's loss depends on its own hidden state alone, and the head is frozen. So the gradient of each row is formed
 while its logits are there, in the forward pass, and the backward pass only scales it: no logits are kept, and none are
@@ -27,7 +27,7 @@ def chunk_rows(vocabulary: int, device: torch.device) -> int:
 def chunked_cross_entropy(
     hidden: torch.Tensor, targets: torch.Tensor, head: Head, rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of `targets` under `head(hidden)`, and whether the target is the most likely token.
+    """Cross-entropy of `targets` under `head(hidden)`, and the most likely tokens.
 
     Args:
         hidden: (N, H), the only tensor that receives gradients.
@@ -35,12 +35,12 @@ def chunked_cross_entropy(
         head: hidden states (C, H) to logits (C, V), row by row; its weights must be frozen.
         rows: C, rows of logits that exist at the same time.
 
-    Returns losses (N,) in float32 or float64, and hits (N,) bool.
+    Returns losses (N,) in float32 or float64, and tokens (N,) int64.
     """
     if torch.is_grad_enabled() and hidden.requires_grad:
         return _ChunkedCrossEntropy.apply(hidden, targets, head, rows)
     pieces = [_forward(head(part), wanted) for part, wanted in _chunks(hidden, targets, rows)]
-    return torch.cat([loss for loss, _, _ in pieces]), torch.cat([hits for _, hits, _ in pieces])
+    return torch.cat([loss for loss, _, _ in pieces]), torch.cat([chosen for _, chosen, _ in pieces])
 
 
 def _chunks(hidden: torch.Tensor, targets: torch.Tensor, rows: int) -> zip:
@@ -49,36 +49,36 @@ def _chunks(hidden: torch.Tensor, targets: torch.Tensor, rows: int) -> zip:
 
 @torch.no_grad()
 def _forward(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses (C,), hits (C,), and the normaliser (C, 1) of the logits (C, V)."""
+    """Losses (C,), most likely tokens (C,), and the normaliser (C, 1) of the logits (C, V)."""
     full = at_least_float32(logits)
     normaliser = torch.logsumexp(full, dim=-1, keepdim=True)
     losses = (normaliser - full.gather(1, targets[:, None])).squeeze(1)
-    return losses, full.argmax(-1) == targets, normaliser
+    return losses, full.argmax(-1), normaliser
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, rows: int):
-        """Losses (N,) and hits (N,); keeps the gradient of every row's loss, (N, H), and no logits."""
+        """Losses (N,) and tokens (N,); keeps the gradient of every row's loss, (N, H), and no logits."""
         gradient = torch.empty_like(hidden)
-        losses, hits = [], []
+        losses, chosen = [], []
         for number, (part, wanted) in enumerate(_chunks(hidden, targets, rows)):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
                 logits = head(part)
-            loss, hit, normaliser = _forward(logits, wanted)
+            loss, tokens, normaliser = _forward(logits, wanted)
             # softmax - one_hot, for every row on its own
             slope = torch.sub(at_least_float32(logits.detach()), normaliser).exp_()
             slope.scatter_add_(1, wanted[:, None], slope.new_full((len(wanted), 1), -1.0))
             own = torch.autograd.grad(logits, part, slope.to(logits.dtype))[0]
             gradient[number * rows : number * rows + len(wanted)] = own
             losses.append(loss)
-            hits.append(hit)
+            chosen.append(tokens)
             del logits, slope, normaliser  # before the next chunk's are made
         ctx.save_for_backward(gradient)
-        hits = torch.cat(hits)
-        ctx.mark_non_differentiable(hits)
-        return torch.cat(losses), hits
+        chosen = torch.cat(chosen)
+        ctx.mark_non_differentiable(chosen)
+        return torch.cat(losses), chosen
 
     @staticmethod
     def backward(ctx: Any, grad_losses: torch.Tensor, _: torch.Tensor):

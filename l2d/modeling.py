@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from l2d import checkpoint
 from l2d.attention import QueryLayout
@@ -26,20 +26,22 @@ from l2d.config import L2DConfig, SamplerConfig
 from l2d.diffusion_path import DiffusionPath, NoisedTargets, Queries
 from l2d.fingerprint import fingerprint
 from l2d.generation import generate
-from l2d.losses import chunk_rows, chunked_cross_entropy
 from l2d.main_path import Decoder, MainPathState, run_main_path
 from l2d.merging import DeltaMerger
+from l2d.objective import training_output
 from l2d.sampling import Solution, solve
 from l2d.scoring import ScoreOutput, score
 
 __all__ = ["L2DConfig", "L2DForCausalLM", "L2DTrainingOutput"]
+logger = logging.get_logger(__name__)
 
 
 @dataclasses.dataclass
 class L2DTrainingOutput(ModelOutput):
     """nll (K, B, Q) float32, 0 at padding; correct (K, B, Q) bool: argmax is the target; valid (B, Q) bool.
 
-    `state` is the main path, for further queries over the same inputs.
+    For a rollout K counts every scored evaluation of every draw. `state` is the main path, for further queries over
+    the same inputs.
     """
 
     nll: torch.Tensor | None = None
@@ -211,20 +213,24 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         x: torch.Tensor,
         time: torch.Tensor,
         classes: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Fused hidden states (N, H) of flat queries: rows, index, time, classes (N,) and x (N, d)."""
+        carried: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fused and own hidden states, (N, H) each, of flat queries: rows, index, time, classes (N,) and x (N, d).
+
+        `carried` (N, H) is what the last evaluations of the same places left; see `DiffusionPath.forward`.
+        """
         if torch.is_grad_enabled():
             self._merger.release(self.path)
         else:
             self._merger.release_stale(self.path)
         modulation = self.path.modulate(time.float(), classes)
-        return self.path(x, time, modulation, QueryLayout(state, rows, index))
+        return self.path(x, time, modulation, QueryLayout(state, rows, index), carried)
 
     def path_logits(self, state: MainPathState, queries: Queries) -> torch.Tensor:
         """Logits (B, Q, V) float of padded queries; zero at padding."""
         rows, slots = torch.nonzero(queries.index >= 0, as_tuple=True)
         classes = None if queries.classes is None else queries.classes[rows, slots]
-        hidden = self.path_hidden(
+        hidden, _ = self.path_hidden(
             state, rows, queries.index[rows, slots], queries.x[rows, slots], queries.time[rows, slots], classes
         )
         logits = self._decoder.logits(hidden)
@@ -256,37 +262,20 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
             return self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         if state is None:
             state = self.main_path(input_ids, attention_mask, position_ids)
-        return self._training_output(state, queries)
-
-    def _training_output(self, state: MainPathState, queries: NoisedTargets) -> L2DTrainingOutput:
-        valid = queries.index >= 0
-        draws = queries.time.shape[0]
-        rows, slots = torch.nonzero(valid, as_tuple=True)
-        # Flat queries are ordered by row, then position, then draw: draws of one position are neighbours.
-        repeated = rows.repeat_interleave(draws)
-        targets = queries.targets[rows, slots]
-        time = queries.time[:, rows, slots].t().reshape(-1)
-        noise = queries.noise[:, rows, slots].transpose(0, 1).flatten(0, 1)
-        classes = None if queries.classes is None else queries.classes[:, rows, slots].t().reshape(-1)
-        clean = self.path.embed_tokens(targets).repeat_interleave(draws, dim=0)
-        x = (1 - time)[:, None] * (noise * self.config.noise_std) + time[:, None] * clean
-        index = queries.index[rows, slots].repeat_interleave(draws)
-        hidden = self.path_hidden(state, repeated, index, x, time, classes)
-        wanted = targets.repeat_interleave(draws)
-        chunk = chunk_rows(self.config.get_text_config().vocab_size, hidden.device)
-        losses, hits = chunked_cross_entropy(hidden, wanted, self._decoder.logits, chunk)
-        nll = losses.new_zeros(draws, *valid.shape)
-        correct = torch.zeros_like(nll, dtype=torch.bool)
-        nll[:, rows, slots] = losses.view(-1, draws).t()
-        correct[:, rows, slots] = hits.view(-1, draws).t()
-        return L2DTrainingOutput(nll=nll, correct=correct, valid=valid, state=state)
+        nll, correct = training_output(self, state, queries)
+        return L2DTrainingOutput(nll=nll, correct=correct, valid=queries.index >= 0, state=state)
 
     # ---- inference -----------------------------------------------------------------------------------------------
 
     def sampler(self, sampler: SamplerConfig | dict[str, Any] | None = None) -> SamplerConfig:
-        """Sampler settings: the checkpoint's defaults overridden by `sampler`, checked against the model's classes."""
-        sampler = self.config.default_sampler(sampler)
-        sampler.class_index(self.config.guidance_classes)
+        """Sampler settings: the checkpoint's defaults overridden by `sampler`, as this model can follow them."""
+        asked = self.config.default_sampler(sampler)
+        sampler = self.config.check_sampler(asked)
+        if asked.speculation and not sampler.speculation and not sampler.is_base:
+            logger.warning_once(
+                "This model carries a state from one evaluation to the next: they go in sequence, and speculation "
+                "along the trajectory is off."
+            )
         return sampler
 
     def prepare_inference(self) -> None:

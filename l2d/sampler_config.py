@@ -2,6 +2,7 @@
 
 - `SamplerConfig`: budget, solver, guidance, choice of the clean token, noise seed
 - `temperature_at`: the choice temperature at a time, constant or scheduled
+- `NOISE_FREE_SAMPLER`: the only trajectory of a noise-free path
 """
 
 import dataclasses
@@ -11,6 +12,9 @@ import re
 from typing import Any
 
 from l2d.budget import ADAPTIVE_SOLVERS, FIXED_SOLVERS, levels_for_budget
+
+NOISE_FREE_SAMPLER: dict[str, Any] = {"solver": "euler", "budget": 2}
+"""The base's answer at t = 0, which costs nothing, and one evaluation of the path at t = 1."""
 
 _SCHEDULE = re.compile(r"polynomial_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)")
 
@@ -34,7 +38,9 @@ class SamplerConfig:
         normalize_average: bring averaged embeddings back to the norm of a token's.
         end_velocity: what a solver is told where it asks at t = 1: `"straight"` (the last stage's velocity) or
             `"zero"` (what the released implementation does for heun2 and rk4).
-        mc_samples: noise draws whose probabilities are averaged when a given continuation is scored.
+        votes: noise draws per token, each solved at the whole budget, whose probabilities are averaged before the token
+            is chosen, and where it is scored.
+        mc_samples: noise draws whose probabilities are averaged when a given continuation is scored, and only then.
         seed: all noise is a function of (seed, request, position, draw).
         speculation: evaluate a whole trajectory in one batch under the assumption that the chosen token stays; the
             result is that of the sequential solver.
@@ -56,13 +62,14 @@ class SamplerConfig:
     choice_temperature: float | str = 0.0
     normalize_average: bool = False
     end_velocity: str = "straight"
+    votes: int = 1
     mc_samples: int = 1
     seed: int = 0
     speculation: bool = True
     draft_tokens: int = 3
 
     def __post_init__(self) -> None:
-        for name, low in (("budget", 1), ("max_evaluations", 1), ("mc_samples", 1), ("seed", 0), ("draft_tokens", 0)):
+        for name, low in _LOWEST.items():
             self._set(name, _whole_number(_ARGUMENT.get(name, name), getattr(self, name), low))
         for name in ("start_time", "final_time", "rtol", "atol", "first_step", "guidance_scale"):
             self._set(name, _number(name, getattr(self, name)))
@@ -81,6 +88,10 @@ class SamplerConfig:
                 raise ValueError(f"{name}={getattr(self, name):g} must be a number above 0.")
         if self.solver in FIXED_SOLVERS:
             levels_for_budget(self.solver, self.budget)
+        if self.votes > 1 and self.mc_samples > 1:
+            raise ValueError(
+                f"votes={self.votes} and mc_samples={self.mc_samples} both average over noise draws: leave one at 1."
+            )
         if isinstance(self.guidance_class, bool) or not isinstance(self.guidance_class, (str, int, type(None))):
             raise ValueError(f"guidance_class={self.guidance_class!r} must be a class name or its index.")
         self._set("choice_temperature", _check_temperature(self.choice_temperature))
@@ -102,6 +113,39 @@ class SamplerConfig:
     def guided(self) -> bool:
         """Whether every evaluation needs both a class-conditional and an unconditional answer."""
         return self.guidance_scale != 1.0
+
+    @property
+    def asked(self) -> int:
+        """Evaluations asked for per generated token: the budget, once per vote."""
+        return self.budget if self.is_base else self.budget * self.votes
+
+    @property
+    def scored_draws(self) -> int:
+        """Noise draws averaged where a given continuation is scored."""
+        return 1 if self.is_base else max(self.votes, self.mc_samples)
+
+    def for_path(self, carried_state: bool, noise_free: bool) -> "SamplerConfig":
+        """These settings as a path with a carried state, or without noise, can follow them.
+
+        Raises `ValueError` for settings that such a path cannot follow at all.
+        """
+        if carried_state and self.adaptive and not self.is_base:
+            raise ValueError(
+                f"solver={self.solver!r} repeats steps, and this model carries a state from one evaluation to the "
+                f"next: use one of {', '.join(FIXED_SOLVERS)}."
+            )
+        if noise_free and not self.is_base:
+            usual = SamplerConfig()
+            once = all(getattr(self, name) == value for name, value in NOISE_FREE_SAMPLER.items())
+            for name in ("start_time", "final_time", "guidance_scale", "votes", "mc_samples"):
+                once = once and getattr(self, name) == getattr(usual, name)
+            if not once:
+                raise ValueError(
+                    f"diffusion_budget={self.budget}, solver={self.solver!r} cannot be spent by a noise-free path, "
+                    "which is evaluated once: use diffusion_budget=2 with solver=euler and no times, guidance, votes "
+                    "or draws, or diffusion_budget=1 for the base."
+                )
+        return dataclasses.replace(self, speculation=False) if carried_state else self
 
     def replace(self, **changes: Any) -> "SamplerConfig":
         """A copy with `changes`, validated; unknown names raise `ValueError` with the nearest known one."""
@@ -153,6 +197,7 @@ def temperature_at(temperature: float | str, time: float) -> float:
     return (1 - time / end) ** power if time < end else 0.0
 
 
+_LOWEST = {"budget": 1, "max_evaluations": 1, "votes": 1, "mc_samples": 1, "seed": 0, "draft_tokens": 0}
 _ARGUMENT = {"budget": "diffusion_budget"}  # the name under which users know a field
 
 

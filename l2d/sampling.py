@@ -63,7 +63,8 @@ def solve_sites(
     if sampler.adaptive:
         return solve_adaptive(evaluator, sites)
     grid = fixed_grid(sampler)
-    method = solve_speculatively if _may_speculate(sampler) else solve_sequentially
+    in_sequence = model.path.carried_state is not None or not _may_speculate(sampler)
+    method = solve_sequentially if in_sequence else solve_speculatively
     limit = max(1, _STATE_ELEMENTS // (grid.evaluations * sites.noise.shape[1]))
     parts = [
         method(evaluator, sites.take(keep), grid, record)
@@ -77,30 +78,42 @@ def _may_speculate(sampler: SamplerConfig) -> bool:
 
 
 def solve_sequentially(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, record: bool) -> SiteSolution:
-    """The plain solver: one evaluation after the other, all sites in step; the first one, at t = 0, is the base's."""
+    """The plain solver: one evaluation after the other, all sites in step; the first one, at t = 0, is the base's.
+
+    A path with a carried state gets at each evaluation its own hidden state of the one before; the base leaves none.
+    """
     count, device = grid.evaluations, sites.noise.device
     branches = len(evaluator.branches)
     clean = sites.noise.new_zeros(len(sites), count, sites.noise.shape[1])
     chosen = torch.zeros(len(sites), count, branches, dtype=torch.int64, device=device)
     computed = 0
     everyone = torch.arange(len(sites), device=device)
+    base = evaluator.base_hidden(sites)
+    evaluated, carried = [], None
+    if evaluator.model.path.carried_state is not None:
+        carried = base.new_zeros(len(sites), branches, base.shape[1])
 
     def evaluate(number: int, branches: int) -> torch.Tensor:
         x = grid.states(sites.noise, clean, number)[:, 0]
         site, x = everyone.repeat_interleave(branches), x.repeat_interleave(branches, dim=0)
         branch = torch.arange(branches, device=device).repeat(len(sites))
-        hidden = evaluator.at_evaluations(sites, grid, site, torch.full_like(site, number), branch, x)
+        before = None if carried is None else carried[:, :branches].flatten(0, 1)
+        hidden, own = evaluator.at_evaluations(sites, grid, site, torch.full_like(site, number), branch, x, before)
+        if carried is not None:
+            carried[:, :branches] = own.unflatten(0, (len(sites), branches))
         return hidden.unflatten(0, (len(sites), branches))
 
     for number in range(count):
         uniforms = None if sites.uniforms is None else sites.uniforms[:, number]
         if grid.times[number] == 0:
-            hidden = evaluator.base_hidden(sites)[:, None].expand(-1, branches, -1)
+            hidden = base[:, None].expand(-1, branches, -1)
         else:
             hidden = evaluate(number, branches)
             computed += branches
         estimates, chosen[:, number] = evaluator.choose(hidden, grid.temperatures[number], uniforms)
         clean[:, number] = evaluator.mix(estimates)
+        if record:
+            evaluated.append(hidden[:, 0])
     hidden = evaluate(count, 1)[:, 0]
     rounds = torch.full((len(sites),), count + 1 - (grid.times[0] == 0).long(), dtype=torch.int64, device=device)
     return SiteSolution(
@@ -111,6 +124,7 @@ def solve_sequentially(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, 
         capped=torch.zeros_like(rounds, dtype=torch.bool),
         clean=clean if record else None,
         chosen=chosen if record else None,
+        evaluated=torch.stack([*evaluated, hidden], dim=1) if record else None,
     )
 
 

@@ -2,10 +2,11 @@
 
 - `score`: one main-path forward, then all wanted positions of all rows as sites of one solve
 - `ScoreOutput`: log-probabilities, greedy flags and what they cost
+- `make_sites`: places with the noise of their requests
 
 Positions are independent given the main path, so nothing here is sequential. The estimate depends on the start noise;
-`mc_samples` averages probabilities over several draws. Noise belongs to (request, position): the noise under which a
-token is scored is the noise under which it would have been generated.
+`mc_samples` and `votes` average probabilities over several draws. Noise belongs to (request, position): the noise under
+which a token is scored is the noise under which it would have been generated.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ class ScoreOutput:
     """Per position (B, S), zero where nothing was scored.
 
     logprobs float32 (natural logarithm); greedy bool: the token is the most likely one; asked, computed, rounds int64:
-    evaluations asked for, network queries made, batched passes (summed over `mc_samples`); capped: number of solves
+    evaluations asked for, network queries made, batched passes (summed over the draws); capped: number of solves
     that ran into `max_evaluations`.
     """
 
@@ -115,7 +116,7 @@ def _score_sites(
     output: ScoreOutput,
 ) -> None:
     tokens = input_ids[rows, places]
-    draws = 1 if sampler.is_base else sampler.mc_samples
+    draws = sampler.scored_draws
     total = None
     for draw in range(draws):
         sites = make_sites(model, sampler, rows, places - 1, places.tolist(), [noises[r] for r in rows.tolist()], draw)
@@ -141,7 +142,7 @@ def make_sites(
     noises: list[RequestNoise],
     draw: int = 0,
 ) -> Sites:
-    """Sites (N,) with the start noise and uniform numbers of their requests at sequence positions `positions` (N)."""
+    """Sites (N,) with draw `draw` of the noise of their requests at sequence positions `positions` (N)."""
     dim, std = model.config.diffusion_dim, model.config.noise_std
     device = rows.device
     if sampler.is_base:

@@ -109,7 +109,8 @@ def _evaluate(
     first = int(start.min())
     states = grid.states(sites.noise, evaluator.mix(evaluator.table[chosen]), first)
     x = states[site, evaluation - first]
-    return _Round(site, evaluation, evaluator.at_evaluations(sites, grid, site, evaluation, branch, x))
+    hidden, _ = evaluator.at_evaluations(sites, grid, site, evaluation, branch, x)
+    return _Round(site, evaluation, hidden)
 
 
 def _answers(

@@ -90,6 +90,8 @@ def trace_prompt(
         raise ValueError(
             f"solver={settings.solver!r} has no fixed evaluation times: trace a fixed-grid solver instead."
         )
+    if settings.votes > 1:
+        raise ValueError(f"votes={settings.votes} make several trajectories for each token: trace with votes=1.")
     ids = session.encode(prompt)
     longest = session.answer_length(max_new_tokens, USUAL_LENGTH)
     if len(ids) + longest > session.longest:
@@ -131,7 +133,6 @@ def _trajectories(session: Session, sequences: Any, start: int, settings: Any) -
     """Evaluation times, chosen tokens (N, E), and probabilities (N, E + 1, V), of tokens `start` to the last."""
     import torch
 
-    from l2d.diffusion_path import Queries
     from l2d.noise import RequestNoise, default_keys
     from l2d.sampling import solve_sites
     from l2d.scoring import make_sites
@@ -149,23 +150,14 @@ def _trajectories(session: Session, sequences: Any, start: int, settings: Any) -
         positions = list(range(start, start + count))
         sites = make_sites(model, settings, torch.zeros_like(index), index, positions, noises)
         site_class = settings.class_index(model.config.guidance_classes)
+        settings = settings.replace(speculation=False)  # which then records every evaluation
         solved = solve_sites(model, state, sites, settings, site_class, record=True)
-        grid = fixed_grid(settings)
-        points = len(grid.times)
-        places = index.repeat_interleave(points)[None]  # (1, N * points)
-        x = grid.states(sites.noise, solved.clean).flatten(0, 1)[None]
-        time = grid.times.to(x.device).repeat(count)[None]
-        classes = None
-        if model.config.guidance_classes:
-            own = len(model.config.guidance_classes) if site_class is None else site_class
-            classes = torch.full_like(places, own)
-        parts = []
-        for low in range(0, places.shape[1], _QUERIES):
-            part = slice(low, low + _QUERIES)
-            own = None if classes is None else classes[:, part]
-            queries = Queries(index=places[:, part], x=x[:, part], time=time[:, part], classes=own)
-            parts.append(torch.softmax(model.path_logits(state, queries)[0].float(), -1).cpu())
-    return grid.times.tolist(), solved.chosen[..., 0].cpu(), torch.cat(parts).unflatten(0, (count, points))
+        probabilities = [
+            torch.softmax(model._decoder.logits(part).float(), -1).cpu()
+            for part in solved.evaluated.flatten(0, 1).split(_QUERIES)
+        ]
+    times, shape = fixed_grid(settings).times.tolist(), solved.evaluated.shape[:2]
+    return times, solved.chosen[..., 0].cpu(), torch.cat(probabilities).unflatten(0, shape)
 
 
 def _token_trace(session: Session, token: int, piece: str, chosen: Any, probabilities: Any) -> dict[str, Any]:

@@ -30,6 +30,7 @@ _OWN: dict[str, tuple[str, str]] = {
     "choice_temperature": ("0 or more, or polynomial_p_end", "temperature of that choice; 0 is the most likely token"),
     "normalize_average": (_TRUTH, "bring averaged embeddings back to a token's norm"),
     "end_velocity": ("straight or zero", "velocity where a solver asks at t = 1; zero is the released behaviour"),
+    "votes": ("a whole number from 1", "noise draws per token, each at the whole budget, whose answers are averaged"),
     "mc_samples": ("a whole number from 1", "noise draws averaged when a given continuation is scored"),
     "seed": ("a whole number from 0", "seed of all noise"),
     "speculation": (_TRUTH, "evaluate whole trajectories at once; the result is the same"),

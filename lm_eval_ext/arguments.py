@@ -175,7 +175,7 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
     harness = {name: _checked(name, given[name]) for name in HARNESS_ARGUMENTS if name in given}
     changes = sampler_changes(arguments, keep_none=("guidance_class",))
     search = token_search(given.get(SEARCH))
-    _sampler({}, changes, lambda sampler: None)  # what is impossible anywhere is said before the folder is looked at
+    _sampler({}, changes, lambda sampler: sampler)  # what is impossible anywhere is said before the folder is looked at
     pretrained, base = given.get("pretrained"), given.get("base")
     if pretrained is None:
         raise UsageError("model argument 'pretrained' is missing: give --model_args pretrained=FOLDER of a checkpoint.")
@@ -183,7 +183,12 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
     if base is not None:
         _check_base(base)
     classes = config.get("guidance_classes")
-    sampler = _sampler(config.get("sampler") or {}, changes, lambda sampler: check_guidance(sampler, classes))
+
+    def fit(sampler: SamplerConfig) -> SamplerConfig:
+        check_guidance(sampler, classes)
+        return sampler.for_path(bool(config.get("carried_state")), bool(config.get("noise_free")))
+
+    sampler = _sampler(config.get("sampler") or {}, changes, fit)
     pretrained = str(pretrained) if isinstance(pretrained, Path) else pretrained
     return Settings(pretrained, None if base is None else str(base), sampler, search, harness)
 
@@ -248,13 +253,13 @@ def _checked(name: str, value: Any) -> Any:
         raise UsageError(f"{name}={_shown(value)} must be {check.__doc__}.") from error
 
 
-def _sampler(stored: dict[str, Any], changes: dict[str, Any], check: Callable[[SamplerConfig], Any]) -> SamplerConfig:
+def _sampler(
+    stored: dict[str, Any], changes: dict[str, Any], fit: Callable[[SamplerConfig], SamplerConfig]
+) -> SamplerConfig:
     try:
-        sampler = SamplerConfig().replace(**{**stored, **changes})
-        check(sampler)
+        return fit(SamplerConfig().replace(**{**stored, **changes}))
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return sampler
 
 
 def _nearest(name: str, known: tuple[str, ...]) -> str:

@@ -81,6 +81,10 @@ class AnswersGeneration:
             gen_kwargs = {**gen_kwargs, "guidance_class": chosen}
         arguments = (classes, self.max_gen_toks, eos, self.settings.token_search)
         settings = parse_generation(gen_kwargs, self.sampler, *arguments)
+        try:
+            self.model.config.check_sampler(settings.sampler)
+        except ValueError as error:
+            raise UsageError(f"generation settings {gen_kwargs!r}: {error}") from error
         if settings.max_tokens >= self.max_length:
             raise UsageError(f"max_gen_toks={settings.max_tokens} must be below max_length={self.max_length}.")
         return settings

@@ -18,8 +18,7 @@ from transformers import DynamicCache, LogitsProcessor
 from l2d import L2DForCausalLM
 from l2d.noise import RequestNoise
 from l2d.sampler_config import SamplerConfig
-from l2d.sampling import solve_sites
-from l2d.scoring import make_sites
+from l2d.votes import solve_next
 
 
 @dataclasses.dataclass
@@ -156,14 +155,12 @@ def _token_logprobs(
     """Log-probabilities (rows, V) float32 of the next token of every beam; costs go to the beams' searches."""
     rows = torch.arange(len(owners), device=lengths.device)
     noises = [search.noise for search in owners]
-    sites = make_sites(model, sampler, rows, torch.zeros_like(rows), lengths.tolist(), noises)
-    solved = solve_sites(model, state, sites, sampler, sampler.class_index(model.config.guidance_classes))
+    solved, logits = solve_next(model, state, sampler, rows, torch.zeros_like(rows), lengths.tolist(), noises)
     costs = (column.tolist() for column in (solved.computed, solved.rounds, solved.capped.long()))
     for search, computed, rounds, capped in zip(owners, *costs, strict=True):
-        asked = computed if sampler.adaptive else sampler.budget
+        asked = computed if sampler.adaptive else sampler.asked
         search.cost.add_cost(Candidate([], 0.0, [asked], [computed], [rounds], capped))
-    logits = model._decoder.logits(solved.hidden) if solved.logits is None else solved.logits
-    return torch.log_softmax(logits.float(), dim=-1)
+    return torch.log_softmax(logits, dim=-1)
 
 
 def _extend(

@@ -29,16 +29,16 @@ def inputs(count: int, dtype: torch.dtype = torch.float64):
 
 @pytest.mark.parametrize("rows", [1, 5, 7, 20, 100])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6)])
-def test_losses_hits_and_gradients(rows, dtype, tolerance):
+def test_losses_tokens_and_gradients(rows, dtype, tolerance):
     """Whatever the chunk, also where rows weigh differently."""
     hidden, targets, weights = inputs(20, dtype)
     weights[3] = 0
     logits = head(dtype)(hidden)
     expected = cross_entropy(logits, targets, reduction="none")
     gradient = torch.autograd.grad((expected * weights).sum(), hidden)[0]
-    losses, hits = chunked_cross_entropy(hidden, targets, head(dtype), rows)
+    losses, tokens = chunked_cross_entropy(hidden, targets, head(dtype), rows)
     torch.testing.assert_close(losses, expected, rtol=tolerance, atol=tolerance)
-    assert torch.equal(hits, logits.argmax(-1) == targets)
+    assert torch.equal(tokens, logits.argmax(-1))
     found = torch.autograd.grad((losses * weights).sum(), hidden)[0]
     torch.testing.assert_close(found, gradient, rtol=tolerance, atol=tolerance)
     assert (found[3] == 0).all()
@@ -64,9 +64,9 @@ def test_bfloat16_logits_are_summed_in_float32():
 
 def test_no_rows():
     hidden, targets, _ = inputs(0)
-    losses, hits = chunked_cross_entropy(hidden, targets, head(), 4)
+    losses, tokens = chunked_cross_entropy(hidden, targets, head(), 4)
     losses.sum().backward()
-    assert losses.shape == hits.shape == (0,) and hidden.grad.shape == (0, HIDDEN)
+    assert losses.shape == tokens.shape == (0,) and hidden.grad.shape == (0, HIDDEN)
 
 
 class Largest(TorchDispatchMode):

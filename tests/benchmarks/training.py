@@ -64,7 +64,7 @@ def naive_loss(trainer: L2DTrainer, batch: dict[str, torch.Tensor]) -> torch.Ten
     time_ = torch.rand(len(index), device=ids.device)
     noise = torch.randn(len(index), model.config.diffusion_dim, device=ids.device) * model.config.noise_std
     x = (1 - time_)[:, None] * noise + time_[:, None] * model.path.embed_tokens(ids[:, 1:].reshape(-1))
-    logits = model._decoder.logits(model.path_hidden(state, rows, index, x, time_))
+    logits = model._decoder.logits(model.path_hidden(state, rows, index, x, time_)[0])
     return cross_entropy(logits.float(), batch["labels"][:, 1:].reshape(-1))
 
 

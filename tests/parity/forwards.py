@@ -57,7 +57,7 @@ def _check_start(context: Context, noise: torch.Tensor, classes: torch.Tensor | 
     rows, index = torch.nonzero(context.valid, as_tuple=True)
     own_class = None if classes is None else classes[rows]
     time = torch.zeros(len(rows))
-    hidden = context.model.path_hidden(context.state, rows, index, noise[rows, index], time, own_class)
+    hidden, _ = context.model.path_hidden(context.state, rows, index, noise[rows, index], time, own_class)
     context.record.same(quantity, "hidden", hidden, context.state.hidden[rows, index])
     if bool(context.valid.all()):
         got = context.logits(noise, torch.zeros(()), classes)
