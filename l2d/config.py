@@ -32,7 +32,7 @@ class L2DConfig(PreTrainedConfig):
         min_noise: training times are drawn from `[0, 1 - min_noise]`.
         guidance_classes: names of the classes for classifier-free guidance; `None` for a model without.
         carried_state: the path's last hidden state enters the next evaluation; evaluations then go in sequence.
-        noise_free: a control: the path sees zeros in place of the noised token and is evaluated once, at t = 1.
+        noise_free: a control: the path sees a constant in place of the noised token and is evaluated once, at t = 1.
         sampler: defaults for `SamplerConfig` that belong to this checkpoint.
     """
 

@@ -231,7 +231,7 @@ class DiffusionPath(nn.Module):
         if not len(main):  # no queries at all
             return main + modulation.output.to(main.dtype), main
         if self.noise_free:
-            x = torch.zeros_like(x)
+            x = torch.ones_like(x)
         hidden = self.input_projection(x, time)
         if carried is not None and self.carried_state is not None:
             hidden = hidden + self.carried_state(carried)

@@ -12,10 +12,10 @@ from tests.conftest import randomise_path
 from tests.training_runs import sums
 from training.config import L2DTrainingConfig
 from training.data import encode
+from training.noising import keyed_generator
 from training.trainer import (
     L2DTrainer,
     classes_at,
-    keyed_generator,
     metrics_by_bin,
     response_positions,
     split_queries,

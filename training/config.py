@@ -17,17 +17,19 @@ import torch
 from trl import SFTConfig
 
 from l2d.config import L2DConfig
+from training.noising import check_objective
 
 METHODS = ("l2d", "lora_sft", "full_sft")
 
 _PATH_ONLY = {
     "variant", "diffusion_dim", "noise_std", "input_width", "conditioning_width", "frequency_width", "min_noise",
-    "guidance_classes", "sampler",
+    "guidance_classes", "carried_state", "noise_free", "sampler",
 }  # fmt: skip
 L2D_SETTINGS = _PATH_ONLY | {"base_revision", "lora_rank", "lora_alpha"}  # what ModelArguments hands to L2DConfig
 L2D_ONLY = _PATH_ONLY | {
     "guidance_column", "guidance_class", "guidance_map",
-    "draws", "max_queries", "time_power", "guidance_dropout", "eval_draws", "time_bins", "eval_budgets",
+    "draws", "max_queries", "time_power", "corruption_rate", "corruption_base_share", "rollout_evaluations",
+    "rollout_window", "guidance_dropout", "eval_draws", "time_bins", "eval_budgets",
     "eval_budget_examples", "eval_samples", "eval_sample_tokens",
 }  # fmt: skip
 LORA_SFT_ONLY = {"lora_target_modules"}
@@ -78,6 +80,14 @@ class ModelArguments:
     min_noise: float = field(default=0.0, metadata={"help": "Training times are drawn from [0, 1 - min_noise]."})
     guidance_classes: list[str] | None = field(
         default=None, metadata={"help": "Names of the classes for classifier-free guidance."}
+    )
+    carried_state: bool = field(
+        default=False,
+        metadata={"help": "Hand the path's last hidden state to its next evaluation; needs rollout_evaluations."},
+    )
+    noise_free: bool = field(
+        default=False,
+        metadata={"help": "Control: the same path without noise, evaluated once (diffusion_budget=2,solver=euler)."},
     )
     sampler: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Inference defaults to store with the checkpoint, e.g. {budget: 15}."}
@@ -186,6 +196,20 @@ class L2DTrainingConfig(SFTConfig):
                   "Default: 4096, on a CPU 512. Changes memory and speed, not the result."},
     )  # fmt: skip
     time_power: float = field(default=1.0, metadata={"help": "Times are u ** time_power with u uniform."})
+    corruption_rate: float = field(
+        default=0.0, metadata={"help": "Probability, per draw, of building x_t from another token than the true one."}
+    )
+    corruption_base_share: float = field(
+        default=0.5,
+        metadata={"help": "Share of these tokens that are samples of the base; the others are from the same answer."},
+    )
+    rollout_evaluations: int | None = field(
+        default=None,
+        metadata={"help": "Train on the path's own trajectories of this many evaluations, instead of noised targets."},
+    )
+    rollout_window: int | None = field(
+        default=None, metadata={"help": "Evaluations of a rollout, in a row, that are trained in a step. Default: 4."}
+    )
     guidance_dropout: float = field(
         default=0.2, metadata={"help": "Probability, per token, of training it with no class."}
     )
@@ -251,12 +275,16 @@ class L2DTrainingConfig(SFTConfig):
         counts = ("draws", "eval_draws", "time_bins", "max_queries", "eval_budget_examples", "eval_sample_tokens")
         for name in counts:
             at_least(name, getattr(self, name), 1)
+        for name in ("rollout_evaluations", "rollout_window"):
+            if getattr(self, name) is not None:
+                at_least(name, getattr(self, name), 1)
         if self.max_length is not None:
             at_least("max_length", self.max_length, 2)
         if not 0 < self.time_power < float("inf"):
             raise ValueError(f"time_power={self.time_power} must be a number above 0.")
-        if not 0 <= self.guidance_dropout <= 1:
-            raise ValueError(f"guidance_dropout={self.guidance_dropout} must be a probability, from 0 to 1.")
+        for name in ("guidance_dropout", "corruption_rate", "corruption_base_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be a probability, from 0 to 1.")
         one_of("too_long", self.too_long, ("error", "drop", "truncate"))
 
     def _follow_total_batch_size(self) -> None:
@@ -305,8 +333,11 @@ def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTraini
         _check_guidance(model, data)
         _check_packing(model, training)
         config = model.l2d_config()
+        check_objective(config, training)
+        if "corruption_base_share" in given and not training.corruption_rate:
+            raise ValueError("corruption_base_share would be ignored: set corruption_rate too, or leave it out.")
         for budget in training.eval_budgets or []:
-            config.default_sampler(budget=budget)
+            config.check_sampler(config.default_sampler(budget=budget))
         if (training.eval_budgets or training.eval_samples) and not data.has_eval:
             raise ValueError("eval_budgets and eval_samples need evaluation data: set eval_split or eval_holdout.")
 

@@ -9,7 +9,6 @@ Legend: B rows, S positions, Q targets per row, K draws, d diffusion dimension, 
 """
 
 import dataclasses
-import hashlib
 import os
 from typing import Any
 
@@ -25,6 +24,7 @@ from l2d.modeling import L2DForCausalLM, L2DTrainingOutput
 from training.budgets import budget_accuracy, write_samples
 from training.card import model_card
 from training.config import L2DTrainingConfig, refuse_ignored_by_l2d
+from training.noising import check_objective, evaluation_queries, training_queries, window_length
 from training.saving import SafeCheckpoints
 
 
@@ -43,6 +43,9 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} has no effect with method l2d: leave it out.")
         refuse_ignored_by_l2d(args)
+        check_objective(model.config, args)
+        if args.rollout_evaluations is not None or model.config.noise_free:
+            model.path.vocabulary.requires_grad_(False)  # no gradient would reach it
         sampling = bool(args.eval_budgets or args.eval_samples)
         if sampling and os.environ.get("ACCELERATE_USE_FSDP", os.environ.get("ACCELERATE_USE_DEEPSPEED")) == "true":
             raise ValueError("eval_budgets and eval_samples need the whole model on every device: not with sharding.")
@@ -77,7 +80,8 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         index, targets = response_positions(inputs["labels"])
         queries = self._draw(inputs, index, targets)
         count = (index >= 0).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
-        scale = 1 / (count.clamp(min=1) * self.args.draws)
+        scored = 1 if self.args.rollout_evaluations is None else window_length(self.args)
+        scale = 1 / (count.clamp(min=1) * self.args.draws * scored)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             scale = scale * self.accelerator.num_processes  # the count is over all processes; DDP averages gradients
         in_pieces = torch.is_grad_enabled() and num_items_in_batch is not None and not self.is_deepspeed_enabled
@@ -95,7 +99,7 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
     ) -> tuple[torch.Tensor, Any]:
         """Scaled loss of some queries, which are counted for the log, and the main path."""
         output = self._ask(model, inputs, queries, state)
-        self._sums += sums_by_bin(output, queries.time, self.args.time_bins).sum(0)
+        self._sums += sums_by_bin(output, queries.scored_time, self.args.time_bins).sum(0)
         return output.nll.sum() * scale, output.state
 
     def _ask(
@@ -116,19 +120,9 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         """
         step = self.state.global_step
         self._batch_of_step = (step, self._batch_of_step[1] + 1 if self._batch_of_step[0] == step else 0)
-        generator = keyed_generator(self.args.seed, self.args.process_index, *self._batch_of_step, device=index.device)
-        shape, options = (self.args.draws, *index.shape), {"device": index.device, "generator": generator}
-        uniform = torch.rand(shape, **options)
-        noise = torch.randn(*shape, self.model.config.diffusion_dim, **options)
-        classes = None
-        if "guidance_class" in inputs:
-            dropped = torch.rand(shape, **options) < self.args.guidance_dropout
-            no_class = len(self.model.config.guidance_classes)
-            classes = classes_at(inputs["guidance_class"], index).expand(shape).masked_fill(dropped, no_class)
-        return NoisedTargets(index, targets, self._times(uniform), noise, classes)
-
-    def _times(self, uniform: torch.Tensor) -> torch.Tensor:
-        return uniform**self.args.time_power * (1 - self.model.config.min_noise)
+        key, process = (self.args.seed, *self._batch_of_step), self.args.process_index
+        classes = classes_at(inputs["guidance_class"], index) if "guidance_class" in inputs else None
+        return training_queries(self.model.config, self.args, index, targets, classes, key, process)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add accuracy, and loss and accuracy by time bin, of the steps since the last training log."""
@@ -163,7 +157,7 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
             for piece in split_queries(self.evaluation_queries(inputs), self.args.max_queries):
                 output = self._ask(model, inputs, piece, state)
                 state = output.state
-                sums = sums + sums_by_bin(output, piece.time, self.args.time_bins)  # (B, T, 3)
+                sums = sums + sums_by_bin(output, piece.scored_time, self.args.time_bins)  # (B, T, 3)
         # Processes get equally many examples, some of them twice; gathering leaves the second ones out.
         self._evaluation_sums += self.accelerator.gather_for_metrics(sums).sum(0)
         return sums[..., 0].sum() / sums[..., 2].sum().clamp(min=1), None, None
@@ -189,22 +183,12 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         return output
 
     def evaluation_queries(self, inputs: dict[str, torch.Tensor]) -> NoisedTargets:
-        """Times (stratified over the draws) and noise that depend on the seed and an example's own tokens only."""
+        """Queries of a padded batch that depend on the seed and each example alone; see `noising`."""
         index, targets = response_positions(inputs["labels"])
-        draws, dim = self.args.eval_draws, self.model.config.diffusion_dim
-        uniform = torch.zeros(draws, *index.shape)
-        noise = torch.zeros(*uniform.shape, dim)
-        counts = (index >= 0).sum(1).tolist()
         masks = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
-        for row, count in enumerate(counts):
-            generator = keyed_generator(self.args.seed, inputs["input_ids"][row][masks[row]].tolist())
-            strata = torch.arange(draws).unsqueeze(1) + torch.rand(draws, count, generator=generator)
-            uniform[:, row, :count] = strata / draws
-            noise[:, row, :count] = torch.randn(draws, count, dim, generator=generator)
-        classes = None
-        if "guidance_class" in inputs:
-            classes = classes_at(inputs["guidance_class"], index).expand(uniform.shape)
-        return NoisedTargets(index, targets, self._times(uniform.to(index.device)), noise.to(index.device), classes)
+        examples = [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
+        classes = classes_at(inputs["guidance_class"], index) if "guidance_class" in inputs else None
+        return evaluation_queries(self.model.config, self.args, index, targets, classes, examples)
 
     # ---- checkpoints and data ------------------------------------------------------------------------------------
 
@@ -300,9 +284,10 @@ def compile_path(model: L2DForCausalLM, backend: str) -> None:
 
 
 def split_queries(queries: NoisedTargets, most: int) -> list[NoisedTargets]:
-    """Pieces of at most `most` queries each: some draws of all positions, or one draw of some positions."""
+    """Pieces of at most `most` scored queries each: some draws of all positions, or one draw of some positions."""
     valid = queries.index >= 0
-    count, draws = int(valid.sum()), queries.time.shape[0]
+    count, draws = int(valid.sum()), queries.noise.shape[0]
+    most = max(1, most * draws // queries.scored_time.shape[0])
     if count * draws <= most:
         return [queries]
     groups = torch.arange(draws).split(max(1, most // max(count, 1)))
@@ -310,11 +295,9 @@ def split_queries(queries: NoisedTargets, most: int) -> list[NoisedTargets]:
     pieces = []
     for group in groups:
         draw = slice(int(group[0]), int(group[-1]) + 1)
-        classes = None if queries.classes is None else queries.classes[draw]
         for start in range(0, count, most):
             wanted = valid & (number >= start) & (number < start + most)
-            index = queries.index.masked_fill(~wanted, -1)
-            pieces.append(NoisedTargets(index, queries.targets, queries.time[draw], queries.noise[draw], classes))
+            pieces.append(queries.select(queries.index.masked_fill(~wanted, -1), draw))
     return pieces
 
 
@@ -339,9 +322,3 @@ def metrics_by_bin(sums: torch.Tensor, prefix: str) -> dict[str, float]:
             metrics[f"{prefix}loss_{name}"] = loss / count
             metrics[f"{prefix}accuracy_{name}"] = correct / count
     return metrics
-
-
-def keyed_generator(*key: int | list[int], device: torch.device | str = "cpu") -> torch.Generator:
-    """A random generator whose stream is a function of `key` alone."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
