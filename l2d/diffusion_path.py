@@ -67,7 +67,7 @@ class NoisedTargets:
 
         time = self.time[draws] if self.unscored is None else self.time[:, draws]
         per_draw = {name: getattr(self, name) for name in ("noise", "classes", "sources", "uniforms")}
-        chosen = {name: None if values is None else values[draws] for name, values in per_draw.items()}
+        chosen: dict[str, Any] = {name: None if values is None else values[draws] for name, values in per_draw.items()}
         return dataclasses.replace(self, index=index, time=time, **chosen)
 
 
