@@ -1,5 +1,5 @@
 # make setup   an own environment in .venv, with the versions of constraints.txt (skipped while it is current)
-# make test    checks the style and runs all tests
+# make test    checks style and types and runs all tests
 # make demo    the demo, about 7 minutes on 2 cores; OUT=FOLDER for another folder, OVERWRITE=1 to replace a finished one
 # make clean   removes the environment and what tools leave behind; demos stay
 # PYTHON=...   the Python that the environment is made with, 3.11 or newer
@@ -28,11 +28,13 @@ $(STAMP): constraints.txt pyproject.toml $(wildcard lm_eval_ext/*.pth)
 
 test: setup
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
 	$(VENV)/bin/python -m pytest
 
 demo: setup
 	$(VENV)/bin/python -m training.demo --out '$(OUT)' $(if $(OVERWRITE),--overwrite)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -exec rm -rf {} +

@@ -43,7 +43,7 @@ class _RegisterLater(importlib.abc.MetaPathFinder):
     def find_spec(self, name: str, path=None, target=None):
         """The ordinary spec of an Auto module, which registers us after it was executed; `None` for other names."""
         spec = importlib.machinery.PathFinder.find_spec(name, path) if name in _AUTO_CLASSES else None
-        if spec is None:
+        if spec is None or spec.loader is None:
             return None
         load = spec.loader.exec_module
 
@@ -53,7 +53,7 @@ class _RegisterLater(importlib.abc.MetaPathFinder):
             if not any(getattr(m.__spec__, "_initializing", False) for m in ours):  # else they are on their way
                 importlib.import_module(_AUTO_CLASSES[name])
 
-        spec.loader.exec_module = load_and_register
+        vars(spec.loader)["exec_module"] = load_and_register
         return spec
 
 

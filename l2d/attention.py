@@ -140,6 +140,8 @@ def path_attention(
     if s_aux is not None:
         raise ValueError("base models with attention sinks are not supported by the diffusion path.")
     layout, layer = main_path
+    if layer.keys is None or layer.values is None:
+        raise ValueError("base models with layers that keep no keys and values of their own are not supported.")
     dtype = query.dtype
     query = query.to(layer.keys.dtype)
     outputs = []
@@ -167,16 +169,16 @@ def path_attention(
             mask = mask.repeat(1, 1, repeat, 1)
         output = _attend(folded, keys, values, mask, scaling, softcap)
         output = output.view(rows, heads, group.count, -1).permute(0, 2, 1, 3)  # (R, P, A, D)
-        outputs.append(output.flatten(0, 1) if group.scatter is None else _unpad(output, group, query.shape[2]))
-    output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-    return output.unsqueeze(0).to(dtype), None
+        outputs.append(output.flatten(0, 1) if group.scatter is None else _unpad(output, group.scatter))
+    joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return joined.unsqueeze(0).to(dtype), None
 
 
-def _unpad(output: torch.Tensor, group: _RowGroup, total: int) -> torch.Tensor:
+def _unpad(output: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
     """Padded slots (R, P, ...) back to the flat batch (N, ...): each query's first slot is its own."""
-    flat = group.scatter.flatten()
-    slots = torch.arange(group.count, device=flat.device).expand(group.index.shape[0], -1).flatten()
-    starts = group.scatter[:, :1].expand_as(group.scatter).flatten()
+    flat = scatter.flatten()
+    slots = torch.arange(scatter.shape[1], device=flat.device).expand_as(scatter).flatten()
+    starts = scatter[:, :1].expand_as(scatter).flatten()
     own = torch.nonzero(flat - starts == slots, as_tuple=True)[0]
     return output.flatten(0, 1).index_select(0, own)
 

@@ -69,7 +69,7 @@ def load(
     cls: "type[L2DForCausalLM]",
     name: str | os.PathLike,
     *,
-    base: PreTrainedModel | str | os.PathLike | None = None,
+    base: Any = None,
     config: L2DConfig | None = None,
     **kwargs: Any,
 ) -> "L2DForCausalLM":

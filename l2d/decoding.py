@@ -12,6 +12,7 @@ to the first one that differs from the draft, and the cache is cut back to them:
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,7 +45,8 @@ class DecodeRecord:
     @classmethod
     def empty(cls, rows: int) -> "DecodeRecord":
         """A record of no tokens for `rows` rows."""
-        return cls(*([[] for _ in range(rows)] for _ in range(4)))
+        counts: list[list[list[int]]] = [[[] for _ in range(rows)] for _ in range(4)]
+        return cls(counts[0], counts[1], counts[2], counts[3])
 
     def add(self, rows: list[int], sampler: SamplerConfig, solved: SiteSolution, accepted: int) -> None:
         """Append `accepted` tokens to each of `rows`; what was computed for positions after them counts to the last."""
@@ -141,8 +143,8 @@ class DecodingLoop:
             self.streamer.end()
         return self._package()
 
-    def _keys(self) -> list[bytes | str | int]:
-        keys = self.request_keys
+    def _keys(self) -> Sequence[bytes | str | int]:
+        keys: Sequence[bytes | str | int] | None = self.request_keys
         if keys is None:
             rows = zip(self.ids.tolist(), self.mask.tolist(), strict=True)
             keys = default_keys([[t for t, m in zip(*row, strict=True) if m] for row in rows])

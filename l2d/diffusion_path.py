@@ -10,6 +10,7 @@ purpose, is one batch. Legend: N flat queries, H hidden size, C conditioning wid
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,12 +65,10 @@ class NoisedTargets:
     def select(self, index: torch.Tensor, draws: slice) -> "NoisedTargets":
         """Some of the draws, at the positions `index` (B, Q)."""
 
-        def part(values: torch.Tensor | None) -> torch.Tensor | None:
-            return None if values is None else values[draws]
-
         time = self.time[draws] if self.unscored is None else self.time[:, draws]
-        per_draw = (part(values) for values in (self.noise, self.classes, self.sources, self.uniforms))
-        return NoisedTargets(index, self.targets, time, *per_draw, unscored=self.unscored)
+        per_draw = {name: getattr(self, name) for name in ("noise", "classes", "sources", "uniforms")}
+        chosen: dict[str, Any] = {name: None if values is None else values[draws] for name, values in per_draw.items()}
+        return dataclasses.replace(self, index=index, time=time, **chosen)
 
 
 @dataclasses.dataclass
@@ -87,7 +86,8 @@ class Modulation:
 
     def select(self, rows: torch.Tensor, repeats: int = 1) -> "Modulation":
         """The modulation of rows (P,) of a table, for a batch that repeats them."""
-        layers = self.layers[:, rows] if self.folded else [layer[rows] for layer in self.layers]
+        whole = self.layers
+        layers = whole[:, rows] if isinstance(whole, torch.Tensor) else [layer[rows] for layer in whole]
         return Modulation(layers, self.output[rows], repeats, self.folded)
 
 
@@ -147,9 +147,8 @@ class DiffusionPath(nn.Module):
         self.class_embedding = nn.Embedding(classes + 1, width, dtype=torch.float32) if classes else None
         if self.class_embedding is not None:
             nn.init.normal_(self.class_embedding.weight, std=0.02)
-        self.layers = nn.ModuleList(
-            DiffusionLayer(twin, width, hidden_size) for twin in build_twin(decoder, base.config, config)
-        )
+        twins = build_twin(decoder, base.config, config)
+        self.layers: Any = nn.ModuleList(DiffusionLayer(twin, width, hidden_size) for twin in twins)
         self.output_modulation = modulation_head(width, hidden_size)
         self.noise_free = config.noise_free
         # Made last, so that all other weights are those of a model without.
@@ -157,12 +156,12 @@ class DiffusionPath(nn.Module):
         self.checkpointing: tuple[Callable, int] | None = None  # function, and every how many layers
         self._decoder = decoder
         # What a table of modulations depends on.
-        parts = (
+        parts: tuple[Any, ...] = (
             self.time_embedding,
             self.class_embedding,
             self.output_modulation,
             *(layer.modulation for layer in self.layers),
-            *(norm for layer in self.layers for norm in layer.twin.modulated_norms()),
+            *(norm for twin in twins for norm in twin.modulated_norms()),
         )
         self._conditioning = tuple(m for part in parts if part is not None for m in part.modules() if m._parameters)
         self._table: tuple[tuple, Modulation] | None = None
@@ -198,7 +197,7 @@ class DiffusionPath(nn.Module):
 
         Row `k * E + e` belongs to class `kinds[k]` and time `times[e]`.
         """
-        device = self.output_modulation[0].weight.device
+        device = next(self.output_modulation.parameters()).device
         weights = tuple(
             (p.data_ptr(), p.dtype, p._version) for module in self._conditioning for p in module._parameters.values()
         )

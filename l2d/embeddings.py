@@ -88,7 +88,7 @@ class InputProjection(nn.Module):
         """States (..., d) at times (...) to (..., H) float32; rescaled in float32 to unit variance first."""
         time = time.float()
         std = torch.sqrt(((1 - time) * self.noise_std) ** 2 + time**2 * self.token_variance)
-        x = x.to(at_least_float32(self.layers[0].weight).dtype)
+        x = x.to(at_least_float32(next(self.layers.parameters())).dtype)
         return self.layers(x / std.unsqueeze(-1) * self.scale)
 
 

@@ -9,7 +9,7 @@ Legend: N sites, E velocity evaluations, M flat queries, V vocabulary, H hidden 
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -75,7 +75,7 @@ class SiteSolution:
     def join(cls, parts: "list[SiteSolution]") -> "SiteSolution":
         """Solutions of consecutive sites as one."""
         columns = {field.name: [getattr(part, field.name) for part in parts] for field in dataclasses.fields(cls)}
-        whole = {
+        whole: dict[str, Any] = {
             name: None if any(v is None for v in values) else torch.cat(values) for name, values in columns.items()
         }
         return cls(**whole)
@@ -143,7 +143,7 @@ class PathEvaluator:
 
         site (M,) in order, evaluation (M,), branch (M,), state x (M, d), carried (M, H): see `DiffusionPath.forward`.
         """
-        kinds = None if self.branches[0] is None else self.branches
+        kinds = tuple(kind for kind in self.branches if kind is not None) or None
         table = self.model.path.modulation_table(grid.times, kinds)
         time = grid.times.to(x.device)[evaluation]
         row = evaluation if branch is None else evaluation + branch * len(grid.times)

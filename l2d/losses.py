@@ -76,9 +76,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             chosen.append(tokens)
             del logits, slope, normaliser  # before the next chunk's are made
         ctx.save_for_backward(gradient)
-        chosen = torch.cat(chosen)
-        ctx.mark_non_differentiable(chosen)
-        return torch.cat(losses), chosen
+        found = torch.cat(chosen)
+        ctx.mark_non_differentiable(found)
+        return torch.cat(losses), found
 
     @staticmethod
     def backward(ctx: Any, grad_losses: torch.Tensor, _: torch.Tensor):

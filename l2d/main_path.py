@@ -30,13 +30,13 @@ class Decoder:
 
     def __init__(self, base: PreTrainedModel):
         self.base = base
-        self.model = base.get_decoder() if hasattr(base, "get_decoder") else None
-        self.layers = getattr(self.model, "layers", None)
-        self.norm = getattr(self.model, "norm", None)
+        self.model: Any = base.get_decoder() if hasattr(base, "get_decoder") else None
+        self.layers: Any = getattr(self.model, "layers", None)
+        self.norm: Any = getattr(self.model, "norm", None)
         if self.norm is None:
             self.norm = getattr(self.model, "final_layernorm", None)
         self.embeddings = base.get_input_embeddings()
-        self.lm_head = base.get_output_embeddings()
+        self.lm_head: Any = base.get_output_embeddings()
         if not isinstance(self.layers, nn.ModuleList) or self.norm is None or self.lm_head is None:
             raise ValueError(
                 f"base model type {base.config.model_type!r} is not supported: L2D needs a decoder-only model with "
@@ -143,7 +143,7 @@ def _recording(
     owner = threading.get_ident()  # other threads may run the same base meanwhile, and have hooks of their own
 
     def before_attention(number: int):
-        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any] | None = None):
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
             if threading.get_ident() != owner:
                 return None
             layers[number].rotary = kwargs.get("position_embeddings")

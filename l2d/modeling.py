@@ -261,6 +261,8 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         if queries is None:
             return self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         if state is None:
+            if input_ids is None:
+                raise ValueError("queries need input_ids, or the state of an earlier call.")
             state = self.main_path(input_ids, attention_mask, position_ids)
         nll, correct = training_output(self, state, queries)
         return L2DTrainingOutput(nll=nll, correct=correct, valid=queries.index >= 0, state=state)
@@ -270,13 +272,13 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
     def sampler(self, sampler: SamplerConfig | dict[str, Any] | None = None) -> SamplerConfig:
         """Sampler settings: the checkpoint's defaults overridden by `sampler`, as this model can follow them."""
         asked = self.config.default_sampler(sampler)
-        sampler = self.config.check_sampler(asked)
-        if asked.speculation and not sampler.speculation and not sampler.is_base:
+        used = self.config.check_sampler(asked)
+        if asked.speculation and not used.speculation and not used.is_base:
             logger.warning_once(
                 "This model carries a state from one evaluation to the next: they go in sequence, and speculation "
                 "along the trajectory is off."
             )
-        return sampler
+        return used
 
     def prepare_inference(self) -> None:
         """Merge LoRA deltas where that changes nothing but speed; `train()` separates them again."""

@@ -115,7 +115,7 @@ def solve_sequentially(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, 
         if record:
             evaluated.append(hidden[:, 0])
     hidden = evaluate(count, 1)[:, 0]
-    rounds = torch.full((len(sites),), count + 1 - (grid.times[0] == 0).long(), dtype=torch.int64, device=device)
+    rounds = torch.full((len(sites),), count + int(grid.times[0] != 0), dtype=torch.int64, device=device)
     return SiteSolution(
         hidden=hidden,
         computed=torch.full_like(rounds, computed + 1),

@@ -83,13 +83,13 @@ def score(
     noises = [RequestNoise(sampler.seed, key) for key in keys]
     rows, places = torch.nonzero(wanted, as_tuple=True)
     shape = input_ids.shape
+    count = torch.zeros(shape, dtype=torch.int64, device=input_ids.device)
     output = ScoreOutput(
         logprobs=torch.zeros(shape, device=input_ids.device),
         greedy=torch.zeros(shape, dtype=torch.bool, device=input_ids.device),
-        **{
-            name: torch.zeros(shape, dtype=torch.int64, device=input_ids.device)
-            for name in ("asked", "computed", "rounds")
-        },
+        asked=count,
+        computed=count.clone(),
+        rounds=count.clone(),
     )
     if not len(rows):
         return output
@@ -153,6 +153,6 @@ def make_sites(
     uniforms = None
     if choice_uniforms_needed(sampler):
         count = sampler.max_evaluations if sampler.adaptive else fixed_grid(sampler).evaluations
-        uniforms = np.stack([noise.choices(position, draw, count) for noise, position in pairs])
-        uniforms = torch.from_numpy(uniforms).to(device)
+        drawn = np.stack([noise.choices(position, draw, count) for noise, position in pairs])
+        uniforms = torch.from_numpy(drawn).to(device)
     return Sites(rows, index, start, uniforms)

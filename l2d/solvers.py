@@ -100,7 +100,8 @@ def _build(
     # A state or velocity is a row of weights over (noise, clean estimate 0, clean estimate 1, ...).
     state = np.zeros(asks + 1)
     state[0] = 1.0
-    times, temperatures, states, level_states = [], [], [], [state]
+    times: list[float] = []
+    temperatures, states, level_states = [], [], [state]
     for low, high in zip(grid[:-1], grid[1:], strict=True):
         step = high - low
         velocities: list[np.ndarray] = []

@@ -110,21 +110,22 @@ def _chart(token: "TokenTrace", times: list[float], numbers: dict[int, int]) -> 
     for change in token.changes:
         x = across(times[change])
         parts.append(f'<line class="change" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{floor + 26}"/>')
-    for place, candidate in reversed(list(enumerate(token.candidates))):
+    for number, candidate in reversed(list(enumerate(token.candidates))):
         spots = [(across(t), up(p), p, t) for t, p in zip(times, candidate.probabilities, strict=True)]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in spots)
-        parts.append(f'<polyline class="c{place}" points="{line}"/>')
+        parts.append(f'<polyline class="c{number}" points="{line}"/>')
         for x, y, p, t in spots:
             tip = f"<title>{_shown(candidate.text)}: {p:.4f} at t = {t:.3f}</title>"
-            parts.append(f'<circle class="c{place}" cx="{x:.1f}" cy="{y:.1f}" r="3.2">{tip}</circle>')
+            parts.append(f'<circle class="c{number}" cx="{x:.1f}" cy="{y:.1f}" r="3.2">{tip}</circle>')
     edges = [*[across(t) for t in times[: len(token.chosen)]], across(times[-1])]
     start = 0
     for n in [*token.changes, len(token.chosen)] if token.chosen else []:  # the strip of chosen tokens
         left, right = edges[start], edges[n]
-        place = numbers.get(token.chosen[start], "none")
+        place = numbers.get(token.chosen[start])
+        mark = "cnone" if place is None else f"c{place}"
         text = _shown(token.chosen_texts[start]) if right - left > 9 * min(len(token.chosen_texts[start]), 9) else ""
         parts.append(
-            f'<rect class="c{place}" x="{left:.1f}" y="{floor + 9}" width="{max(2, right - left - 1.5):.1f}" '
+            f'<rect class="{mark}" x="{left:.1f}" y="{floor + 9}" width="{max(2, right - left - 1.5):.1f}" '
             'height="20" rx="3"/>'
             f'<text class="chosen mid" x="{(left + right) / 2:.1f}" y="{floor + 23}">{text}</text>'
         )

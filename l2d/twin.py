@@ -10,6 +10,7 @@ transformers can run is a base that the path can follow, as long as its norms ar
 
 import copy
 import itertools
+from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -42,12 +43,12 @@ class ModulatedNorm:
     Not a module: the weights stay the base's. Bases that store `g - 1` (Gemma) are told apart by trying.
     """
 
-    def __init__(self, norm: nn.Module):
+    def __init__(self, norm: Any):
         self.norm = norm
         self.eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
         self.plus_one = self._stores_difference(norm)
 
-    def _stores_difference(self, norm: nn.Module) -> bool:
+    def _stores_difference(self, norm: Any) -> bool:
         if getattr(norm, "weight", None) is None or self.eps is None or getattr(norm, "bias", None) is not None:
             raise ValueError(
                 f"base models with {type(norm).__name__} norms are not supported: L2D modulates RMS norms."
@@ -127,8 +128,8 @@ class TwinLayer(nn.Module):
     def _finish(self, block: int, output: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         if not self._before[block]:
             output = self._modulated[block](output, weight, shift)
-        elif self._after[block] is not None:
-            output = self._after[block](output)
+        elif (after := self._after[block]) is not None:
+            output = after(output)
         return output if self._multiplier is None else output * self._multiplier
 
 

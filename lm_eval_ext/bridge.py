@@ -36,7 +36,7 @@ class HarnessFinder:
                 if cls in sys.meta_path and all(known in sys.modules for known in AFTER):
                     sys.meta_path.remove(cls)
 
-            spec.loader.exec_module = execute_and_more
+            vars(spec.loader)["exec_module"] = execute_and_more
         return spec
 
 
@@ -63,9 +63,9 @@ def add_tasks() -> None:
     import os
 
     manager = getattr(sys.modules["lm_eval.tasks.manager"], "TaskManager", None)
-    init = getattr(manager, "__init__", None)
-    if manager is None or getattr(init, "knows_l2d", False):
+    if manager is None or getattr(manager.__init__, "knows_l2d", False):
         return
+    init = manager.__init__
     ours = os.path.join(os.path.dirname(os.path.abspath(__file__)), "tasks")
 
     @functools.wraps(init)
@@ -76,7 +76,7 @@ def add_tasks() -> None:
             kwargs["include_path"] = [ours, *(path for path in given if os.path.abspath(path) != ours)]
         init(self, *args, **kwargs)
 
-    init_with_ours.knows_l2d = True
+    vars(init_with_ours)["knows_l2d"] = True
     manager.__init__ = init_with_ours
 
 

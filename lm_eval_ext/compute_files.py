@@ -34,7 +34,7 @@ def install() -> None:
             name = str(self.general_config_tracker.model_name_sanitized)
             write(path.parent if path.suffix == ".json" else path / name, self.date_id, info.requests)
 
-    save_with_compute.writes_compute_files = True
+    vars(save_with_compute)["writes_compute_files"] = True
     EvaluationTracker.save_results_aggregated = save_with_compute
 
 

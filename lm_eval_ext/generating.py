@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 from tqdm import tqdm
 from transformers import LogitsProcessorList, StoppingCriteriaList
@@ -31,7 +32,7 @@ from lm_eval_ext.token_search import Candidate, TokenLikelihood, beam_search, be
 logger = logging.getLogger(__name__)
 
 
-class AnswersGeneration:
+class AnswersGeneration(HFLM):
     """`generate_until` for `L2DLM`, which brings the model, the tokenizer and the record."""
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:

@@ -43,8 +43,8 @@ logger = logging.getLogger(__name__)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 PROBED_PLACES = 8
 """Scored tokens per row when a batch size is tried."""
-PERFORMANCE_ONLY = ("device", "batch_size", "max_batch_size", "parallelize", "max_memory_per_gpu", "max_cpu_memory")
-PERFORMANCE_ONLY += ("speculation", "draft_tokens")
+_PLACEMENT = ("device", "batch_size", "max_batch_size", "parallelize", "max_memory_per_gpu", "max_cpu_memory")
+PERFORMANCE_ONLY = (*_PLACEMENT, "speculation", "draft_tokens")
 """Arguments that change no answer."""
 
 compute_files.install()
@@ -113,7 +113,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         if tokenizer is not None and not isinstance(tokenizer, str):
             self.tokenizer = tokenizer
             return
-        options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+        options: dict[str, Any] = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
         if tokenizer is None:
             base_name = self.settings.base or self._config.base_name_or_path
             own = isinstance(pretrained, str) and any((Path(pretrained) / name).is_file() for name in TOKENIZER_FILES)

@@ -126,7 +126,7 @@ class RunRecord:
             if source.padding:
                 continue
             values = asked[number], computed[number], rounds[number]
-            self.add(*([row] for row in values), generated=answers is not None)
+            self.add([values[0]], [values[1]], [values[2]], generated=answers is not None)
             if answers is not None:  # the candidates that a token search rejects are solved, not generated
                 self.generated_tokens += answers[number] - len(values[0])
             share = seconds * len(asked[number]) / total

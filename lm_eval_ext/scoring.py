@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import Collator
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
@@ -38,7 +39,7 @@ class ScoringJob:
         return (-len(tokens), tokens)
 
 
-class AnswersScoring:
+class AnswersScoring(HFLM):
     """`loglikelihood` and `loglikelihood_rolling` for `L2DLM`; budget 1 leaves them to the harness's own class."""
 
     _scored: list[Source] | None = None  # where the next requests to be scored come from

@@ -35,7 +35,7 @@ class TextStop(StoppingCriteria):
         # A token decodes to at least one byte, so no match can begin earlier than this.
         self.window = max((len(stop.encode()) for stop in stops), default=0) + LOOKBACK
 
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor | None = None, **kwargs) -> torch.BoolTensor:
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.Tensor | None = None, **kwargs) -> torch.Tensor:
         """`(B,)`: which rows are finished, given all tokens so far `(B, S)`."""
         generated = input_ids[:, self.prompt_length :].tolist()
         return torch.tensor([self.reached(row) for row in generated], dtype=torch.bool, device=input_ids.device)

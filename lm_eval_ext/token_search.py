@@ -170,7 +170,8 @@ def _extend(
     before = torch.tensor([beam.likelihood for beam in search.live], device=logprobs.device)
     total = (before[:, None] + logprobs).flatten()
     values, places = total.topk(min(len(total), (1 + max(1, len(ends))) * width))
-    survivors, beams = [], []
+    survivors: list[tuple[int, int]] = []
+    beams: list[_Beam] = []
     for rank, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
         beam, token = divmod(place, logprobs.shape[-1])
         tokens = [*search.live[beam].tokens, token]

@@ -35,9 +35,9 @@ def choose_checkpoint(setting: str | bool | None, output_dir: str, processes: in
 
     Raises `ValueError` if the named checkpoint is incomplete or there is none.
     """
-    if setting in NO_RESUME:
+    if setting is None or setting in NO_RESUME:
         return None, None
-    if setting not in (True, "true", "True", "auto"):
+    if not isinstance(setting, bool) and setting not in ("true", "True", "auto"):
         if not os.path.isdir(setting):
             raise ValueError(f"resume_from_checkpoint={setting!r} is no folder: name a checkpoint, true or auto.")
         if lacking := missing_parts(setting, processes):

@@ -11,7 +11,7 @@ import json
 import os
 import typing
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from trl import SFTConfig
@@ -189,6 +189,10 @@ class L2DTrainingConfig(SFTConfig):
     is one), and `ddp_find_unused_parameters` (off).
     """
 
+    if TYPE_CHECKING:  # theirs, which `__post_init__` settles
+        bf16: bool | None
+        gradient_accumulation_steps: int
+
     draws: int = field(default=1, metadata={"help": "Draws of (time, noise) per response position and step."})
     max_queries: int | None = field(
         default=None,
@@ -257,10 +261,12 @@ class L2DTrainingConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         # Without this, several processes on a machine without accelerator would each train alone, unnoticed.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu
-        self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
+        if self.use_cpu:
+            self.dataloader_pin_memory = False
         self._follow_total_batch_size()
         super().__post_init__()
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -383,7 +389,8 @@ def _check_guidance(model: ModelArguments, data: DataArguments) -> None:
         raise ValueError(
             f"guidance_classes={classes} needs guidance_column or guidance_class: say which applies where."
         )
-    named = [data.guidance_class] if data.guidance_class is not None else list((data.guidance_map or {}).values())
+    mapped = mapping("guidance_map", data.guidance_map) or {}
+    named = list(mapped.values()) if data.guidance_class is None else [data.guidance_class]
     for name in named:
         if name not in classes:
             raise ValueError(f"guidance class {name!r} is not among guidance_classes={classes}: add it, or correct it.")
@@ -401,7 +408,7 @@ def at_least(name: str, value: Any, low: int) -> None:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {low}.")
 
 
-def mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+def mapping(name: str, value: Any) -> dict[str, Any] | None:
     """A dictionary from a recipe, or from JSON on the command line; `ValueError` for anything else."""
     if isinstance(value, str):
         try:

@@ -19,7 +19,7 @@ import datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_training_chat_template, maybe_convert_to_chatml
 
-from training.config import DataArguments, L2DTrainingConfig, ModelArguments
+from training.config import DataArguments, L2DTrainingConfig, ModelArguments, mapping
 from training.mixture import class_name, join, leave_out, unroll
 
 IGNORED = -100  # label of a token that is no target
@@ -73,8 +73,8 @@ def _read(argument: str, source: str, data: DataArguments, split: str, processes
         raise kind(f"{argument}={source!r} cannot be read (split {split!r}): {error}") from error
     needed = {*(data.exclude or {}), *(data.guidance_column or [])}
     dataset = join(parts, configs, needed)
-    if data.exclude:
-        dataset = leave_out(dataset, data.exclude, processes)
+    if excluded := mapping("exclude", data.exclude):
+        dataset = leave_out(dataset, excluded, processes)
     if len(dataset) == 0:
         raise ValueError(f"{argument}={source!r}, split {split!r}, is empty: there is nothing to train on.")
     return dataset
@@ -103,7 +103,7 @@ def _name_columns(
 ) -> datasets.Dataset:
     """Build `prompt` and `completion` or `messages`, and `guidance_class`, and drop the other columns."""
     available = dataset.column_names
-    columns = dict(data.columns or {})
+    columns = dict(mapping("columns", data.columns) or {})
     for target, source in columns.items():
         if target not in ("prompt", "completion", "messages"):
             raise ValueError(f"columns names {target!r}: only prompt, completion and messages can be made of columns.")

@@ -185,7 +185,7 @@ def estimate_memory(shape: Shape) -> dict[str, float]:
     attention, kept = base.num_attention_heads * head, base.num_key_value_heads * head
     tokens = shape.rows * shape.length
     block = s * (6 * hidden + 2 * attention + 4 * inner) + 8 * hidden  # what one layer keeps per position
-    parts = {"frozen weights": shape.frozen * shape.frozen_bytes, _STATE: shape.trained * 16}
+    parts: dict[str, float] = {"frozen weights": shape.frozen * shape.frozen_bytes, _STATE: shape.trained * 16}
     if shape.method == "l2d":
         queries = min(math.ceil(tokens * shape.response) * shape.draws, shape.max_queries)
         modulation = 24 * hidden  # scales, shifts and gates in float32

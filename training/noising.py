@@ -73,7 +73,8 @@ def training_queries(
             do the same amount of work.
     """
     generator = keyed_generator(key[0], process, *key[1:], device=index.device)
-    shape, options = (args.draws, *index.shape), {"device": index.device, "generator": generator}
+    shape = (args.draws, *index.shape)
+    options: dict[str, Any] = {"device": index.device, "generator": generator}
     uniform = torch.rand(shape, **options)
     noise = torch.randn(*shape, config.diffusion_dim, **options)
     if classes is not None:

@@ -24,7 +24,7 @@ from trl import SFTTrainer
 from training.checkpoints import UNFINISHED
 
 
-class SafeCheckpoints:
+class SafeCheckpoints(SFTTrainer):
     """A trainer's checkpoints, atomic: a kill leaves an `unfinished-checkpoint-N`, never half of one."""
 
     resumed_from: str | None = None

@@ -37,6 +37,8 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
     loss_is_scaled_for_ga = True  # compute_loss divides by the targets of the whole accumulated batch
     _tag_names = ["l2d"]
     _name = "L2D"
+    data_collator: Any
+    _signature_columns: Any
 
     def __init__(self, model: L2DForCausalLM, args: L2DTrainingConfig, **kwargs: Any):
         for name in ("peft_config", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
@@ -53,7 +55,7 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         own_collator = kwargs.get("data_collator") is None
         super().__init__(model=model, args=args, **kwargs)
         # TRL replaces `forward` by one that computes a cross-entropy of its own; ours comes from the diffusion path.
-        vars(self.model).pop("forward", None)
+        self.model.__dict__.pop("forward", None)
         # So that `num_items_in_batch` is counted at all, over labels[:, 1:], which are the targets.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
         if own_collator:
@@ -153,7 +155,7 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         """Loss of one batch; its sums by time bin are added to those of the evaluation."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            sums, state = 0, None
+            sums, state = torch.zeros(()), None
             for piece in split_queries(self.evaluation_queries(inputs), self.args.max_queries):
                 output = self._ask(model, inputs, piece, state)
                 state = output.state

@@ -222,12 +222,12 @@ def _total_cost(members: list[tuple[Run, Setting]]) -> Setting:
     longest = max(settings, key=lambda setting: setting.tokens or 0)
     if len(settings) == 1:
         return longest
-    tokens = [setting.tokens for setting in settings]
-    seconds = [setting.seconds for setting in settings]
+    tokens = [setting.tokens for setting in settings if setting.tokens is not None]
+    seconds = [setting.seconds for setting in settings if setting.seconds is not None]
     return dataclasses.replace(
         longest,
-        tokens=None if None in tokens else sum(tokens),
-        seconds=None if None in seconds else sum(seconds),
+        tokens=sum(tokens) if len(tokens) == len(settings) else None,
+        seconds=sum(seconds) if len(seconds) == len(settings) else None,
     )
 
 
@@ -325,8 +325,8 @@ def _average(row: Row, tasks: list[str]) -> Average | None:
     cells = [row.cells[task] for task in tasks if task in row.cells and row.cells[task].comparable]
     if len(cells) < len(tasks):
         return None
-    paired = [cell.paired for cell in cells]
-    complete = all(pair is not None for pair in paired)
+    paired = [cell.paired for cell in cells if cell.paired is not None]
+    complete = len(paired) == len(cells)
     return Average(
         value=sum(cell.measure.value for cell in cells) / len(cells),
         stderr=_error_of_mean([cell.measure.stderr for cell in cells]),
@@ -337,9 +337,10 @@ def _average(row: Row, tasks: list[str]) -> Average | None:
 
 
 def _error_of_mean(errors: list[float | None]) -> float | None:
-    if any(error is None for error in errors):
+    known = [error for error in errors if error is not None]
+    if len(known) < len(errors):
         return None
-    return math.sqrt(sum(error**2 for error in errors)) / len(errors)
+    return math.sqrt(sum(error**2 for error in known)) / len(known)
 
 
 def _controls(rows: list[Row]) -> dict[str, list[str]]:

@@ -170,8 +170,9 @@ def _read_run(file: Path) -> Run:
                     measures[task] = _measures(values, raw["higher_is_better"].get(task) or {})
                     leaves[task] = [task]
     tasks = sorted({leaf for own in leaves.values() for leaf in own}) if stamp else []
+    time = stamp[1] if stamp else ""
     beside = {
-        kind: {task: path for task in tasks if (path := file.with_name(f"{kind}_{task}_{stamp[1]}.jsonl")).is_file()}
+        kind: {task: path for task in tasks if (path := file.with_name(f"{kind}_{task}_{time}.jsonl")).is_file()}
         for kind in ("samples", "compute")
     }
     return Run(file, raw, measures, leaves, beside["samples"], beside["compute"])
@@ -249,16 +250,18 @@ def _contradiction(run: Run, leaf: str, measure: Measure, samples: list[Sample])
     kinds = {entry.get("metric"): entry.get("aggregation", "mean") for entry in metrics if isinstance(entry, dict)}
     stated = number(run.raw["results"].get(leaf, {}).get(measure.name))
     scores = [sample.scores.get(measure.metric) for sample in samples]
-    if stated is None or kinds.get(measure.metric) not in ("mean", "acc") or not scores or None in scores:
+    known = [score for score in scores if score is not None]
+    if stated is None or kinds.get(measure.metric) not in ("mean", "acc") or not known or len(known) < len(scores):
         return ""
-    found = sum(scores) / len(scores)
+    found = sum(known) / len(known)
     if abs(found - stated) <= _TOLERANCE:
         return ""
     return f"contradictory: gives {measure.name} = {found:.6g} where the results file says {stated:.6g}"
 
 
 def _sample(raw: dict[str, Any], cluster_fields: tuple[str, ...]) -> Sample:
-    doc = raw.get("doc") if isinstance(raw.get("doc"), dict) else {}
+    given = raw.get("doc")
+    doc = given if isinstance(given, dict) else {}
     own = [f"{name}={doc[name]!r}" for name in cluster_fields if name in doc]
     scores = {name: number(raw.get(name)) for name in raw.get("metrics") or []}
     prompt, answer = _texts(raw)
@@ -283,12 +286,13 @@ def _texts(raw: dict[str, Any]) -> tuple[str, str]:
     if not isinstance(answers, list):
         return prompt, str(answers)
     pairs = [number(a[0]) if isinstance(a, list) and len(a) == 2 else None for a in answers]
-    if pairs and None not in pairs and len(pairs) == len(parts) and isinstance(parts[0][-1], str):
-        best = max(range(len(pairs)), key=pairs.__getitem__)
+    known = [value for value in pairs if value is not None]
+    if known and len(known) == len(pairs) == len(parts) and isinstance(parts[0][-1], str):
+        best = max(range(len(known)), key=known.__getitem__)
         shown = str(parts[best][1]).strip() if len(parts) > 1 else "the target"
-        return prompt, f"{shown}  (log-probability {pairs[best]:.3f})"
-    shown = answers[0] if len(answers) == 1 else answers
-    return prompt, shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
+        return prompt, f"{shown}  (log-probability {known[best]:.3f})"
+    only = answers[0] if len(answers) == 1 else answers
+    return prompt, only if isinstance(only, str) else json.dumps(only, ensure_ascii=False)
 
 
 # ---- costs -------------------------------------------------------------------------------------------------------

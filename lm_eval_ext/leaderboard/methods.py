@@ -92,7 +92,8 @@ def describe(run: Run) -> Setting:
     ours, arguments = run.l2d, run.model_args
     model = str(arguments.get("pretrained") or run.raw.get("model_name") or run.config.get("model") or "?")
     recipe = _recipe(model)
-    sampler = ours.get("sampler") if isinstance(ours.get("sampler"), dict) else {}
+    given = ours.get("sampler")
+    sampler = given if isinstance(given, dict) else {}
     adaptive = sampler.get("solver") in ("adaptive_heun", "bosh3", "fehlberg2", "dopri5") and sampler.get("budget") != 1
     kind, base = _kind(run, model, sampler, recipe)
     tokens = (number(ours.get("generated_tokens")) or 0) + (number(ours.get("scored_tokens")) or 0)

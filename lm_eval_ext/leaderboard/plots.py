@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from html import escape
+from typing import Any
 
 from lm_eval_ext.leaderboard.board import Board, Cell, Row
 from lm_eval_ext.leaderboard.methods import KINDS, Setting
@@ -20,6 +21,8 @@ WIDTH, HEIGHT = 520, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 128, 14, 42
 COLOURS = 8
 LINES = {"base": "base", "l2d-base": "base (T = 1)", "lora-ft": "LoRA ft", "full-ft": "full ft"}
+Place = Callable[[Setting], Any]
+"""Where a setting stands on the axis; `None` where it is not known, and the setting is then left out."""
 _CURVES = ("l2d-lora", "l2d-full", "l2d-base", "noise-free")
 
 
@@ -71,9 +74,7 @@ def _series(rows: list[Row]) -> dict[str, list[Row]]:
     return named
 
 
-def _curve_panel(
-    title: str, task: str, rows: list[Row], place: Callable[[Setting], float | None], horizontal: str
-) -> Figure | None:
+def _curve_panel(title: str, task: str, rows: list[Row], place: Place, horizontal: str) -> Figure | None:
     series = _series([row for row in rows if row.setting.kind in _CURVES and place(row.setting)])
     controls = [row for row in rows if row.setting.kind == "one-evaluation" and place(row.setting)]
     if not series and not controls:
@@ -192,9 +193,7 @@ def _baselines(lines: list[Row], task: str, up: _Axis) -> list[str]:
     return parts
 
 
-def _line(
-    members: list[Row], task: str, across: _Axis, up: _Axis, place: Callable[[Setting], float | None], mark: str
-) -> list[str]:
+def _line(members: list[Row], task: str, across: _Axis, up: _Axis, place: Place, mark: str) -> list[str]:
     spots = [(across(place(row.setting)), up(row.cells[task].measure.value), row) for row in members]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in spots)
     parts = [f'<polyline class="curve {mark}" points="{path}"/>']
@@ -206,9 +205,7 @@ def _line(
     return parts
 
 
-def _budget_names(
-    members: list[Row], task: str, across: _Axis, up: _Axis, place: Callable[[Setting], float | None]
-) -> list[str]:
+def _budget_names(members: list[Row], task: str, across: _Axis, up: _Axis, place: Place) -> list[str]:
     parts: list[str] = []
     labelled: list[tuple[float, float]] = []
     for row in members:
@@ -266,7 +263,7 @@ def difference_figures(board: Board) -> list[Figure]:
 def _difference_panel(title: str, task: str, rows: list[Row]) -> Figure:
     left, line = 218, 24
     height = line * len(rows) + 44
-    found = [row.cells[task].paired for row in rows]
+    found = [pair for row in rows if (pair := row.cells[task].paired) is not None]
     reach = max([abs(p.difference) + 1.96 * (p.stderr or 0) for p in found] + [1e-3]) * 1.05
     across = _Axis(-reach, reach, left, WIDTH - 70)
     parts = []

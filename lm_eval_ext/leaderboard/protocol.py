@@ -95,7 +95,8 @@ def usual_protocol(protocols: list[dict[str, Any]]) -> dict[str, Any]:
         agreeing = sum(count for other, count in distinct.values() if not differences(other, candidate))
         return agreeing, candidate["n"] or 0
 
-    winner = dict(max((protocol for protocol, _ in distinct.values()), key=support))
+    most = max((protocol for protocol, _ in distinct.values()), key=support)
+    winner = dict(most)
     for name in _UNKNOWN_IS_FINE:  # what some rows do not record is as in most of those that do
         known = [protocol[name] for protocol in protocols if not differences(protocol, winner)]
         known = [value for value in known if value is not None]

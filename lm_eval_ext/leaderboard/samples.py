@@ -32,7 +32,8 @@ def pack_samples(board: Board) -> dict[str, str]:
 
 def _task_content(board: Board, task: str) -> dict[str, Any]:
     documents: dict[tuple[str, int, str], int] = {}
-    texts, rows = [], {}
+    texts: list[list[str]] = []
+    rows = {}
     for row in board.rows:
         cell = row.cells.get(task)
         if cell is None or not cell.samples:

@@ -102,7 +102,8 @@ def _kind(value: Any, kinds: Any, place: str) -> None:
 
 
 def _number(value: Any, place: str) -> None:
-    if value is not None and (isinstance(value, (bool, str)) or number(value) is None or number(value) < 0):
+    found = number(value)
+    if value is not None and (isinstance(value, (bool, str)) or found is None or found < 0):
         raise ValueError(f"is not laid out like lm-eval's results: {place} is not a number of at least 0")
 
 

@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,7 +101,8 @@ def train_base(data: Path, out: Path, log: Callable[[str], None] = print) -> dic
                 break
     else:
         raise RuntimeError(f"the base did not solve {TARGET_ACCURACY:.0%} of the products within {MAX_STEPS} steps")
-    averaged.module.save_pretrained(out)
+    trained: Any = averaged.module
+    trained.save_pretrained(out)
     tokenizer.save_pretrained(out)
     result = {"steps": step, **reached}
     (out / "pretraining.json").write_text(json.dumps(result) + "\n", encoding="utf-8")

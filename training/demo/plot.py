@@ -5,6 +5,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -42,7 +43,7 @@ def _panel(axes: Axes, scores: Scores, task: str) -> None:
         axes.axhline(row.value, color=color, linewidth=1, label=f"{NAMES[method]}, greedy")
         axes.axhspan(row.value - row.stderr, row.value + row.stderr, color=color, alpha=0.15, linewidth=0)
     for decoding, (mark, color, other, shift) in MARKS.items():
-        style = {"capsize": 4, "markersize": 4, "elinewidth": 1.2}
+        style: dict[str, Any] = {"capsize": 4, "markersize": 4, "elinewidth": 1.2}
         curve = [scores["l2d", budget, decoding, task] for budget in BUDGETS]
         values, errors = [row.value for row in curve], [row.stderr for row in curve]
         places = [budget * shift for budget in BUDGETS]

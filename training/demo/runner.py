@@ -65,7 +65,8 @@ def run_steps(steps: list[Step], workspace: Workspace, environment: dict[str, st
     if done := len(steps) - len(waiting):
         screen.line(f"{done} of {len(steps)} steps were complete already")
     complete = {step.name for step in steps} - {step.name for step in waiting}
-    total, running = len(steps), []
+    total = len(steps)
+    running: list[_Running] = []
     (workspace.folder / "logs").mkdir(exist_ok=True)
     try:
         while waiting or running:
