@@ -187,7 +187,7 @@ class DecodingLoop:
         solved = solve_sites(self.model, state, sites, self.sampler, self.site_class)
         logits = solved.logits
         if logits is None:
-            logits = self.model._decoder.logits(solved.hidden[:, None])[:, 0]
+            logits = self.model._decoder.logits(solved.hidden[:, None], self.sampler.is_base)[:, 0]
         logits = logits.float().unflatten(0, (len(rows), width))
         if len(rows) == len(self.unfinished):
             return solved, logits
