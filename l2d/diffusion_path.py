@@ -66,7 +66,12 @@ class Modulation:
 
     def select(self, rows: torch.Tensor, repeats: int = 1) -> "Modulation":
         """The modulation of rows (P,) of a table, for a batch that repeats them."""
-        layers = self.layers[:, rows] if self.folded else [layer[rows] for layer in self.layers]
+        if rows.device.type == "cpu":
+            first, count = int(rows[0]), len(rows)
+            if bool((rows.diff() == 1).all()):  # a view; copies of large tables are slow on a CPU
+                layers = [layer[first : first + count] for layer in self.layers]
+                return Modulation(layers, self.output[first : first + count], repeats, self.folded)
+        layers = [layer[rows] for layer in self.layers] if rows.device.type == "cpu" else self.layers[:, rows]
         return Modulation(layers, self.output[rows], repeats, self.folded)
 
 
