@@ -86,9 +86,13 @@ class Modulation:
 
     def select(self, rows: torch.Tensor, repeats: int = 1) -> "Modulation":
         """The modulation of rows (P,) of a table, for a batch that repeats them."""
-        whole = self.layers
-        layers = whole[:, rows] if isinstance(whole, torch.Tensor) else [layer[rows] for layer in whole]
-        return Modulation(layers, self.output[rows], repeats, self.folded)
+        if rows.device.type != "cpu" and isinstance(self.layers, torch.Tensor):
+            return Modulation(self.layers[:, rows], self.output[rows], repeats, self.folded)
+        first, count = int(rows[0]), len(rows)
+        part: slice | torch.Tensor = rows
+        if bool((rows.diff() == 1).all()):  # a view; copies of large tables are slow on a CPU
+            part = slice(first, first + count)
+        return Modulation([layer[part] for layer in self.layers], self.output[part], repeats, self.folded)
 
 
 class DiffusionLayer(nn.Module):

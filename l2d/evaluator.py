@@ -24,7 +24,7 @@ from l2d.solvers import FixedGrid
 if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM
 
-LOGIT_ELEMENTS = 1 << 23  # logits alive at once while tokens are chosen
+LOGIT_ELEMENTS = 6 << 20  # logits alive at once; more than 32 MiB would be mapped anew each time
 
 
 @dataclasses.dataclass
@@ -191,7 +191,7 @@ class PathEvaluator:
             uniforms = uniforms.repeat_interleave(hidden.shape[1], dim=0)
         parts = [
             self.estimate(
-                self.model._decoder.logits(part),
+                self.model._decoder.logits(part, plain=False),
                 temperature,
                 None if uniforms is None else uniforms[start * self.chunk : (start + 1) * self.chunk],
             )
@@ -205,7 +205,7 @@ class PathEvaluator:
         kept: list[torch.Tensor] = []
         tokens = []
         for number, part in enumerate(hidden.split(self.chunk)):
-            logits = self.model._decoder.logits(part)
+            logits = self.model._decoder.logits(part, plain=False)
             tokens.append(logits.argmax(-1))
             if keep is not None:
                 kept.append(logits[keep[number * self.chunk : (number + 1) * self.chunk]])

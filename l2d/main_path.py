@@ -18,6 +18,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
+from l2d.products import linear
+
 
 class Decoder:
     """Names for the parts of a decoder-only base.
@@ -47,9 +49,16 @@ class Decoder:
         self._multiply = getattr(config, "logit_scale", None)
         self._softcap = getattr(config, "final_logit_softcapping", None)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Output logits (..., V) for hidden states (..., H) taken before the final norm."""
-        logits = self.lm_head(self.norm(hidden))
+    def logits(self, hidden: torch.Tensor, plain: bool = True) -> torch.Tensor:
+        """Output logits (..., V) for hidden states (..., H) taken before the final norm.
+
+        `plain`: bit for bit the base's own; otherwise by the fastest product, equal to rounding.
+        """
+        hidden = self.norm(hidden)
+        if plain or type(self.lm_head) is not nn.Linear:
+            logits = self.lm_head(hidden)
+        else:
+            logits = linear(hidden, self.lm_head.weight, self.lm_head.bias)
         if self._divide is not None:
             logits = logits / self._divide
         if self._multiply is not None:

@@ -7,14 +7,12 @@ Merging costs memory (a second copy of the projections) and rounds the sum to th
 float32 and float64 bases when there is room, and never in training.
 """
 
-import functools
-
 import psutil
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.nn import functional
 
+from l2d.products import packed_linear
 from l2d.twin import ADAPTER
 
 _SHARE = 0.25  # of the free memory that merged weights may take
@@ -30,7 +28,7 @@ def merge_deltas(module: nn.Module) -> None:
     for layer in _layers(module):
         base = layer.get_base_layer()
         weight = (base.weight + layer.get_delta_weight(ADAPTER).to(base.weight.dtype)).detach()
-        layer.forward = functools.partial(functional.linear, weight=weight, bias=base.bias)
+        layer.forward = packed_linear(weight, base.bias)
 
 
 def unmerge_deltas(module: nn.Module) -> None:

@@ -121,7 +121,7 @@ def _score_sites(
     for draw in range(draws):
         sites = make_sites(model, sampler, rows, places - 1, places.tolist(), [noises[r] for r in rows.tolist()], draw)
         solved = solve_sites(model, state, sites, sampler, sampler.class_index(model.config.guidance_classes))
-        logprobs = torch.log_softmax(model._decoder.logits(solved.hidden).float(), dim=-1)
+        logprobs = torch.log_softmax(model._decoder.logits(solved.hidden, sampler.is_base).float(), dim=-1)
         total = logprobs if total is None else torch.logaddexp(total, logprobs)
         asked = solved.computed if sampler.adaptive else torch.full_like(solved.computed, sampler.budget)
         output.asked[rows, places] += asked

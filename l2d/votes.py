@@ -48,7 +48,9 @@ def solve_next(
         if start is not None and not sampler.is_base:
             sites.noise = start
         solved = solve_sites(model, state, sites, sampler, site_class)
-        logits = model._decoder.logits(solved.hidden[:, None])[:, 0] if solved.logits is None else solved.logits
+        logits = solved.logits
+        if logits is None:
+            logits = model._decoder.logits(solved.hidden[:, None], plain=sampler.is_base)[:, 0]
         return solved, logits.float()
     solved = solve_sites(model, state, _interleave(draws), sampler, site_class)
     return _sum_votes(solved, votes), _average(model, solved.hidden, votes)
@@ -78,6 +80,6 @@ def _average(model: "L2DForCausalLM", hidden: torch.Tensor, votes: int) -> torch
     vocabulary = model.config.get_text_config().vocab_size
     means = []
     for part in hidden.split(votes * max(1, LOGIT_ELEMENTS // (vocabulary * votes))):
-        votes_of = torch.log_softmax(model._decoder.logits(part).float(), dim=-1).unflatten(0, (-1, votes))
+        votes_of = torch.log_softmax(model._decoder.logits(part, plain=False).float(), dim=-1).unflatten(0, (-1, votes))
         means.append(votes_of.logsumexp(1) - torch.tensor(float(votes), device=hidden.device).log())
     return torch.cat(means)

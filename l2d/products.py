@@ -1,0 +1,45 @@
+"""Matrix products of inference on a CPU, through oneDNN where that library serves better than PyTorch's default.
+
+- `linear`: `functional.linear`, by oneDNN for large float32 weights on a CPU
+- `packed_linear`: the same for a weight that is used again and again, laid out for it
+
+PyTorch gives float32 products to MKL, which does not use the wide vector units of every CPU (on AMD's it reaches less
+than half of oneDNN's speed), and to oneDNN on request only. Sums are taken in another order: results agree to rounding.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional
+
+_LEAST = 1 << 17  # elements of a weight; below it the products are too small to matter
+_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+
+
+def _serves(weight: torch.Tensor) -> bool:
+    return (
+        _ONEDNN is not None
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and weight.numel() >= _LEAST
+        and torch.backends.mkldnn.enabled
+    )
+
+
+def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`functional.linear` for inputs (..., K), a weight (N, K) and a bias (N,) or `None`."""
+    if inputs.dtype != weight.dtype or torch.is_grad_enabled() or not inputs.numel() or not _serves(weight):
+        return functional.linear(inputs, weight, bias)
+    return _ONEDNN(inputs, weight, bias, "none", [], "")
+
+
+def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function of inputs (..., K) that gives what `linear` does; it keeps `weight` (N, K), or a copy laid out anew.
+
+    For inference only: no gradients. A closure, because packed weights can be neither copied nor pickled.
+    """
+    if _PACK is None or not _serves(weight):
+        return lambda inputs: functional.linear(inputs, weight, bias)
+    kept = _PACK(weight.detach(), None)
+    return lambda inputs: _ONEDNN(inputs, kept, bias, "none", [], "")
