@@ -11,7 +11,6 @@ import functools
 
 import psutil
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 
@@ -20,7 +19,9 @@ from l2d.twin import ADAPTER
 _SHARE = 0.25  # of the free memory that merged weights may take
 
 
-def _layers(module: nn.Module) -> list[LoraLayer]:
+def _layers(module: nn.Module) -> list[nn.Module]:
+    from peft.tuners.lora import LoraLayer  # late, see `twin`
+
     return [m for m in module.modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A]
 
 
