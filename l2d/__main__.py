@@ -1,13 +1,13 @@
 """`python -m l2d trace DIR ...` shows how tokens form; `python -m l2d chat DIR ...` talks to a checkpoint."""
 
-import argparse
+from l2d.command_line import Parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; users' mistakes end it with one line."""
     from l2d import chat, trace
 
-    parser = argparse.ArgumentParser(prog="python -m l2d", description="An L2D checkpoint at hand")
+    parser = Parser(prog="python -m l2d", description="An L2D checkpoint at hand")
     commands = parser.add_subparsers(required=True, metavar="trace | chat")
     for name, module, words in (
         ("trace", trace, "show how each token of an answer forms"),
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         given.run(given)
     except ValueError as error:
-        parser.exit(1, f"l2d: {error}\n")
+        parser.exit(1, f"l2d: {' '.join(str(error).split())}\n")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from l2d.session import Session, add_sampler_arguments, decoding_options, load_session, sampler_from
+from l2d.session import Session, add_sampler_arguments, decoding_options, sampler_from, session_from
 from l2d.trace import shade
 
 HELP = """/budget T          evaluations per token; 1 is the base
@@ -224,7 +224,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Chat on the terminal until /quit or the end of the input. Raises `ValueError`."""
-    session = load_session(given.folder, given.base, given.dtype, given.device)
+    session = session_from(given, template=not given.plain)
     sampler = sampler_from(given)
     chat = Chat(session, sampler, given.temperature, given.max_new_tokens, given.system, given.plain)
     chat.tint = given.tint

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
+from l2d.checkpoint_folder import base_location
 from l2d.config import L2DConfig
 from l2d.fingerprint import fingerprint
 
@@ -85,7 +86,7 @@ def load(
         dtype = _dtype(dtype)
     given = base
     if not isinstance(base, PreTrainedModel):
-        base = load_base(base_location(name, config, base), revision=config.base_revision, **kwargs)
+        base = load_base(base_location(name, config.base_name_or_path, base), revision=config.base_revision, **kwargs)
     _check_base(name, config, base)
     if isinstance(dtype, torch.dtype) and any(p.dtype != dtype for p in base.parameters()):
         base = (copy.deepcopy(base) if base is given else base).to(dtype)  # the caller's model stays as it is
@@ -150,22 +151,6 @@ def read_tensors(name: str | os.PathLike, **hub: Any) -> dict[str, torch.Tensor]
                 f"{path} cannot be read ({error}): the file is damaged, restore it or save again."
             ) from error
     return tensors
-
-
-def base_location(name: str | os.PathLike, config: L2DConfig, base: str | os.PathLike | None) -> str | os.PathLike:
-    """Where the base of checkpoint `name` is: `base`, the recorded place, or a folder beside the checkpoint."""
-    location = base or config.base_name_or_path
-    if not location:
-        raise ValueError(f"pretrained={os.fspath(name)!r} does not record where its base is: pass base=FOLDER_OR_NAME.")
-    if base is None and not Path(location).is_dir():
-        beside = Path(name).resolve().parent / Path(location).name
-        if Path(location).is_absolute() and (beside / "config.json").is_file():
-            return beside  # the whole experiment folder was moved
-        if Path(location).is_absolute():
-            raise ValueError(
-                f"base={os.fspath(location)!r}, recorded in {os.fspath(name)!r}, does not exist: pass base=FOLDER."
-            )
-    return location
 
 
 def _check_base(name: str | os.PathLike, config: L2DConfig, base: PreTrainedModel) -> None:

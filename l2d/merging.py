@@ -9,7 +9,6 @@ float32 and float64 bases when there is room, and never in training.
 
 import psutil
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from l2d.products import packed_linear
@@ -18,7 +17,9 @@ from l2d.twin import ADAPTER
 _SHARE = 0.25  # of the free memory that merged weights may take
 
 
-def _layers(module: nn.Module) -> list[LoraLayer]:
+def _layers(module: nn.Module) -> list[nn.Module]:
+    from peft.tuners.lora import LoraLayer  # late, see `twin`
+
     return [m for m in module.modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A]
 
 

@@ -2,7 +2,7 @@
 
 - `Session`: prompts and conversations to tokens, exactly as the evaluation does it; end tokens; text of single tokens
 - `load_session`: from a checkpoint's folder
-- `add_sampler_arguments`, `sampler_from`: sampler settings on a command line
+- `add_sampler_arguments`, `sampler_from`, `session_from`: sampler settings on a command line, checked before loading
 """
 
 import argparse
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from l2d.budget import ADAPTIVE_SOLVERS, FIXED_SOLVERS
+from l2d.checkpoint_folder import base_location, check_files, check_sampler, read_config_file
 
 if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM
@@ -80,27 +81,48 @@ class Session:
 
 
 def load_session(
-    folder: str | Path, base: str | None = None, dtype: str | None = None, device: str | None = None
+    folder: str | Path,
+    base: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    template: bool = False,
 ) -> Session:
-    """Load the checkpoint in `folder`, with its own tokenizer or the base's.
+    """Load the checkpoint in `folder`, with its own tokenizer or the base's; `template`: one is needed.
 
-    Raises `ValueError` for a folder without an L2D checkpoint, or a base that is not its own.
+    Raises `ValueError`, before any weights are read, for a folder without a whole L2D checkpoint, a tokenizer without
+    the template, or a device that is not there; and for a base that is not the checkpoint's own.
     """
-    if not (Path(folder) / "config.json").is_file():
-        raise ValueError(f"{str(folder)!r} holds no config.json: give the folder of an L2D checkpoint.")
+    config = read_config_file(folder)
+    check_files(folder, config, base)
     import torch
     from transformers import AutoTokenizer
 
-    from l2d.modeling import L2DConfig, L2DForCausalLM
+    from l2d.modeling import L2DForCausalLM
 
-    if L2DConfig.get_config_dict(folder)[0].get("model_type") != "l2d":
-        raise ValueError(f"{str(folder)!r} is not an L2D checkpoint: give the folder of a model trained as one.")
+    device = _device(device)
+    own = any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
+    source = folder if own else base_location(folder, config.get("base_name_or_path"), base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer can be loaded from {str(source)!r}: put the base's beside it.") from error
+    if template and tokenizer.chat_template is None:
+        raise ValueError("the tokenizer of this checkpoint has no chat template: use --plain, or trace without --chat.")
     options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     model = L2DForCausalLM.from_pretrained(folder, base=base, **options).eval()
-    model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    own = any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
-    source = str(folder) if own else base or model.config.base_name_or_path
-    return Session(model, AutoTokenizer.from_pretrained(source))
+    return Session(model.to(device), tokenizer)
+
+
+def _device(name: str | None) -> Any:
+    """The device of that name, by default a GPU where there is one. Raises `ValueError`."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"device={name!r} is not there: use cpu, or cuda on a machine with a GPU.") from error
+    return device
 
 
 # ---- command line ------------------------------------------------------------------------------------------------
@@ -122,6 +144,15 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-new-tokens", type=int, help="longest answer")
 
 
+def session_from(given: argparse.Namespace, template: bool = False) -> Session:
+    """Load the checkpoint that a command line names, after a look at all of its settings. Raises `ValueError`."""
+    check_sampler(read_config_file(given.folder), sampler_from(given))
+    decoding_options(given.temperature, 1)
+    if given.max_new_tokens is not None and given.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={given.max_new_tokens} must be at least 1.")
+    return load_session(given.folder, given.base, given.dtype, given.device, template)
+
+
 def sampler_from(given: argparse.Namespace) -> dict[str, Any]:
     """The sampler settings that were given."""
     names = ("budget", "solver", "final_time", "guidance_scale", "guidance_class", "seed")
@@ -130,7 +161,7 @@ def sampler_from(given: argparse.Namespace) -> dict[str, Any]:
 
 def decoding_options(temperature: float, max_new_tokens: int) -> dict[str, Any]:
     """Arguments of `generate`. Raises `ValueError` for a negative temperature."""
-    if temperature < 0:
+    if not 0 <= temperature < float("inf"):
         raise ValueError(f"temperature={temperature:g} must be at least 0 (greedy).")
     if temperature == 0:
         return {"do_sample": False, "max_new_tokens": max_new_tokens}

@@ -16,7 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from l2d.session import Session, add_sampler_arguments, decoding_options, load_session, sampler_from
+from l2d.command_line import check_folder
+from l2d.sampler_config import SamplerConfig
+from l2d.session import Session, add_sampler_arguments, decoding_options, sampler_from, session_from
 
 USUAL_LENGTH = 64
 """Most tokens of an answer where nothing else is asked for."""
@@ -86,12 +88,7 @@ def trace_prompt(
 
     model = session.model
     settings = model.sampler(sampler)
-    if settings.adaptive and not settings.is_base:
-        raise ValueError(
-            f"solver={settings.solver!r} has no fixed evaluation times: trace a fixed-grid solver instead."
-        )
-    if settings.votes > 1:
-        raise ValueError(f"votes={settings.votes} make several trajectories for each token: trace with votes=1.")
+    _refuse_untraceable(settings)
     ids = session.encode(prompt)
     longest = session.answer_length(max_new_tokens, USUAL_LENGTH)
     if len(ids) + longest > session.longest:
@@ -127,6 +124,15 @@ def trace_prompt(
         times=times,
         tokens=tokens,
     )
+
+
+def _refuse_untraceable(settings: SamplerConfig) -> None:
+    if settings.votes > 1:
+        raise ValueError(f"votes={settings.votes} make several trajectories for each token: trace with votes=1.")
+    if settings.adaptive and not settings.is_base:
+        raise ValueError(
+            f"solver={settings.solver!r} has no fixed evaluation times: trace a fixed-grid solver instead."
+        )
 
 
 def _trajectories(session: Session, sequences: Any, start: int, settings: Any) -> tuple[list[float], Any, Any]:
@@ -236,7 +242,11 @@ def run(given: argparse.Namespace) -> None:
     """Trace one prompt and show it. Raises `ValueError`."""
     from l2d.trace_page import html_page
 
-    session = load_session(given.folder, given.base, given.dtype, given.device)
+    if given.solver is not None:
+        _refuse_untraceable(SamplerConfig(solver=given.solver, budget=given.budget or 1))
+    if given.out is not None:
+        check_folder("out", given.out.parent)
+    session = session_from(given, template=given.chat)
     prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
     if given.chat:
         prompt = session.conversation_text([{"role": "user", "content": prompt}])

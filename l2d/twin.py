@@ -13,7 +13,6 @@ import itertools
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import PreTrainedConfig
 
@@ -175,6 +174,8 @@ def _targets(attention: nn.Module, mlp: nn.Module) -> tuple[list[str], list[str]
 def _inject_lora(module: nn.Module, names: list[str], config: L2DConfig) -> None:
     if not names:
         return
+    from peft import LoraConfig, inject_adapter_in_model  # late: peft may be what imports us, through transformers
+
     pattern = "|".join(name.replace(".", r"\.") for name in names)
     lora = LoraConfig(
         r=config.lora_rank,

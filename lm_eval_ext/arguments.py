@@ -11,12 +11,12 @@ No torch is imported. `SAMPLER_ARGUMENTS` and `HARNESS_ARGUMENTS` are the tables
 
 import dataclasses
 import difflib
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from l2d.checkpoint_folder import looks_local, read_config_file
 from l2d.sampler_config import SamplerConfig
 
 BUDGET = "diffusion_budget"
@@ -220,28 +220,16 @@ def sampler_changes(values: dict[str, Any], keep_none: tuple[str, ...] = ()) -> 
 
 def read_checkpoint(folder: str | Path) -> dict[str, Any]:
     """`config.json` of the L2D checkpoint in `folder`; `UsageError` if there is none or it is another model's."""
-    if not Path(folder).is_dir():
-        raise UsageError(f"pretrained={str(folder)!r} is not a folder: give the folder of an L2D checkpoint.")
     try:
-        config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
-        kind = config["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"pretrained={str(folder)!r} holds no readable config.json: give the folder of an L2D checkpoint."
-        ) from error
-    if kind != "l2d":
-        raise UsageError(
-            f"pretrained={str(folder)!r} is a {kind!r} model, not an L2D checkpoint: "
-            "evaluate it with --model hf, or give the folder of a model trained on top of it."
-        )
-    return config
+        return read_config_file(folder)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 def _check_base(base: Any) -> None:
     if not isinstance(base, (str, Path)) or not str(base):
         raise UsageError(f"base={base!r} must be the name or folder of the base model.")
-    looks_local = str(base).startswith(("/", "./", "../", "~")) or str(base).count("/") > 1
-    if looks_local and not Path(base).is_dir():
+    if looks_local(base) and not Path(base).is_dir():
         raise UsageError(f"base={str(base)!r} is not a folder: give the folder or the hub name of the base model.")
 
 

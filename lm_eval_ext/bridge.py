@@ -2,6 +2,7 @@
 
 - `install`: puts a finder on `sys.meta_path`; called when this module is imported
 - `register`: adds the name `l2d` to the harness's registry; called after `lm_eval.models` has filled it
+- `check_early`: lets the harness check what `--model l2d` is given before it reads its tasks
 - `add_tasks`: lets every `TaskManager` know our tasks; called after the harness has defined it
 
 A `.pth` file imports this module whenever Python starts, so only `sys` is imported here, and nothing happens before the
@@ -13,7 +14,7 @@ import sys
 
 
 class HarnessFinder:
-    """Meta path finder that steps in when one of two modules of the harness is imported, and goes when both are."""
+    """Meta path finder that steps in when a module in `AFTER` is imported, and goes when all of them are."""
 
     @classmethod
     def find_spec(cls, name, path=None, target=None):
@@ -80,5 +81,16 @@ def add_tasks() -> None:
     manager.__init__ = init_with_ours
 
 
-AFTER = {"lm_eval.models": register, "lm_eval.tasks.manager": add_tasks}
+def check_early() -> None:
+    """Wrap the harness's configuration, see `lm_eval_ext.early`."""
+    from lm_eval_ext.early import install as wrap
+
+    wrap(sys.modules["lm_eval.config.evaluate_config"].EvaluatorConfig)
+
+
+AFTER = {
+    "lm_eval.models": register,
+    "lm_eval.tasks.manager": add_tasks,
+    "lm_eval.config.evaluate_config": check_early,
+}
 install()

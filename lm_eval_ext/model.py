@@ -33,6 +33,7 @@ from lm_eval_ext import compute_files
 from lm_eval_ext.argument_table import help_text
 from lm_eval_ext.arguments import AUTO, UsageError, parse_arguments
 from lm_eval_ext.cache import claim_cache
+from lm_eval_ext.early import check_device
 from lm_eval_ext.generating import AnswersGeneration
 from lm_eval_ext.generation_requests import GenerationJob, resolve_guidance
 from lm_eval_ext.record import RunInfo, RunRecord, Source, sources
@@ -71,8 +72,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         self._padded: list[Instance] = []  # requests that the harness repeats to even out the processes
         harness = dict(self.settings.harness)
         harness.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-        if harness["device"].startswith("cuda") and not torch.cuda.is_available():
-            raise UsageError(f"device={harness['device']!r} is not there: this machine shows no CUDA device; use cpu.")
+        check_device(harness["device"])
         if harness["device"] == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else each process would do all the work
         super().__init__(pretrained=self.settings.pretrained, **harness)

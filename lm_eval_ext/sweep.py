@@ -16,7 +16,6 @@ A setting runs in `OUTPUT/TASK/NAME.partial`, which is renamed to `NAME` when it
 that ending is complete. It holds what `lm_eval` wrote, its output as `log.txt`, and the setting as `setting.json`.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import gc
@@ -33,7 +32,9 @@ from typing import Any
 
 import yaml
 
+from l2d.command_line import Parser, check_folder
 from lm_eval_ext.arguments import BUDGET, UsageError, parse_arguments
+from lm_eval_ext.early import check_checkpoint
 
 KEYS = ("output", "tasks", "base", "model_args", "grid", "run")
 OWN_OPTIONS = ("model", "model_args", "tasks", "output_path")
@@ -80,7 +81,7 @@ def read_plan(file: str | Path) -> Plan:
     """Read and check a sweep's YAML file; `UsageError` for anything that a run would refuse."""
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"sweep file {str(file)!r} cannot be read: {' '.join(str(error).split())}.") from error
     if not isinstance(content, dict):
         raise UsageError(f"sweep file {str(file)!r} must hold a mapping with the keys {', '.join(KEYS)}.")
@@ -90,6 +91,10 @@ def read_plan(file: str | Path) -> Plan:
     output, tasks = content.get("output"), content.get("tasks")
     if not isinstance(output, str) or not output:
         raise UsageError(f"output={output!r} must be the name of a folder.")
+    try:
+        check_folder("output", output)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) and task for task in tasks):
         raise UsageError(f"tasks={tasks!r} must be a list of names of tasks.")
     shared, grid, run = (_mapping(content, name) for name in ("model_args", "grid", "run"))
@@ -101,7 +106,7 @@ def read_plan(file: str | Path) -> Plan:
             raise UsageError(f"run: {name!r} is set by the sweep itself; leave it out.")
     points = list(_points(shared, grid, content.get("base", False)))
     for _, model_args in points:
-        parse_arguments(dict(model_args))
+        check_checkpoint(parse_arguments(dict(model_args)))
     settings = [Setting(task, name, args, {"log_samples": True, **run}) for task in tasks for name, args in points]
     return Plan(Path(output), settings)
 
@@ -239,7 +244,7 @@ def _shown(value: Any, digits: int) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the sweep of the file that is named on the command line; 1 if a setting failed."""
-    parser = argparse.ArgumentParser(prog="python -m lm_eval_ext.sweep", description="Run a grid of evaluations.")
+    parser = Parser(prog="python -m lm_eval_ext.sweep", description="Run a grid of evaluations.")
     parser.add_argument("file", help="YAML file with output, tasks, base, model_args, grid and run")
     plan = read_plan(parser.parse_args(arguments).file)
     failed = run_plan(plan)

@@ -182,6 +182,14 @@ def test_threads_may_share_a_model_and_a_base(folder, make_base):
         assert all(torch.equal(*both) for both in zip(expected, pool.map(decode, jobs), strict=True))
 
 
+@pytest.mark.parametrize("library", ["peft", "trl", "lm_eval.models.huggingface"])
+def test_libraries_that_load_transformers_may_be_imported_after_us(library):
+    code = f"import l2d, {library}; from trl import SFTConfig; from transformers import AutoModelForCausalLM as A; "
+    code += "assert any(c.__name__ == 'L2DConfig' for c in A._model_mapping.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", ["AutoConfig", "AutoModelForCausalLM"])
 def test_the_auto_classes_know_us_whatever_is_imported_first(folder, name):
     code = (

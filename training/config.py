@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from trl import SFTConfig
 
+from l2d.checkpoint_folder import looks_local
 from l2d.config import L2DConfig
 from training.noising import check_objective
 
+FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 METHODS = ("l2d", "lora_sft", "full_sft")
 
 _PATH_ONLY = {
@@ -267,6 +270,8 @@ class L2DTrainingConfig(SFTConfig):
             self.bf16 = not self.fp16 and not self.use_cpu
         if self.use_cpu:
             self.dataloader_pin_memory = False
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16=True and fp16=True exclude each other: keep one of them.")
         self._follow_total_batch_size()
         super().__post_init__()
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -286,12 +291,23 @@ class L2DTrainingConfig(SFTConfig):
                 at_least(name, getattr(self, name), 1)
         if self.max_length is not None:
             at_least("max_length", self.max_length, 2)
+        self._check_schedule()
         if not 0 < self.time_power < float("inf"):
             raise ValueError(f"time_power={self.time_power} must be a number above 0.")
         for name in ("guidance_dropout", "corruption_rate", "corruption_base_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be a probability, from 0 to 1.")
         one_of("too_long", self.too_long, ("error", "drop", "truncate"))
+
+    def _check_schedule(self) -> None:
+        for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+            at_least(name, getattr(self, name), 1)
+        if not 0 <= self.learning_rate < float("inf"):
+            raise ValueError(f"learning_rate={self.learning_rate} must be a number of at least 0.")
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < float("inf"):
+            raise ValueError(f"num_train_epochs={self.num_train_epochs} must be a number above 0, or set max_steps.")
+        for name in self.report_to:
+            one_of("report_to", name, ("none", *INTEGRATION_TO_CALLBACK))
 
     def _follow_total_batch_size(self) -> None:
         if self.total_batch_size is None:
@@ -309,17 +325,13 @@ class L2DTrainingConfig(SFTConfig):
 
 
 def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTrainingConfig, given: set[str]) -> None:
-    """Refuse recipes that are incomplete or say something that would be ignored.
+    """Refuse recipes that name what is not there or say something that would be ignored.
 
     Args:
         given: names of the options that the recipe or the command line sets.
 
     Raises `ValueError` with one sentence.
     """
-    required = {"base": "hub name or folder", "dataset": "hub name, file or folder", "output_dir": "folder to write to"}
-    for name, what in required.items():
-        if name not in given:
-            raise ValueError(f"{name} is not set: give a {what}, in the recipe or as --{name}.")
     for name, remedy in ALWAYS_IGNORED.items():
         if name in given:
             raise ValueError(f"{name} would be ignored: {remedy}.")
@@ -330,6 +342,10 @@ def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTraini
     if ignored := sorted(foreign & given):
         kind = "variant full" if model.method == "l2d" else f"method {model.method}"
         raise ValueError(f"{', '.join(ignored)} would be ignored by {kind}: leave out, or choose another method.")
+    if looks_local(model.base) and not os.path.isdir(model.base) and model.base_config is None:
+        raise ValueError(f"base={model.base!r} is not a folder: give the folder or the hub name of the base model.")
+    for name in ("dataset", "eval_dataset"):
+        check_file(name, getattr(data, name))
     if training.chat_template_path and not os.path.isfile(training.chat_template_path):
         raise ValueError(f"chat_template_path={training.chat_template_path!r} must be a Jinja file that exists.")
     if not data.has_eval and (training.eval_strategy != "no" or training.eval_on_start):
@@ -406,6 +422,16 @@ def at_least(name: str, value: Any, low: int) -> None:
     """Raise `ValueError` unless `value` is a whole number of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {low}.")
+
+
+def check_file(name: str, source: str | None) -> None:
+    """Raise `ValueError` if `source` names a data file that is not there or empty."""
+    if source is None or os.path.splitext(source)[1] not in FILE_TYPES:
+        return
+    if not os.path.isfile(source):
+        raise ValueError(f"{name}={source!r} does not exist: give a file, a folder or a hub name.")
+    if os.path.getsize(source) == 0:
+        raise ValueError(f"{name}={source!r} is empty: there is nothing to train on.")
 
 
 def mapping(name: str, value: Any) -> dict[str, Any] | None:

@@ -9,21 +9,23 @@ end-of-sequence token are targets, and `messages`, where the assistant's turns a
 `input_ids`; the shift by one happens in the loss.
 """
 
+import contextlib
 import json
 import os
 import re
 import string
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import datasets
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_training_chat_template, maybe_convert_to_chatml
 
-from training.config import DataArguments, L2DTrainingConfig, ModelArguments, mapping
+from training.config import FILE_TYPES, DataArguments, L2DTrainingConfig, ModelArguments, check_file, mapping
 from training.mixture import class_name, join, leave_out, unroll
 
 IGNORED = -100  # label of a token that is no target
-_FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 _KEPT = ("prompt", "completion", "messages", "tools", "guidance_class")
 
 
@@ -61,16 +63,18 @@ def load_examples(
 
 
 def _is_file(source: str) -> bool:
-    return os.path.splitext(source)[1] in _FILE_TYPES
+    return os.path.splitext(source)[1] in FILE_TYPES
 
 
 def _read(argument: str, source: str, data: DataArguments, split: str, processes: int | None) -> datasets.Dataset:
     configs = data.dataset_config or [None]
     try:
-        parts = [_read_one(argument, source, config, split) for config in configs]
+        with _quietly():
+            parts = [_read_one(argument, source, config, split) for config in configs]
     except (OSError, datasets.exceptions.DatasetsError, KeyError) as error:
         kind = ValueError if os.path.exists(source) or _is_file(source) else Unavailable
-        raise kind(f"{argument}={source!r} cannot be read (split {split!r}): {error}") from error
+        reason = str(error.__cause__ or error).rstrip(".")
+        raise kind(f"{argument}={source!r} cannot be read (split {split!r}): {reason}; check its format.") from error
     needed = {*(data.exclude or {}), *(data.guidance_column or [])}
     dataset = join(parts, configs, needed)
     if excluded := mapping("exclude", data.exclude):
@@ -80,13 +84,25 @@ def _read(argument: str, source: str, data: DataArguments, split: str, processes
     return dataset
 
 
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """`datasets` neither logs errors, which we report in one line, nor draws bars where nobody watches."""
+    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
 def _read_one(argument: str, source: str, config: str | None, split: str) -> datasets.Dataset:
     if _is_file(source):
-        if not os.path.isfile(source):
-            raise ValueError(f"{argument}={source!r} does not exist: give a file, a folder or a hub name.")
-        if os.path.getsize(source) == 0:
-            raise ValueError(f"{argument}={source!r} is empty: there is nothing to train on.")
-        kind = _FILE_TYPES[os.path.splitext(source)[1]]
+        check_file(argument, source)
+        kind = FILE_TYPES[os.path.splitext(source)[1]]
         return datasets.load_dataset(kind, data_files={"train": source}, split=split)
     if not any(os.path.isfile(os.path.join(source, name)) for name in ("dataset_dict.json", "state.json")):
         return datasets.load_dataset(source, config, split=split)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from training.config import DataArguments, L2DTrainingConfig, ModelArguments
 
 _FILES = {"base_config", "chat_template_path"}  # options whose files may be named relative to the recipe
+REQUIRED = {"base": "hub name or folder", "dataset": "hub name, file or folder", "output_dir": "folder to write to"}
 USAGE = "python -m training.train --config FILE.yaml [--option value ...]"
 
 
@@ -43,6 +44,9 @@ def read_recipe(arguments: list[str]) -> Recipe:
     Raises `ValueError`, one sentence each, for whatever cannot be followed.
     """
     settings, rest = _split_config(arguments)
+    if not {"-h", "--help"} & set(rest):
+        given = {*settings, *(word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--"))}
+        _check_required(given)
 
     from trl import TrlParser
 
@@ -100,7 +104,7 @@ def _load(path: str, asked_by: str, above: tuple[str, ...]) -> dict[str, Any]:
     with open(path, encoding="utf-8") as file:
         try:
             settings = yaml.load(file, Loader=_Loader)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{asked_by} {path} is not valid YAML: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{asked_by} {path} must hold a YAML mapping of option: value.")
@@ -109,8 +113,11 @@ def _load(path: str, asked_by: str, above: tuple[str, ...]) -> dict[str, Any]:
         beside = os.path.join(folder, str(settings[name]))
         settings[name] = beside if os.path.isfile(beside) else settings[name]
     parents = settings.pop("extends", [])
+    parents = [parents] if isinstance(parents, str) else parents
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise ValueError(f"extends={parents!r} in {path} must be the name of a recipe file, or a list of them.")
     merged: dict[str, Any] = {}
-    for parent in [parents] if isinstance(parents, str) else parents:
+    for parent in parents:
         merged |= _load(os.path.join(folder, parent), f"extends in {path}:", (*above, os.path.realpath(path)))
     return merged | settings
 
@@ -137,6 +144,12 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.(?:inf|nan))$"),
     list("-+0123456789."),
 )
+
+
+def _check_required(given: set[str]) -> None:
+    for name, what in REQUIRED.items():
+        if name not in given:
+            raise ValueError(f"{name} is not set: give a {what}, in the recipe or as --{name}.")
 
 
 def _check_known(name: Any, hints: dict[str, Any]) -> None:

@@ -13,10 +13,13 @@ What is left in `output_dir`:
 - always: tokenizer, `recipe.yaml`, `train_results.json`, `eval_results.json`, `all_results.json`, `checkpoint-*`
 """
 
+import contextlib
 import dataclasses
+import gc
 import os
 import sys
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import yaml
@@ -44,7 +47,8 @@ def main(arguments: list[str] | None = None) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")  # TRL sets it by default
     try:
-        recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
+        with no_collection():
+            recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
         if recipe.training.dry_run:
             from training.dry_run import dry_run
 
@@ -59,15 +63,26 @@ def main(arguments: list[str] | None = None) -> None:
     run(trainer, job)
 
 
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """No looking for garbage: while libraries are imported there is none, and the search takes a fifth of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
 def prepare(recipe: Recipe) -> Job:
     """Check the folders, read and encode the data. Raises `ValueError`."""
-    from training.data import encode, load_examples, load_tokenizer
-
     model, data, training = recipe.model, recipe.data, recipe.training
     check_output_dir(training.output_dir, training.resume_from_checkpoint, training.overwrite_output_dir, model.base)
     checkpoint, why = choose_checkpoint(training.resume_from_checkpoint, training.output_dir, PROCESSES)
     say(why)
     limit = length_limit(recipe)
+
+    from training.data import encode, load_examples, load_tokenizer
+
     with training.main_process_first(desc="preparing data"):
         tokenizer = load_tokenizer(model, training)
         train, evaluation = load_examples(data, model.guidance_classes, training.seed, training.dataset_num_proc)
@@ -222,4 +237,7 @@ def say(line: str | None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    finally:
+        gc.freeze()  # at the end, no looking for garbage among all that was imported: a second less

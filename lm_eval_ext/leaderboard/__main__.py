@@ -3,10 +3,10 @@
 - `main`: the command line; `write_leaderboard`: the same from Python
 """
 
-import argparse
 import sys
 from pathlib import Path
 
+from l2d.command_line import Parser, check_folder
 from lm_eval_ext.leaderboard.board import Board, build_board
 from lm_eval_ext.leaderboard.files import read_runs
 from lm_eval_ext.leaderboard.page import html_page
@@ -28,12 +28,14 @@ def write_leaderboard(
     Args: see `board.build_board`; `only` names the formats to write. Raises `ValueError` if a folder is missing or
     holds nothing usable.
     """
+    check_folder("out", out)
     runs, skipped = read_runs(folders)
     board = build_board(runs, skipped, metrics, cluster_fields)
     if not board.rows:
         reasons = "; ".join(f"{item.file} {item.reason}" for item in skipped[:3])
         raise ValueError(
-            f"{', '.join(map(str, folders))}: no usable results_*.json of lm-eval{f' ({reasons})' * bool(reasons)}."
+            f"{', '.join(map(str, folders))}: no usable results_*.json of lm-eval{f' ({reasons})' * bool(reasons)}; "
+            "give folders that lm_eval wrote with --output_path."
         )
     out.mkdir(parents=True, exist_ok=True)
     texts = {
@@ -49,7 +51,7 @@ def write_leaderboard(
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="l2d-leaderboard", description="lm-eval results as one page, table and files")
+    parser = Parser(prog="l2d-leaderboard", description="lm-eval results as one page, table and files")
     parser.add_argument("folders", nargs="+", type=Path, metavar="RESULTS_DIR", help="folders with results_*.json")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder to write to (default: here)")
     parser.add_argument("--title", default="Leaderboard", help="heading of the page")
@@ -73,8 +75,8 @@ def main(arguments: list[str] | None = None) -> None:
         board = write_leaderboard(
             given.folders, given.out, metrics, tuple(given.cluster), given.title, tuple(given.only)
         )
-    except ValueError as error:
-        parser.exit(1, f"l2d-leaderboard: {error}\n")
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"l2d-leaderboard: {' '.join(str(error).split())}\n")
     for item in board.skipped:
         print(f"left out: {item.file} {f'({item.part}) ' if item.part else ''}{item.reason}", file=sys.stderr)
     for sentence in missing_controls(board):

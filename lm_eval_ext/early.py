@@ -1,0 +1,97 @@
+"""What `lm_eval --model l2d` asks for, checked as soon as the command line is read.
+
+- `install`: wraps the harness's configuration, so that mistakes end in one line before its tasks are indexed
+- `check_checkpoint`, `check_device`: parts of it that others use, too
+- `check_command`: model args, files of the checkpoint, device and generation settings of a configuration
+
+The harness would look at model args only after reading all of its tasks and importing torch, ten seconds later.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from l2d.checkpoint_folder import check_files
+from lm_eval_ext.arguments import (
+    Settings,
+    UsageError,
+    check_guidance,
+    parse_arguments,
+    read_checkpoint,
+    sampler_changes,
+)
+
+MODEL = "l2d"
+
+
+def install(configuration: Any) -> None:
+    """Wrap `from_cli` and `process_tasks` of the harness's `EvaluatorConfig`, once; other models are left alone."""
+    build, process = configuration.from_cli.__func__, configuration.process_tasks
+    if getattr(build, "checks_l2d", False):
+        return
+
+    @functools.wraps(build)
+    def from_cli(cls, namespace):
+        ours = getattr(namespace, "model", None) == MODEL
+        asked = _one_line(build, cls, namespace) if ours else build(cls, namespace)
+        if asked.model != MODEL:
+            return asked
+        file = getattr(namespace, "config", None)
+        if namespace.device is None and "device" not in (cls.load_yaml_config(file) if file else ()):
+            asked.device = None  # the harness's own default is a GPU, whether there is one or not
+        check_command(asked)
+        return asked
+
+    @functools.wraps(process)
+    def process_tasks(self, *args, **kwargs):
+        if self.model != MODEL:
+            return process(self, *args, **kwargs)
+        return _one_line(process, self, *args, **kwargs)
+
+    from_cli.checks_l2d = True
+    configuration.from_cli, configuration.process_tasks = classmethod(from_cli), process_tasks
+
+
+def check_command(asked: Any) -> None:
+    """Raise `UsageError` for what a run with the configuration `asked` (an `EvaluatorConfig`) would refuse later."""
+    given = dict(asked.model_args or {})
+    if "help" in given or given.get("pretrained") == "help":
+        return  # the model class prints it
+    options = {name: getattr(asked, name) for name in ("device", "batch_size", "max_batch_size")}
+    settings = parse_arguments({**{k: v for k, v in options.items() if v is not None}, **given})
+    if not asked.tasks:
+        raise UsageError("tasks is not set: give --tasks NAME,NAME; lm_eval ls tasks lists what there is.")
+    check_checkpoint(settings, asked.gen_kwargs or {})
+    check_device(settings.harness.get("device"))
+
+
+def check_checkpoint(settings: Settings, gen_kwargs: dict[str, Any] | None = None) -> None:
+    """Raise `UsageError` if files are missing, or if the model cannot follow the sampler's part of `gen_kwargs`."""
+    config = read_checkpoint(settings.pretrained)
+    try:
+        check_files(settings.pretrained, config, settings.base)
+        changed = settings.sampler.replace(**sampler_changes(gen_kwargs or {}))
+        check_guidance(changed, config.get("guidance_classes"))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_device(device: str | None) -> None:
+    """Raise `UsageError` for a GPU on a machine without one; torch is imported only where a GPU is asked for."""
+    if device is None or not device.startswith("cuda"):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(f"device={device!r} is not there: this machine shows no CUDA device; use cpu.")
+
+
+def _one_line(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `function` returns; what it refuses becomes a `UsageError`, as the harness would show a traceback."""
+    try:
+        return function(*args, **kwargs)
+    except UsageError:
+        raise
+    except (OSError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(f"{text}: correct the command line, see lm_eval run --help and lm_eval ls tasks.") from error
