@@ -70,7 +70,7 @@ def check_sampler(config: dict[str, Any], changes: dict[str, Any]) -> SamplerCon
     SamplerConfig().replace(**changes)
     sampler = SamplerConfig().replace(**{**(config.get("sampler") or {}), **changes})
     sampler.class_index(config.get("guidance_classes"))
-    return sampler
+    return sampler.for_path(bool(config.get("carried_state")), bool(config.get("noise_free")))
 
 
 def looks_local(name: str | os.PathLike) -> bool:

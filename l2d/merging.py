@@ -7,6 +7,8 @@ Merging costs memory (a second copy of the projections) and rounds the sum to th
 float32 and float64 bases when there is room, and never in training.
 """
 
+from typing import Any
+
 import psutil
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ from l2d.twin import ADAPTER
 _SHARE = 0.25  # of the free memory that merged weights may take
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
+def _layers(module: nn.Module) -> list[Any]:
     from peft.tuners.lora import LoraLayer  # late, see `twin`
 
     return [m for m in module.modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A]

@@ -8,17 +8,18 @@ than half of oneDNN's speed), and to oneDNN on request only. Sums are taken in a
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 _LEAST = 1 << 17  # elements of a weight; below it the products are too small to matter
-_ONEDNN = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-_PACK = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
+_ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_PACK: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 
 def _serves(weight: torch.Tensor) -> bool:
-    return (
+    return bool(
         _ONEDNN is not None
         and weight.device.type == "cpu"
         and weight.dtype == torch.float32

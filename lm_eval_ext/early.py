@@ -48,7 +48,7 @@ def install(configuration: Any) -> None:
             return process(self, *args, **kwargs)
         return _one_line(process, self, *args, **kwargs)
 
-    from_cli.checks_l2d = True
+    vars(from_cli)["checks_l2d"] = True
     configuration.from_cli, configuration.process_tasks = classmethod(from_cli), process_tasks
 
 

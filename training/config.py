@@ -342,7 +342,8 @@ def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTraini
     if ignored := sorted(foreign & given):
         kind = "variant full" if model.method == "l2d" else f"method {model.method}"
         raise ValueError(f"{', '.join(ignored)} would be ignored by {kind}: leave out, or choose another method.")
-    if looks_local(model.base) and not os.path.isdir(model.base) and model.base_config is None:
+    base = model.base or ""
+    if looks_local(base) and not os.path.isdir(base) and model.base_config is None:
         raise ValueError(f"base={model.base!r} is not a folder: give the folder or the hub name of the base model.")
     for name in ("dataset", "eval_dataset"):
         check_file(name, getattr(data, name))
