@@ -73,26 +73,31 @@ class NoisedTargets:
 
 @dataclasses.dataclass
 class Modulation:
-    """Per layer (P, 6H): scale, shift and gate of attention, then of the MLP; and (P, H): `w(t) - w(0)`.
+    """What time and class do to the path: a row per query, or per query of a pattern that the batch repeats.
 
-    One row per query (P = N), or one per query of a pattern that `repeats` times makes up the batch (N = repeats * P).
-    In a table of an inference grid the layers are one tensor, and the scales have the norms' weights added (`folded`).
+    Attributes (P rows for N = repeats * P queries):
+        output: (P, H), `w(t) - w(0)`.
+        embedding: (P, C), of which each layer makes its own modulation once it is its turn, so that training need not
+            keep those of all layers.
+        layers: (P, 6H) per layer where they were made beforehand, for a grid of times: scale, shift and gate of
+            attention, then of the MLP, with the norms' weights added to the scales.
     """
 
-    layers: list[torch.Tensor] | torch.Tensor
     output: torch.Tensor
+    embedding: torch.Tensor | None = None
+    layers: list[torch.Tensor] | torch.Tensor | None = None
     repeats: int = 1
-    folded: bool = False
 
     def select(self, rows: torch.Tensor, repeats: int = 1) -> "Modulation":
         """The modulation of rows (P,) of a table, for a batch that repeats them."""
-        if rows.device.type != "cpu" and isinstance(self.layers, torch.Tensor):
-            return Modulation(self.layers[:, rows], self.output[rows], repeats, self.folded)
+        table: Any = self.layers
+        if rows.device.type != "cpu":
+            return Modulation(self.output[rows], layers=table[:, rows], repeats=repeats)
         first, count = int(rows[0]), len(rows)
         part: slice | torch.Tensor = rows
         if bool((rows.diff() == 1).all()):  # a view; copies of large tables are slow on a CPU
             part = slice(first, first + count)
-        return Modulation([layer[part] for layer in self.layers], self.output[part], repeats, self.folded)
+        return Modulation(self.output[part], layers=[layer[part] for layer in table], repeats=repeats)
 
 
 class DiffusionLayer(nn.Module):
@@ -103,26 +108,26 @@ class DiffusionLayer(nn.Module):
         self.twin = twin
         self.modulation = modulation_head(width, 6 * hidden_size)
 
-    def fold(self, modulation: torch.Tensor) -> torch.Tensor:
-        """Add the norms' weights to the scales of (P, 6H), in place."""
-        chunks = modulation.chunk(6, dim=-1)
-        for chunk, weight in zip((chunks[0], chunks[3]), self.twin.norm_weights(), strict=True):
-            chunk += weight
-        return modulation
+    def modulate(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Scale, shift and gate (P, H) of attention and of the MLP for embeddings (P, C); norms' weights are in."""
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(embedding).chunk(6, dim=-1)
+        weight1, weight2 = self.twin.norm_weights()
+        return weight1 + scale1, shift1, gate1, weight2 + scale2, shift2, gate2
 
     def forward(
         self,
         hidden: torch.Tensor,
-        modulation: torch.Tensor,
+        made: Any,
+        embedding: Any,
         layout: QueryLayout,
         layer: LayerState,
-        folded: bool = False,
     ) -> torch.Tensor:
-        """Hidden stream (R, P, H) through attention and MLP, modulated by (P, 6H); R P queries in flat order."""
-        scale1, shift1, gate1, scale2, shift2, gate2 = modulation.chunk(6, dim=-1)
-        if not folded:
-            weight1, weight2 = self.twin.norm_weights()
-            scale1, scale2 = weight1 + scale1, weight2 + scale2
+        """Hidden stream (R, P, H) through attention and MLP; R P queries in flat order.
+
+        The modulation is `made` (P, 6H) already, or `None` and made here from `embedding` (P, C).
+        """
+        parts = self.modulate(embedding) if made is None else made.chunk(6, dim=-1)
+        scale1, shift1, gate1, scale2, shift2, gate2 = parts
         hidden = hidden + gate1.to(hidden.dtype) * self.twin.attend(hidden, scale1, shift1, layout, layer)
         return hidden + gate2.to(hidden.dtype) * self.twin.transform(hidden, scale2, shift2)
 
@@ -188,12 +193,12 @@ class DiffusionPath(nn.Module):
         return embedding + self.class_embedding(classes)
 
     def modulate(self, time: torch.Tensor, classes: torch.Tensor | None = None) -> Modulation:
-        """Modulation of every layer at times (N,) for classes (N,) or "no class"."""
+        """Modulation at times (N,) for classes (N,) or "no class"."""
         embedding = self.conditioning(time, classes)
         at_zero = self.conditioning(torch.zeros_like(time[:1]) if classes is None else torch.zeros_like(time), classes)
         output = self.output_modulation(embedding) - self.output_modulation(at_zero)
         output = output * (time != 0).unsqueeze(-1)  # exactly the base at t = 0, whatever the rounding of the two terms
-        return Modulation([layer.modulation(embedding) for layer in self.layers], output)
+        return Modulation(output, embedding)
 
     @torch.no_grad()
     def modulation_table(self, times: torch.Tensor, kinds: tuple[int, ...] | None) -> Modulation:
@@ -214,8 +219,8 @@ class DiffusionPath(nn.Module):
                 classes = torch.tensor(kinds, device=device).repeat_interleave(len(grid))
                 grid = grid.repeat(len(kinds))
             made = self.modulate(grid, classes)
-            folded = [layer.fold(rows) for layer, rows in zip(self.layers, made.layers, strict=True)]
-            self._table = kept = (key, Modulation(torch.stack(folded), made.output, folded=True))
+            layers = torch.stack([torch.cat(layer.modulate(made.embedding), dim=-1) for layer in self.layers])
+            self._table = kept = (key, Modulation(made.output, layers=layers))
         return kept[1]
 
     def forward(
@@ -240,11 +245,11 @@ class DiffusionPath(nn.Module):
             hidden = hidden + self.carried_state(carried)
         hidden = hidden.to(self.layers[0].twin.stream_dtype(main.dtype))
         hidden = hidden.unflatten(0, (modulation.repeats, -1))
-        layers = zip(self.layers, modulation.layers, layout.state.layers, strict=True)
-        for number, (layer, scales, kept) in enumerate(layers):
+        for number, (layer, kept) in enumerate(zip(self.layers, layout.state.layers, strict=True)):
+            made = None if modulation.layers is None else modulation.layers[number]
             if self.checkpointing is not None and torch.is_grad_enabled() and number % self.checkpointing[1] == 0:
-                hidden = self.checkpointing[0](layer, hidden, scales, layout, kept, modulation.folded)
+                hidden = self.checkpointing[0](layer, hidden, made, modulation.embedding, layout, kept)
             else:
-                hidden = layer(hidden, scales, layout, kept, modulation.folded)
+                hidden = layer(hidden, made, modulation.embedding, layout, kept)
         added = modulation.output.to(main.dtype) * hidden.to(main.dtype)
         return main + added.flatten(0, 1), hidden.flatten(0, 1)

@@ -66,7 +66,8 @@ def stream(model: L2DForCausalLM, ids: torch.Tensor, mask: torch.Tensor | None, 
     modulation = hidden.new_zeros(len(rows), 6, hidden.shape[-1])
     modulation[:, [2, 5]] = 1.0  # gates
     for layer, kept in zip(model.path.layers, state.layers, strict=True):
-        hidden = layer(hidden, modulation.flatten(1), layout, kept)
+        modulation[:, 0], modulation[:, 3] = layer.twin.norm_weights()  # scales
+        hidden = layer(hidden, modulation.flatten(1), None, layout, kept)
     return hidden, state.hidden[rows, index]
 
 

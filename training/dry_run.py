@@ -188,8 +188,8 @@ def estimate_memory(shape: Shape) -> dict[str, float]:
     parts: dict[str, float] = {"frozen weights": shape.frozen * shape.frozen_bytes, _STATE: shape.trained * 16}
     if shape.method == "l2d":
         queries = min(math.ceil(tokens * shape.response) * shape.draws, shape.max_queries)
-        modulation = 24 * hidden  # scales, shifts and gates in float32
-        per_layer = modulation + (hidden * s if shape.checkpointing else block)
+        block += 24 * hidden  # scales, shifts and gates in float32
+        per_layer = hidden * s if shape.checkpointing else block
         parts["keys and values of the main path"] = 2 * layers * kept * tokens * s
         parts["activations"] = queries * (layers * per_layer + (block if shape.checkpointing else 0))
     else:

@@ -72,7 +72,7 @@ def check_time_and_modulation(context: Context) -> None:
         "temb.out": lambda: embedding,
         "mod.final": lambda: path.output_modulation(embedding),
         "mod.final_minus_t0": lambda: path.output_modulation(embedding) - path.output_modulation(zero),
-        "mod.final_minus_t0_by_class": lambda: _by_class(context, time, lambda table: table.output),
+        "mod.final_minus_t0_by_class": lambda: _by_class(context, time, lambda made: made.output),
     }
     for key, _ in case.keys(r"(temb|mod)\..+"):
         if key in computed:
@@ -83,7 +83,9 @@ def check_time_and_modulation(context: Context) -> None:
         with record.attempt("modulation", key):
             number = int(match[1])
             if match[2]:
-                got = _by_class(context, time, lambda table, number=number: table.layers[number])
+                got = _by_class(
+                    context, time, lambda made, number=number: path.layers[number].modulation(made.embedding)
+                )
             else:
                 got = path.layers[number].modulation(embedding)
             record.close("modulation", key, got, case.expected(key))
