@@ -63,7 +63,7 @@ def solve_sites(
     if sampler.adaptive:
         return solve_adaptive(evaluator, sites)
     grid = fixed_grid(sampler)
-    method = solve_speculatively if _may_speculate(sampler) else solve_sequentially
+    method = solve_speculatively if speculates(sampler) else solve_sequentially
     limit = max(1, _STATE_ELEMENTS // (grid.evaluations * sites.noise.shape[1]))
     parts = [
         method(evaluator, sites.take(keep), grid, record)
@@ -72,7 +72,8 @@ def solve_sites(
     return SiteSolution.join(parts)
 
 
-def _may_speculate(sampler: SamplerConfig) -> bool:
+def speculates(sampler: SamplerConfig) -> bool:
+    """Whether a fixed-grid `sampler` is solved by speculation along the trajectory."""
     return sampler.speculation and (sampler.choice == "sample" or sampler.choice_temperature == 0)
 
 
