@@ -24,7 +24,7 @@ from l2d.solvers import FixedGrid
 if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM
 
-LOGIT_ELEMENTS = 6 << 20  # logits alive at once; more than 32 MiB would be mapped anew each time
+LOGIT_ELEMENTS = 6 << 20  # logits alive at once; the C library maps blocks above 32 MiB anew each time
 
 
 @dataclasses.dataclass

@@ -63,7 +63,7 @@ def solve_sites(
     if sampler.adaptive:
         return solve_adaptive(evaluator, sites)
     grid = fixed_grid(sampler)
-    in_sequence = model.path.carried_state is not None or not _may_speculate(sampler)
+    in_sequence = model.path.carried_state is not None or not speculates(sampler)
     method = solve_sequentially if in_sequence else solve_speculatively
     limit = max(1, _STATE_ELEMENTS // (grid.evaluations * sites.noise.shape[1]))
     parts = [
@@ -73,7 +73,8 @@ def solve_sites(
     return SiteSolution.join(parts)
 
 
-def _may_speculate(sampler: SamplerConfig) -> bool:
+def speculates(sampler: SamplerConfig) -> bool:
+    """Whether a fixed-grid `sampler` is solved by speculation along the trajectory."""
     return sampler.speculation and (sampler.choice == "sample" or sampler.choice_temperature == 0)
 
 
