@@ -65,7 +65,9 @@ def read_recipe(arguments: list[str]) -> Recipe:
     if not rest or not {"-h", "--help"} & set(rest):
         for flag in (word for word in rest if word.startswith("--")):
             _check_known(re.sub("^no_", "", flag[2:].split("=")[0].replace("-", "_")), hints)
-    model, data, training = parser.parse_args_and_config(rest)
+    model, data, training, stray = parser.parse_args_and_config(rest, return_remaining_strings=True)
+    if stray:
+        raise ValueError(f"{stray[0]!r} belongs to no option: leave it out (usage: {USAGE})")
     given = set(settings)
     for word in rest:
         if word.startswith("--"):
