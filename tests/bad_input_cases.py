@@ -105,11 +105,11 @@ CASES = [
     _train("--resume_from_checkpoint auto --overwrite_output_dir true", "overwrite_output_dir", "keep one"),
     _train("--guidance_class math", "guidance_class", "list the names"),
     # base, data and folders
-    _train("--base ./nowhere", "base='./nowhere'", "give the folder or the hub name", alone=True),
+    _train("--base ./nowhere", "base='./nowhere'", "give the folder or the hub name"),
     _train("--base no/such-model", "base='no/such-model'", "neither a model's folder nor"),
     _train("--base l2d", "base=", "name the model that it was trained on"),
     _train("--max_length 5000", "max_length=5000", "use at most 4096"),
-    _train("--dataset nowhere.jsonl", "dataset='nowhere.jsonl'", "give a file, a folder or a hub name", alone=True),
+    _train("--dataset nowhere.jsonl", "dataset='nowhere.jsonl'", "give a file, a folder or a hub name"),
     _train("--dataset empty.jsonl", "dataset='empty.jsonl'", "nothing to train on"),
     _train("--dataset broken.jsonl", "dataset='broken.jsonl'", "check its format"),
     _train("--dataset columns.jsonl", "columns question, answer", "set columns", alone=True),
@@ -168,7 +168,7 @@ CASES = [
     Case("lm_eval_ext.sweep sweep_lost.yaml", "pretrained='hollow'", "copy or train it again"),
     # the demo, and conversion of released checkpoints
     Case("training.demo --outt x", "--outt", "did you mean --out?"),
-    Case("training.demo --out data.jsonl", "OUT=data.jsonl", "choose another"),
+    Case("training.demo --out data.jsonl", "data.jsonl is a file", "choose a folder"),
     Case("l2d.released base", "target", "--help"),
     Case("l2d.released base used --settings recipe.yaml", "target='used'", "name a new folder"),
     Case("l2d.released base new --settings gone.json", "gone.json", "--help"),
