@@ -90,7 +90,9 @@ def _read(argument: str, source: str, data: DataArguments, split: str, processes
     configs = data.dataset_config or [None]
     try:
         parts = [_read_one(argument, source, config, split) for config in configs]
-    except (OSError, datasets.exceptions.DatasetsError, KeyError) as error:
+    except (OSError, datasets.exceptions.DatasetsError, KeyError, ValueError) as error:
+        if str(error).startswith(argument):
+            raise  # says it all
         kind = ValueError if os.path.exists(source) or _is_file(source) else Unavailable
         reason = str(error.__cause__ or error).rstrip(".")
         raise kind(f"{argument}={source!r} cannot be read (split {split!r}): {reason}; check its format.") from error
