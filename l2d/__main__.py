@@ -19,7 +19,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     try:
         given.run(given)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.exit(1, f"l2d: {' '.join(str(error).split())}\n")
 
 

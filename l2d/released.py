@@ -8,7 +8,6 @@
 `python -m l2d.released SOURCE TARGET --settings FILE.json [--base FOLDER]` converts a checkpoint.
 """
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -20,6 +19,7 @@ from torchdiffeq import odeint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from l2d.budget import FIXED_SOLVERS
+from l2d.command_line import Parser
 from l2d.config import L2DConfig, base_config_from_dict
 from l2d.diffusion_path import Queries
 from l2d.evaluator import clean_estimate
@@ -322,7 +322,7 @@ def released_solve(
 
 def main() -> None:
     """Command line: convert a released checkpoint into one of ours."""
-    parser = argparse.ArgumentParser(prog="python -m l2d.released", description=main.__doc__)
+    parser = Parser(prog="python -m l2d.released", description=main.__doc__)
     parser.add_argument("source", type=Path, help="folder of the released checkpoint")
     parser.add_argument("target", type=Path, help="folder to write, which must not exist")
     parser.add_argument(

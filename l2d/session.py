@@ -7,6 +7,7 @@
 
 import argparse
 import dataclasses
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,7 @@ class Session:
 
         Raises `ValueError` where no room is left for a prompt.
         """
-        if given is not None and not 1 <= given < self.longest:
-            raise ValueError(f"max_new_tokens={given} must be at least 1 and below the base's {self.longest} tokens.")
+        _check_answer_length(given, self.longest)
         return given or min(usual, self.longest // 2)
 
     def pieces(self, tokens: list[int]) -> list[str]:
@@ -146,10 +146,11 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
 
 def session_from(given: argparse.Namespace, template: bool = False) -> Session:
     """Load the checkpoint that a command line names, after a look at all of its settings. Raises `ValueError`."""
-    check_sampler(read_config_file(given.folder), sampler_from(given))
+    config = read_config_file(given.folder)
+    check_sampler(config, sampler_from(given))
     decoding_options(given.temperature, 1)
-    if given.max_new_tokens is not None and given.max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={given.max_new_tokens} must be at least 1.")
+    longest = (config.get("base_config") or {}).get("max_position_embeddings")
+    _check_answer_length(given.max_new_tokens, longest or sys.maxsize)
     return load_session(given.folder, given.base, given.dtype, given.device, template)
 
 
@@ -157,6 +158,11 @@ def sampler_from(given: argparse.Namespace) -> dict[str, Any]:
     """The sampler settings that were given."""
     names = ("budget", "solver", "final_time", "guidance_scale", "guidance_class", "seed")
     return {name: value for name in names if (value := getattr(given, name)) is not None}
+
+
+def _check_answer_length(given: int | None, longest: int) -> None:
+    if given is not None and not 1 <= given < longest:
+        raise ValueError(f"max_new_tokens={given} must be at least 1 and below the base's {longest} tokens.")
 
 
 def decoding_options(temperature: float, max_new_tokens: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@
 - `guidance`: the guidance class of a task
 - `record`, `compute_files`: evaluations spent per token and per request, in and beside the results file
 - `cache`: keeps response caches of different settings apart
+- `early`: checks the command line of `--model l2d` before the harness reads its tasks
 - `bridge`: makes lm-eval 0.4.13, which has no plugins, find the model and our tasks
 - `tasks`: task definitions, the paper's protocol among them
 - `sweep`: a grid of settings, resumed where it was stopped

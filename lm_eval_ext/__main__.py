@@ -26,7 +26,11 @@ def main(arguments: list[str] | None = None) -> None:
     bridge.install()
     setup_logging()
     cli = HarnessCLI()
-    cli.execute(cli.parse_args())
+    try:
+        given = cli.parse_args()
+    except ValueError as error:  # the harness's own parser lets broken JSON through
+        sys.exit(f"l2d: {' '.join(str(error).split())}")
+    cli.execute(given)
 
 
 if __name__ == "__main__":

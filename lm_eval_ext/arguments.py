@@ -179,6 +179,8 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
     pretrained, base = given.get("pretrained"), given.get("base")
     if pretrained is None:
         raise UsageError("model argument 'pretrained' is missing: give --model_args pretrained=FOLDER of a checkpoint.")
+    if not isinstance(pretrained, (str, Path)) and not hasattr(pretrained, "config"):
+        raise UsageError(f"pretrained={_shown(pretrained)} must be the folder of an L2D checkpoint.")
     config = read_checkpoint(pretrained) if isinstance(pretrained, (str, Path)) else pretrained.config.to_dict()
     if base is not None:
         _check_base(base)

@@ -13,12 +13,14 @@ from typing import Any
 
 from l2d.checkpoint_folder import check_files
 from lm_eval_ext.arguments import (
+    SEARCH,
     Settings,
     UsageError,
     check_guidance,
     parse_arguments,
     read_checkpoint,
     sampler_changes,
+    token_search,
 )
 
 MODEL = "l2d"
@@ -68,6 +70,7 @@ def check_command(asked: Any) -> None:
 def check_checkpoint(settings: Settings, gen_kwargs: dict[str, Any] | None = None) -> None:
     """Raise `UsageError` if files are missing, or if the model cannot follow the sampler's part of `gen_kwargs`."""
     config = read_checkpoint(settings.pretrained)
+    token_search((gen_kwargs or {}).get(SEARCH))
     try:
         check_files(settings.pretrained, config, settings.base)
         changed = settings.sampler.replace(**sampler_changes(gen_kwargs or {}))

@@ -137,24 +137,6 @@ def test_a_wrong_acceptance_rule_is_noticed(model, monkeypatch):
         assert not torch.equal(decode(model, {}), slow)
 
 
-@pytest.mark.parametrize("sampler", [{}, dict(budget=1), GUIDED, dict(choice_temperature=1.0)])
-@pytest.mark.parametrize("do_sample", [False, True])
-def test_results_do_not_depend_on_batch_mates_or_order(model, sampler, do_sample):
-    ids, mask = prompts(16)
-    settings = dict(sampler=sampler, max_new_tokens=8, do_sample=do_sample)
-    together = model.generate(ids, attention_mask=mask, **settings)[:, ids.shape[1] :]
-    order = torch.randperm(16, generator=torch.Generator().manual_seed(1))
-    shuffled = model.generate(ids[order], attention_mask=mask[order], **settings)[:, ids.shape[1] :]
-    assert torch.equal(shuffled, together[order])
-    for size in (1, 4):
-        parts = []
-        for start in range(0, 16, size):
-            part = slice(start, start + size)
-            width = int(mask[part].sum(1).max())  # another padding
-            parts.append(model.generate(ids[part, -width:], attention_mask=mask[part, -width:], **settings)[:, width:])
-        assert torch.equal(torch.cat(parts), together)
-
-
 def test_equal_prompts_are_different_requests_unless_keys_say_otherwise(model):
     ids = prompts(1)[0].expand(6, -1)
     settings = dict(max_new_tokens=8, do_sample=True)

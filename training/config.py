@@ -7,6 +7,7 @@
 """
 
 import dataclasses
+import inspect
 import json
 import os
 import typing
@@ -15,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SchedulerType
 from trl import SFTConfig
 
 from l2d.checkpoint_folder import looks_local
@@ -304,6 +307,24 @@ class L2DTrainingConfig(SFTConfig):
             at_least(name, getattr(self, name), 1)
         if not 0 <= self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate={self.learning_rate} must be a number of at least 0.")
+        for name in ("weight_decay", "max_grad_norm"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number of at least 0.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be a number from 0 to below 1.")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed={self.seed} must be a whole number from 0 to 2**32 - 1.")
+        at_least("dataloader_num_workers", self.dataloader_num_workers, 0)
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0 trains nothing: set it above 0, or leave it out to train num_train_epochs.")
+        known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(self.lr_scheduler_type)]).parameters
+        for name in mapping("lr_scheduler_kwargs", self.lr_scheduler_kwargs) or {}:
+            if name not in known:
+                raise ValueError(
+                    f"lr_scheduler_kwargs has {name!r}, which {self.lr_scheduler_type} does not take: choose from "
+                    f"{', '.join(known)}."
+                )
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < float("inf"):
             raise ValueError(f"num_train_epochs={self.num_train_epochs} must be a number above 0, or set max_steps.")
         for name in self.report_to:
@@ -347,6 +368,8 @@ def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTraini
         raise ValueError(f"base={model.base!r} is not a folder: give the folder or the hub name of the base model.")
     for name in ("dataset", "eval_dataset"):
         check_file(name, getattr(data, name))
+    if data.dataset_config and os.path.isfile(data.dataset or ""):
+        raise ValueError(f"dataset_config={data.dataset_config} means nothing for a file: leave it out.")
     if training.chat_template_path and not os.path.isfile(training.chat_template_path):
         raise ValueError(f"chat_template_path={training.chat_template_path!r} must be a Jinja file that exists.")
     if not data.has_eval and (training.eval_strategy != "no" or training.eval_on_start):

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import datasets
+import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_training_chat_template, maybe_convert_to_chatml
 
@@ -33,9 +34,28 @@ class Unavailable(ValueError):
     """Something that has to be downloaded, and cannot be from here."""
 
 
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """The libraries log no errors, which we report in one line, and draw no bars where nobody watches."""
+    libraries = (datasets.logging, transformers.logging)
+    levels, bars = [library.get_verbosity() for library in libraries], not datasets.are_progress_bars_disabled()
+    for library in libraries:
+        library.set_verbosity(library.CRITICAL)
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
+
+
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
+@_quietly()
 def load_examples(
     data: DataArguments, guidance_classes: list[str] | None, seed: int, processes: int | None = None
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
@@ -69,9 +89,10 @@ def _is_file(source: str) -> bool:
 def _read(argument: str, source: str, data: DataArguments, split: str, processes: int | None) -> datasets.Dataset:
     configs = data.dataset_config or [None]
     try:
-        with _quietly():
-            parts = [_read_one(argument, source, config, split) for config in configs]
-    except (OSError, datasets.exceptions.DatasetsError, KeyError) as error:
+        parts = [_read_one(argument, source, config, split) for config in configs]
+    except (OSError, datasets.exceptions.DatasetsError, KeyError, ValueError) as error:
+        if str(error).startswith(argument):
+            raise  # says it all
         kind = ValueError if os.path.exists(source) or _is_file(source) else Unavailable
         reason = str(error.__cause__ or error).rstrip(".")
         raise kind(f"{argument}={source!r} cannot be read (split {split!r}): {reason}; check its format.") from error
@@ -82,21 +103,6 @@ def _read(argument: str, source: str, data: DataArguments, split: str, processes
     if len(dataset) == 0:
         raise ValueError(f"{argument}={source!r}, split {split!r}, is empty: there is nothing to train on.")
     return dataset
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """`datasets` neither logs errors, which we report in one line, nor draws bars where nobody watches."""
-    level, bars = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.logging.set_verbosity(level)
-        if not bars:
-            datasets.enable_progress_bars()
 
 
 def _read_one(argument: str, source: str, config: str | None, split: str) -> datasets.Dataset:
@@ -213,6 +219,7 @@ def load_tokenizer(model: ModelArguments, training: L2DTrainingConfig) -> PreTra
     return tokenizer
 
 
+@_quietly()
 def encode(
     examples: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, training: L2DTrainingConfig, limit: int, name: str
 ) -> tuple[datasets.Dataset, str]:

@@ -45,7 +45,8 @@ def read_recipe(arguments: list[str]) -> Recipe:
     """
     settings, rest = _split_config(arguments)
     if not {"-h", "--help"} & set(rest):
-        given = {*settings, *(word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--"))}
+        held = (name for name, value in settings.items() if value not in (None, ""))
+        given = {*held, *(word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--"))}
         _check_required(given)
 
     from trl import TrlParser
@@ -65,7 +66,9 @@ def read_recipe(arguments: list[str]) -> Recipe:
     if not rest or not {"-h", "--help"} & set(rest):
         for flag in (word for word in rest if word.startswith("--")):
             _check_known(re.sub("^no_", "", flag[2:].split("=")[0].replace("-", "_")), hints)
-    model, data, training = parser.parse_args_and_config(rest)
+    model, data, training, stray = parser.parse_args_and_config(rest, return_remaining_strings=True)
+    if stray:
+        raise ValueError(f"{stray[0]!r} belongs to no option: leave it out (usage: {USAGE})")
     given = set(settings)
     for word in rest:
         if word.startswith("--"):
@@ -167,6 +170,11 @@ def _fitted(name: str, value: Any, hint: Any) -> Any:
         return None
     if "list" in names and not isinstance(value, list) and not ("str" in names and isinstance(value, str)):
         value = [value]
+    if isinstance(value, list):
+        (inner,) = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is list] or [()]
+        if inner and not all(type(entry) in inner for entry in value):
+            allowed = " or ".join(kind.__name__ for kind in inner)
+            raise ValueError(f"{name}={value!r} in the recipe must be a list of type {allowed}.")
     if type(value).__name__ in names or ("float" in names and type(value) is int):
         return value
     if isinstance(value, str) and any(isinstance(kind, type) and issubclass(kind, Enum) for kind in kinds):

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         job = prepare(recipe)
         trainer = build_trainer(job)
-    except ValueError as error:
+    except (ImportError, OSError, ValueError) as error:
         if RANK == 0:
             print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

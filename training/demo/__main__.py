@@ -6,7 +6,6 @@
 * an interrupted run continues; a finished one is not overwritten without `--overwrite`
 """
 
-import argparse
 import os
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from l2d.command_line import Parser
 from training.demo.plan import ROOT, SETTINGS, STEPS, TASKS, build_steps, recipes, write_recipes
 from training.demo.runner import StepFailed, run_steps
 from training.demo.workspace import Workspace, open_workspace
@@ -21,7 +21,7 @@ from training.demo.workspace import Workspace, open_workspace
 
 def main() -> None:
     """Run the command; user errors and failed steps end with a message and exit status 2 or 1."""
-    parser = argparse.ArgumentParser(prog="python -m training.demo", description="A small real run of everything.")
+    parser = Parser(prog="python -m training.demo", description="A small real run of everything.")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for all results (default: demo)")
     parser.add_argument("--overwrite", action="store_true", help="replace the demo that the folder holds")
     options = parser.parse_args()
