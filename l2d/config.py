@@ -4,10 +4,12 @@
 - `SamplerConfig`, re-exported: what may be set at inference
 """
 
+import json
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from l2d.digest import settings_digest
 from l2d.sampler_config import SamplerConfig
 
 __all__ = ["L2DConfig", "SamplerConfig"]
@@ -32,6 +34,7 @@ class L2DConfig(PreTrainedConfig):
         min_noise: training times are drawn from `[0, 1 - min_noise]`.
         guidance_classes: names of the classes for classifier-free guidance; `None` for a model without.
         sampler: defaults for `SamplerConfig` that belong to this checkpoint.
+        tensors_digest, generation_digest: of the trained tensors and `generation_config.json` that were saved with it.
     """
 
     model_type = "l2d"
@@ -56,6 +59,8 @@ class L2DConfig(PreTrainedConfig):
         min_noise: float = 0.0,
         guidance_classes: list[str] | None = None,
         sampler: dict[str, Any] | None = None,
+        tensors_digest: str | None = None,
+        generation_digest: str | None = None,
         **kwargs: Any,
     ):
         self.base_name_or_path = base_name_or_path
@@ -75,6 +80,9 @@ class L2DConfig(PreTrainedConfig):
         self.min_noise = min_noise
         self.guidance_classes = list(guidance_classes) if guidance_classes else None
         self.sampler = dict(sampler or {})
+        self.tensors_digest = tensors_digest
+        self.generation_digest = generation_digest
+        kwargs.pop("settings_digest", None)  # computed when it is written
         super().__init__(**kwargs)
         self._validate()
 
@@ -122,6 +130,12 @@ class L2DConfig(PreTrainedConfig):
         output = super().to_dict()
         output.pop("_text_config", None)
         return output
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Text of `config.json`, which ends with the digest of its own settings."""
+        content = json.loads(super().to_json_string(use_diff))
+        content["settings_digest"] = settings_digest(content)
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def base_config_from_dict(base_config: dict[str, Any]) -> PreTrainedConfig:
