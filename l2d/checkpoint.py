@@ -179,9 +179,7 @@ def _compare(name: str | os.PathLike, file: str, content: dict[str, Any], digest
         )
 
 
-def record_digests(
-    model: "L2DForCausalLM", folder: str | os.PathLike, tensors: dict[str, torch.Tensor]
-) -> None:
+def record_digests(model: "L2DForCausalLM", folder: str | os.PathLike, tensors: dict[str, torch.Tensor]) -> None:
     """Note in the model's configuration what is about to be saved in `folder`, and write its generation settings."""
     if os.path.isfile(folder):
         raise ValueError(f"save_directory={os.fspath(folder)!r} is a file: give a folder.")
