@@ -28,7 +28,7 @@ from transformers.utils import (
 )
 
 from l2d.config import L2DConfig
-from l2d.digest import settings_digest, tensors_digest
+from l2d.digest import check_settings, settings_digest, tensors_digest
 from l2d.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -99,6 +99,8 @@ def load(
     if not isinstance(base, PreTrainedModel):
         base = load_base(base_location(name, config, base), revision=config.base_revision, **kwargs)
     _check_base(name, config, base)
+    if not config.base_config:
+        describe_base(config, base)
     if isinstance(dtype, torch.dtype) and any(p.dtype != dtype for p in base.parameters()):
         base = (copy.deepcopy(base) if base is given else base).to(dtype)  # the caller's model stays as it is
     model = cls(config, base=base)
@@ -134,7 +136,7 @@ def read_config(name: str | os.PathLike, **hub: Any) -> L2DConfig:
             f"pretrained={os.fspath(name)!r} holds a {content.get('model_type')!r} model, not an L2D checkpoint: "
             "train one with training.train, or use the model as it is."
         )
-    _compare(name, CONFIG_NAME, content, content.get("settings_digest"))
+    check_settings(name, CONFIG_NAME, content, content.get("settings_digest"))
     try:
         return L2DConfig.from_pretrained(name, **hub)
     except (ValueError, TypeError, AttributeError) as error:
@@ -166,17 +168,8 @@ def _read_json(name: str | os.PathLike, file: str, digest: str | None, **hub: An
             raise ValueError("it holds no mapping")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}): the file is damaged, restore it or save again.") from error
-    _compare(name, file, content, digest)
+    check_settings(name, file, content, digest)
     return content
-
-
-def _compare(name: str | os.PathLike, file: str, content: dict[str, Any], digest: Any) -> None:
-    if digest is not None and settings_digest(content) != digest:
-        key = "settings_digest" if file == CONFIG_NAME else "generation_digest"
-        raise ValueError(
-            f"{file} of {os.fspath(name)!r} is not as it was saved: restore it, or if it was changed on purpose, "
-            f"remove settings_digest{'' if file == CONFIG_NAME else f' and {key}'} from {CONFIG_NAME}."
-        )
 
 
 def record_digests(model: "L2DForCausalLM", folder: str | os.PathLike, tensors: dict[str, torch.Tensor]) -> None:

@@ -14,6 +14,8 @@ from l2d.sampler_config import SamplerConfig
 
 __all__ = ["L2DConfig", "SamplerConfig"]
 
+_WIDEST = 1 << 17  # beyond any use; a damaged number is refused before memory is asked for
+
 
 class L2DConfig(PreTrainedConfig):
     """Configuration of `L2DForCausalLM`.
@@ -83,6 +85,7 @@ class L2DConfig(PreTrainedConfig):
         self.tensors_digest = tensors_digest
         self.generation_digest = generation_digest
         kwargs.pop("settings_digest", None)  # computed when it is written
+        self._validate_base()  # which the next line looks into
         super().__init__(**kwargs)
         self._validate()
 
@@ -91,20 +94,34 @@ class L2DConfig(PreTrainedConfig):
             raise ValueError(f"variant={self.variant!r} is not known; choose 'lora' or 'full'.")
         for name in ("lora_rank", "diffusion_dim", "input_width", "conditioning_width", "frequency_width"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _WIDEST:
+                raise ValueError(f"{name}={value!r} must be a whole number from 1 to {_WIDEST}.")
         if self.frequency_width % 2:
             raise ValueError(f"frequency_width={self.frequency_width} must be even: half cosines, half sines.")
         for name in ("lora_alpha", "noise_std", "input_scale"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value!r} must be a number above 0.")
+        norm = self.embedding_norm
+        if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not norm > 0):
+            raise ValueError(f"embedding_norm={norm!r} must be a number above 0, or null.")
         if not isinstance(self.min_noise, (int, float)) or not 0 <= self.min_noise < 1:
             raise ValueError(f"min_noise={self.min_noise!r} must be at least 0 and below 1.")
         classes = self.guidance_classes or []
         if len(set(classes)) != len(classes) or not all(isinstance(name, str) for name in classes):
             raise ValueError(f"guidance_classes={classes!r} must be distinct names.")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, name, None)
+            if not all(isinstance(i, (int, type(None))) for i in (ids if isinstance(ids, list) else [ids])):
+                raise ValueError(f"{name}={ids!r} must be a token's number, or null.")
         SamplerConfig().replace(**self.sampler).class_index(self.guidance_classes)
+
+    def _validate_base(self) -> None:
+        for name in ("base_name_or_path", "base_revision", "base_fingerprint"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a text, or null.")
+        if not isinstance(self.base_config, (dict, type(None))):
+            raise ValueError(f"base_config={self.base_config!r} must be a mapping, or null.")
 
     @property
     def token_norm(self) -> float:

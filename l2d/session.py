@@ -91,10 +91,8 @@ def load_session(
     import torch
     from transformers import AutoTokenizer
 
-    from l2d.modeling import L2DConfig, L2DForCausalLM
+    from l2d.modeling import L2DForCausalLM
 
-    if L2DConfig.get_config_dict(folder)[0].get("model_type") != "l2d":
-        raise ValueError(f"{str(folder)!r} is not an L2D checkpoint: give the folder of a model trained as one.")
     options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     model = L2DForCausalLM.from_pretrained(folder, base=base, **options).eval()
     model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))

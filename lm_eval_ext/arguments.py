@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from l2d.digest import check_settings
 from l2d.sampler_config import SamplerConfig
 
 BUDGET = "diffusion_budget"
@@ -229,6 +230,10 @@ def read_checkpoint(folder: str | Path) -> dict[str, Any]:
             f"pretrained={str(folder)!r} is a {kind!r} model, not an L2D checkpoint: "
             "evaluate it with --model hf, or give the folder of a model trained on top of it."
         )
+    try:
+        check_settings(folder, "config.json", config, config.get("settings_digest"))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     return config
 
 

@@ -45,6 +45,13 @@ class SafeCheckpoints:
         self.resumed_from = resume_from_checkpoint
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """An epoch, unless all steps were made before: a run may be killed between its last checkpoint and its end."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"
         final = os.path.join(self.args.output_dir, name)
