@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -130,7 +131,8 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
     def save_pretrained(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs: Any) -> None:
         """Write `config.json`, `generation_config.json` and the trained tensors (safetensors), never the base.
 
-        `config.json` records digests of all three, which are compared when they are loaded.
+        `config.json` records digests of all three, which are compared when they are loaded. Raises `OSError` where the
+        disk is full.
         """
         full = self.state_dict() if state_dict is None else state_dict
         missing = [name for name in self._trained_names if name not in full]
@@ -139,7 +141,13 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         trained = {name: full[name].contiguous() for name in self._trained_names}
         if kwargs.get("is_main_process", True):
             checkpoint.record_digests(self, save_directory, trained)
-        super().save_pretrained(save_directory, state_dict=trained, **kwargs)
+        try:
+            super().save_pretrained(save_directory, state_dict=trained, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"save_directory={os.fspath(save_directory)!r} could not be written to its end ({error}): make room and "
+                "save again, what is there now will not load."
+            ) from error
 
     def trained_parameters(self):
         """Iterate over (name, parameter) of all trained weights, in a fixed order."""

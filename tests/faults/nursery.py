@@ -123,7 +123,7 @@ def _child(question: dict) -> None:
 
 def _main() -> None:
     """Read questions until there are no more."""
-    exec(sys.argv[1])  # a test's own text
+    exec(sys.argv[1], {})  # a test's own text
     for module in sys.argv[2:]:
         importlib.import_module(module)
     gc.collect()

@@ -12,43 +12,14 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from l2d import L2DForCausalLM
 from tests.conftest import REPOSITORY
-from tests.faults.nursery import Command, Nursery
-from tests.training_runs import SMALL, logged, same_bits, sums, train_in_process, weights, write_jsonl, write_recipe
+from tests.faults.conftest import STEPS, TRAIN
+from tests.faults.nursery import Command
+from tests.training_runs import logged, same_bits, train_in_process, weights, write_recipe
 from training.checkpoints import missing_parts
 
 KILLS = 20
-STEPS = 12
-TRAIN = "training.train"
-MODULES = ["training.train", "training.trainer", "training.data", "l2d.modeling", "datasets", "jinja2"]
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    with Nursery(tmp_path_factory.mktemp("said"), MODULES) as nursery:
-        yield nursery
-
-
-@pytest.fixture(scope="module")
-def settings(base_dir, tmp_path_factory) -> dict:
-    """A checkpoint after every second step, with an optimizer's state and evaluation."""
-    data = write_jsonl(tmp_path_factory.mktemp("data") / "data.jsonl", sums(44))
-    more = {"save_strategy": "steps", "save_steps": 2, "eval_holdout": 4, "eval_strategy": "steps", "eval_steps": 4}
-    more |= {"lr_scheduler_type": "constant"}  # so that a step too many would show
-    return {**SMALL, "base": base_dir, "dataset": data, "max_steps": STEPS, "gradient_accumulation_steps": 2, **more}
-
-
-@pytest.fixture(scope="module")
-def whole(nursery, settings, tmp_path_factory) -> tuple[Path, float]:
-    """The undisturbed run, and how many seconds it took."""
-    work = tmp_path_factory.mktemp("whole")
-    start = time.monotonic()
-    done = nursery.run(TRAIN, "--config", write_recipe(work / "recipe.yaml", output_dir=work / "out", **settings))
-    assert done.returncode == 0, done.text
-    return work / "out", time.monotonic() - start
 
 
 def kill_at(moment: str, command: Command, out: Path, seconds: float, chance: random.Random) -> bool:
@@ -93,14 +64,14 @@ def check_finished(out: Path, whole: Path) -> None:
     assert not list(out.glob("unfinished-*"))
 
 
-def test_killed_at_twenty_moments(nursery, settings, whole, tmp_path):
-    whole, seconds = whole
+def test_killed_at_twenty_moments(nursery, training_settings, undisturbed, tmp_path):
+    whole, seconds = undisturbed
     chance = random.Random(7)
     moments = ["any time", "saving", "any time", "saving", "final"] * (KILLS // 5)
     killed, left, number, finished = 0, collections.Counter(), 0, 0
     while killed < KILLS:
         out = tmp_path / f"out-{number}"
-        recipe = write_recipe(tmp_path / "recipe.yaml", output_dir=out, **settings)
+        recipe = write_recipe(tmp_path / "recipe.yaml", output_dir=out, **training_settings)
         command = nursery.start(TRAIN, "--config", recipe, "--resume_from_checkpoint", "auto")
         moment = moments[killed]
         if kill_at(moment, command, out, seconds, chance):
@@ -119,18 +90,18 @@ def test_killed_at_twenty_moments(nursery, settings, whole, tmp_path):
     assert sum(count for name, count in left.items() if name.startswith("saving, half")) >= 5
 
 
-def test_killed_through_the_real_command(settings, whole, tmp_path):
+def test_killed_through_the_real_command(training_settings, undisturbed, tmp_path):
     """The same with `python -m training.train` in a process of its own, killed while it writes its third checkpoint."""
     out = tmp_path / "out"
-    recipe = write_recipe(tmp_path / "recipe.yaml", output_dir=out, **settings)
+    recipe = write_recipe(tmp_path / "recipe.yaml", output_dir=out, **training_settings)
     command = [sys.executable, "-m", TRAIN, "--config", str(recipe), "--resume_from_checkpoint", "auto"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     while not (out / "unfinished-checkpoint-6").exists():
         assert process.poll() is None, process.stderr.read()
     process.kill()
     process.communicate()
-    check_left(out, whole[0])
+    check_left(out, undisturbed[0])
     assert not (out / "checkpoint-8").exists()
     done = train_in_process(command[3:])
     assert done.returncode == 0, done.stderr[-2000:]
-    check_finished(out, whole[0])
+    check_finished(out, undisturbed[0])
