@@ -13,6 +13,7 @@ import copy
 import json
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,7 +70,7 @@ def load_base(name: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
             if lacking := sorted(info["missing_keys"]):
                 raise ValueError(f"its files lack {len(lacking)} tensors, {lacking[0]!r} first")
             return base
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"base={given!r} could not be loaded ({reason}); give a folder or hub name of the base model."

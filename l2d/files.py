@@ -29,7 +29,7 @@ def write_files(folder: str | os.PathLike, texts: Mapping[str, str], argument: s
         for path in partial.values():
             with contextlib.suppress(OSError):
                 path.unlink()
+        reason = "it is a file" if folder.is_file() else error.strerror
         raise ValueError(
-            f"{argument}: {str(folder)!r} cannot be written ({error.strerror}), nothing was: make room or name another "
-            "place."
+            f"{argument}: {str(folder)!r} cannot be written ({reason}), nothing was: make room or name another place."
         ) from error

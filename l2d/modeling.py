@@ -145,8 +145,8 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
             super().save_pretrained(save_directory, state_dict=trained, **kwargs)
         except SafetensorError as error:
             raise OSError(
-                f"save_directory={os.fspath(save_directory)!r} could not be written to its end ({error}): make room and "
-                "save again, what is there now will not load."
+                f"save_directory={os.fspath(save_directory)!r} could not be written to its end ({error}): make room "
+                "and save again, what is there now will not load."
             ) from error
 
     def trained_parameters(self):

@@ -110,6 +110,8 @@ def _whole_json(path: str) -> bool:
 def _whole_safetensors(path: str) -> bool:
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
+        if size > os.path.getsize(path):
+            return False
         try:
             header = json.loads(file.read(size))
         except ValueError:

@@ -16,6 +16,7 @@ import string
 from typing import Any
 
 import datasets
+from pyarrow import ArrowException
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_training_chat_template, maybe_convert_to_chatml
 
@@ -68,7 +69,7 @@ def _read(argument: str, source: str, data: DataArguments, split: str, processes
     configs = data.dataset_config or [None]
     try:
         parts = [_read_one(argument, source, config, split) for config in configs]
-    except (OSError, datasets.exceptions.DatasetsError, KeyError) as error:
+    except (OSError, datasets.exceptions.DatasetsError, KeyError, ArrowException) as error:
         kind = ValueError if os.path.exists(source) or _is_file(source) else Unavailable
         raise kind(f"{argument}={source!r} cannot be read (split {split!r}): {error}") from error
     needed = {*(data.exclude or {}), *(data.guidance_column or [])}

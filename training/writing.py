@@ -46,7 +46,8 @@ def disk_failure(error: BaseException) -> str | None:
         if found := re.search(r"I/O error: (.+?) \(os error (\d+)\)", _text(seen)):
             return found[1] if int(found[2]) in _DISK else None
         seen = seen.__cause__ or seen.__context__
-    return "an archive could not be written to its end" if "inline_container" in _text(error) else None
+    in_archive = any(words in _text(error) for words in ("inline_container", "iostream error", "PytorchStreamWriter"))
+    return "a file could not be written to its end" if in_archive else None
 
 
 def _text(error: BaseException) -> str:

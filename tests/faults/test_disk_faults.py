@@ -60,7 +60,8 @@ def test_training_cannot_write_a_file_to_its_end(nursery, training_settings, und
     out = tmp_path / "out"
     recipe = write_recipe(tmp_path / "recipe.yaml", output_dir=out, **training_settings)
     done = nursery.run(TRAIN, "--config", recipe, largest=largest)
-    refused(done, "error: output_dir=", "cannot be written (File too large)")
+    reason = "a file could not be written to its end" if part == "optimizer.pt" else "File too large"
+    refused(done, "error: output_dir=", f"cannot be written ({reason})")
     assert not list(out.glob("*checkpoint-*")) and not list(out.glob("*.safetensors"))
 
 
@@ -180,7 +181,8 @@ def test_outputs_that_cannot_be_written(nursery, l2d_dir, tmp_path, command):
         words = [REPORT, write_demo(tmp_path / "results"), "--out"]
     else:
         words = [TOOL, "trace", l2d_dir, "--prompt", "What?", "--max-new-tokens", 2, "--out"]
-    refused(nursery.run(*words, tmp_path / "file" / "out"), "--out", "Not a directory")
+    refused(nursery.run(*words, tmp_path / "file" / "below" / "out"), "--out", "Not a directory")
+    refused(nursery.run(*words, tmp_path / "file" / "out"), "--out", "it is a file" if command == "trace" else "Not a")
     out = tmp_path / "out"
     name = out if command == "report" else out / "trace.html"
     assert nursery.run(*words, name).returncode == 0
