@@ -69,7 +69,7 @@ def _read(argument: str, source: str, data: DataArguments, split: str, processes
     configs = data.dataset_config or [None]
     try:
         parts = [_read_one(argument, source, config, split) for config in configs]
-    except (OSError, datasets.exceptions.DatasetsError, KeyError, ArrowException) as error:
+    except (OSError, datasets.exceptions.DatasetsError, KeyError, ArrowException, RuntimeError) as error:
         kind = ValueError if os.path.exists(source) or _is_file(source) else Unavailable
         raise kind(f"{argument}={source!r} cannot be read (split {split!r}): {error}") from error
     needed = {*(data.exclude or {}), *(data.guidance_column or [])}

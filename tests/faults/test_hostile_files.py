@@ -1,6 +1,6 @@
 """Files made by somebody who means harm: no pickle of theirs runs, nor code that comes with a model or a data set.
 
-Run: `python -m pytest tests/faults/test_hostile_files.py`. Every trap would make a file when it is sprung; that traps do
+Run: `python -m pytest tests/faults/test_hostile_files.py`. Every trap makes a folder when it is sprung; that traps do
 spring is tested, too.
 """
 
@@ -172,15 +172,11 @@ def test_no_code_of_a_data_set_runs(nursery, training_settings, tmp_path):
     folder.mkdir()
     (folder / "data.py").write_text(f"import os\nos.mkdir({str(sprung)!r})\n")
     (folder / "data.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 50)
+    settings = {**training_settings, "output_dir": tmp_path / "out", "max_steps": 1}
     for dataset in (folder, folder / "data.py"):
-        settings = {
-            **training_settings,
-            "dataset": dataset,
-            "output_dir": tmp_path / "out",
-            "overwrite_output_dir": True,
-        }
-        nursery.run(TRAIN, "--config", write_recipe(tmp_path / "recipe.yaml", **settings, max_steps=1))
-        assert not sprung.exists()
+        done = nursery.run(TRAIN, "--config", write_recipe(tmp_path / "r.yaml", **{**settings, "dataset": dataset}))
+        refused(done, "error: ", str(dataset))
+    assert not sprung.exists()
 
 
 def test_code_benchmarks_need_the_confirmation_of_the_harness(nursery, l2d_dir, tmp_path):
@@ -197,26 +193,16 @@ def test_code_benchmarks_need_the_confirmation_of_the_harness(nursery, l2d_dir, 
     assert done.returncode == 0, done.text
 
 
-def test_the_code_benchmarks_are_marked_as_unsafe():
+@pytest.mark.parametrize("task", ["humaneval", "mbpp"])
+def test_the_code_benchmarks_are_marked_as_unsafe(task):
+    """The harness's own and those of the paper's protocol."""
     import lm_eval
 
-    own = (REPOSITORY / "lm_eval_ext" / "tasks" / "paper").glob("*.yaml")
-    theirs = Path(lm_eval.__file__).parent / "tasks"
-    files = [*own, *(theirs / "humaneval").glob("*.yaml"), *(theirs / "mbpp").glob("*.yaml")]
-    code = [file for file in files if re.search("humaneval|mbpp", file.name)]
-    assert len(code) >= 8
-    for file in code:
-        text = file.read_text()
-        parents = [
-            text,
-            *(
-                (file.parent / name).read_text()
-                for name in re.findall(r"^include: *(\S+)", text, re.M)
-                if (file.parent / name).exists()
-            ),
-        ]
-        if "output_type" in "".join(parents):
-            assert any(re.search(r"unsafe_code: *true", part) for part in parents) or "include" in text, file
+    theirs = (Path(lm_eval.__file__).parent / "tasks" / task / f"{task}.yaml").read_text()
+    assert re.search(r"^unsafe_code: true", theirs, re.M)
+    paper = REPOSITORY / "lm_eval_ext" / "tasks" / "paper"
+    ours = [(paper / f"l2d_paper_{task}{ending}.yaml").read_text() for ending in ("", "_greedy")]
+    assert re.search(r"^unsafe_code: true", ours[0], re.M) and f"include: l2d_paper_{task}.yaml" in ours[1]
 
 
 def test_our_own_code_calls_no_loader_that_runs_pickles():
