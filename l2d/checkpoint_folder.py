@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from l2d.digest import check_settings
 from l2d.sampler_config import SamplerConfig
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -33,6 +34,7 @@ def read_config_file(folder: str | Path) -> dict[str, Any]:
             f"pretrained={str(folder)!r} is a {kind!r} model, not an L2D checkpoint: "
             "evaluate it with --model hf, or give the folder of a model trained on top of it."
         )
+    check_settings(folder, "config.json", config, config.get("settings_digest"))
     return config
 
 

@@ -53,7 +53,8 @@ def test_yaml_means_what_people_mean(recipe, tmp_path):
     path = recipe()
     path.write_text(
         path.read_text()
-        + "eval_strategy: no\nlr_scheduler_type: polynomial\nlr_scheduler_kwargs: {lr_end: 1e-6, power: 1}\nadam_epsilon: 1e-7\n"
+        + "eval_strategy: no\nlr_scheduler_type: polynomial\n"
+        + "lr_scheduler_kwargs: {lr_end: 1e-6, power: 1}\nadam_epsilon: 1e-7\n"
     )
     read = read_recipe(["--config", str(path)])
     assert read.training.lr_scheduler_kwargs == {"lr_end": 1e-6, "power": 1}
