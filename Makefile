@@ -1,18 +1,21 @@
 # make setup   an own environment in .venv, with the versions of constraints.txt (skipped while it is current)
 # make test    checks style and types and runs all tests
+# make coverage   the same tests, and which lines they run: at least 90 % of them
 # make demo    the demo, about 7 minutes on 2 cores; OUT=FOLDER for another folder, OVERWRITE=1 to replace a finished one
 # make clean   removes the environment and what tools leave behind; demos stay
+# PROCESSES=  tests in one process instead of two
 # PYTHON=...   the Python that the environment is made with, 3.11 or newer
 
 PYTHON ?= python3
 VENV := .venv
 OUT ?= demo
+PROCESSES ?= -n 2 --dist loadfile
 STAMP := $(VENV)/.l2d-setup
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup test demo clean
+.PHONY: setup test coverage demo clean
 
 setup: $(STAMP)
 
@@ -30,11 +33,17 @@ test: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest $(PROCESSES)
+
+coverage: setup
+	$(VENV)/bin/coverage erase
+	$(VENV)/bin/coverage run -m pytest $(PROCESSES)
+	$(VENV)/bin/coverage combine --quiet
+	$(VENV)/bin/coverage report --fail-under 90
 
 demo: setup
 	$(VENV)/bin/python -m training.demo --out '$(OUT)' $(if $(OVERWRITE),--overwrite)
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -exec rm -rf {} +

@@ -26,6 +26,7 @@ class Float32Linear(nn.Linear):
     """A linear layer that computes in float32 (unless under autocast), also in a model cast to a smaller dtype."""
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Inputs (..., I) of any dtype to (..., O) in the weight's dtype, but at least float32."""
         weight = at_least_float32(self.weight)
         bias = None if self.bias is None else self.bias.to(weight.dtype)
         return functional.linear(inputs.to(weight.dtype), weight, bias)

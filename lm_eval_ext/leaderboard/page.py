@@ -8,7 +8,7 @@ base64 and are put on the page as text.
 
 import json
 from collections import Counter
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -40,7 +40,7 @@ def html_page(board: Board, out: Path, title: str = "Leaderboard") -> str:
         title=title,
         css=Markup((here / "page.css").read_text(encoding="utf-8")),
         js=Markup((here / "page.js").read_text(encoding="utf-8")),
-        built=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        built=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         tasks=[_task_head(board, task) for task in board.tasks],
         groups=[{"name": group, "tasks": ", ".join(tasks)} for group, tasks in board.groups.items()],
         rows=[_row_view(row, board, out, samples) for row in board.rows],

@@ -5,7 +5,7 @@
 
 import os
 import shlex
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def provenance(run: Run, out: Path) -> dict[str, Any]:
         "samples": [Path(os.path.relpath(file, out)).as_posix() for file in sorted(run.samples.values())],
         "command": recorded if isinstance(recorded, str) else _command(run),
         "command_recorded": isinstance(recorded, str),
-        "date": datetime.fromtimestamp(date, timezone.utc).strftime("%Y-%m-%d %H:%M UTC") if date else None,
+        "date": datetime.fromtimestamp(date, UTC).strftime("%Y-%m-%d %H:%M UTC") if date else None,
         "seconds": run.seconds,
         **{name: value for name, value in known.items() if value is not None},
         **({"sampler": sampler} if isinstance(sampler, dict) else {}),
