@@ -1,7 +1,7 @@
 """A loaded checkpoint with its tokenizer, for use by hand: `trace` and `chat`.
 
 - `Session`: prompts and conversations to tokens, exactly as the evaluation does it; end tokens; text of single tokens
-- `load_session`: from a checkpoint's folder
+- `load_session`: from a checkpoint's folder; `tokenizer_source`: where its tokenizer is
 - `add_sampler_arguments`, `sampler_from`, `session_from`: sampler settings on a command line, checked before loading
 """
 
@@ -100,8 +100,7 @@ def load_session(
     from l2d.modeling import L2DForCausalLM
 
     device = _device(device)
-    own = any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
-    source = folder if own else base_location(folder, config.get("base_name_or_path"), base)
+    source = tokenizer_source(folder, config, base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError) as error:
@@ -111,6 +110,12 @@ def load_session(
     options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     model = L2DForCausalLM.from_pretrained(folder, base=base, **options).eval()
     return Session(model.to(device), tokenizer)
+
+
+def tokenizer_source(folder: str | Path, config: dict[str, Any], base: str | None = None) -> str:
+    """Where the tokenizer of the checkpoint in `folder`, with this `config.json`, is: there, or with its base."""
+    own = any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
+    return str(folder if own else base_location(folder, config.get("base_name_or_path"), base))
 
 
 def _device(name: str | None) -> Any:

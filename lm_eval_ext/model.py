@@ -258,6 +258,8 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
             "sampler": self.sampler.to_dict(),
             "token_search": self.settings.token_search,
             "variant": config.variant,
+            "carried_state": config.carried_state,
+            "noise_free": config.noise_free,
             "base": self.settings.base or config.base_name_or_path,
             "base_fingerprint": config.base_fingerprint,
             "checkpoint_fingerprint": fingerprint(self.model),

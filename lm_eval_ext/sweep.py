@@ -7,6 +7,10 @@
     grid:                                   # model args with several values: all combinations
       diffusion_budget: [3, 7, 15]
       guidance_scale: [1.0, 1.5]
+    controls:                               # what a curve over the budget has to be compared with
+      one_evaluation: [0.02, 0.1]           # times, or the --json FILE of training.controls: its best time
+      noise_free: CHECKPOINT                # trained with noise_free
+      finetuned: [CHECKPOINT]               # plain models: --model hf
     run: {num_fewshot: 5, batch_size: 8}    # options of the lm_eval command line, of every setting
 
 - `read_plan`: the YAML file, validated without loading anything
@@ -36,24 +40,26 @@ from l2d.command_line import Parser, check_folder
 from l2d.files import write_files
 from lm_eval_ext.arguments import BUDGET, UsageError, parse_arguments
 from lm_eval_ext.early import check_checkpoint
+from lm_eval_ext.sweep_controls import Point, read_controls
 
-KEYS = ("output", "tasks", "base", "model_args", "grid", "run")
+KEYS = ("output", "tasks", "base", "model_args", "grid", "controls", "run")
 OWN_OPTIONS = ("model", "model_args", "tasks", "output_path")
 PARTIAL = ".partial"
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One run: a task, a name that tells what the grid chose, model args, and options of the command line."""
+    """One run: a task, a name that tells what the grid chose, model args, options of the command line; l2d or hf."""
 
     task: str
     name: str
     model_args: dict[str, Any]
     run: dict[str, Any]
+    model: str = "l2d"
 
     def command(self, folder: Path) -> list[str]:
         """Arguments of `lm_eval` for this setting."""
-        words = ["run", "--model", "l2d", "--tasks", self.task, "--output_path", str(folder)]
+        words = ["run", "--model", self.model, "--tasks", self.task, "--output_path", str(folder)]
         words += ["--model_args", json.dumps(self.model_args)]
         for option, value in self.run.items():
             if value is True:
@@ -105,24 +111,30 @@ def read_plan(file: str | Path) -> Plan:
     for name in run:
         if name in OWN_OPTIONS:
             raise UsageError(f"run: {name!r} is set by the sweep itself; leave it out.")
-    points = list(_points(shared, grid, content.get("base", False)))
-    for _, model_args in points:
-        check_checkpoint(parse_arguments(dict(model_args)))
-    settings = [Setting(task, name, args, {"log_samples": True, **run}) for task in tasks for name, args in points]
+    points = [*_points(shared, grid, content.get("base", False)), *read_controls(_mapping(content, "controls"), shared)]
+    for point in points:
+        if point.model == "l2d":
+            check_checkpoint(parse_arguments(dict(point.model_args)))
+    run = {"log_samples": True, **run}
+    settings = [
+        Setting(task, point.name, point.model_args, {**run, **point.run}, point.model)
+        for task in tasks
+        for point in points
+    ]
     return Plan(Path(output), settings)
 
 
-def _points(shared: dict[str, Any], grid: dict[str, list], base: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, model args) of the base and of every combination in the grid."""
+def _points(shared: dict[str, Any], grid: dict[str, list], base: Any) -> Iterator[Point]:
+    """The base and every combination in the grid."""
     if not isinstance(base, bool):
         raise UsageError(f"base={base!r} must be true or false.")
     if base:
         unguided = {name: value for name, value in shared.items() if not name.startswith("guidance_")}
-        yield "base", {**unguided, BUDGET: 1}
+        yield Point("base", {**unguided, BUDGET: 1})
     for values in itertools.product(*grid.values()) if grid or not base else ():
         chosen = dict(zip(grid, values, strict=True))
         name = ",".join(f"{name}={str(value).replace('/', '_')}" for name, value in chosen.items())
-        yield name or "default", {**shared, **chosen}
+        yield Point(name or "default", {**shared, **chosen})
 
 
 def _mapping(content: dict[str, Any], name: str) -> dict[str, Any]:
@@ -191,6 +203,7 @@ def _complete(plan: Plan, setting: Setting) -> bool:
         held = json.loads((folder / "setting.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{str(folder)!r} was not made by a sweep: give another output folder.") from error
+    held = {"model": "l2d", **held} if isinstance(held, dict) else held  # older sweeps knew no other
     if held != json.loads(json.dumps(dataclasses.asdict(setting))):
         raise UsageError(f"{str(folder)!r} was made with other settings: give another output folder, or remove it.")
     return True
@@ -257,7 +270,7 @@ def _shown(value: Any, digits: int) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Run the sweep of the file that is named on the command line; 1 if a setting failed."""
     parser = Parser(prog="python -m lm_eval_ext.sweep", description="Run a grid of evaluations.")
-    parser.add_argument("file", help="YAML file with output, tasks, base, model_args, grid and run")
+    parser.add_argument("file", help="YAML file with output, tasks, base, model_args, grid, controls and run")
     plan = read_plan(parser.parse_args(arguments).file)
     failed = run_plan(plan)
     print(table(plan))

@@ -1,10 +1,11 @@
-"""Sweeps: the grid of a YAML file, resuming after SIGKILL, refusals.
+"""Sweeps: the grid of a YAML file, controls and what the leaderboard makes of them, resuming after SIGKILL, refusals.
 
 Run: `python -m pytest tests/test_lm_eval_sweep.py`
 """
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import yaml
 
 from lm_eval_ext import sweep
 from lm_eval_ext.arguments import UsageError
+from lm_eval_ext.leaderboard.__main__ import write_leaderboard
 from tests.conftest import REPOSITORY
 from tests.integration.harness import TASKS
 
@@ -110,6 +112,15 @@ def test_a_failing_setting_does_not_stop_the_others(l2d_dir, tmp_path, monkeypat
         (dict(grid=[1]), "grid=[1] must be a mapping"),
         (dict(run={"output_path": "x"}), "run: 'output_path' is set by the sweep itself"),
         (dict(model_args={}), "'pretrained' is missing"),
+        (dict(controls=[0.1]), "controls=[0.1] must be a mapping"),
+        (dict(controls={"once": 0.1}), "controls has the key 'once', which is not known: use one_evaluation"),
+        (dict(controls={"one_evaluation": [0]}), "one_evaluation=[0] must be times above 0 and up to 1"),
+        (dict(controls={"one_evaluation": []}), "one_evaluation=[] must be times"),
+        (dict(controls={"one_evaluation": [0.1, 0.1]}), "'one_evaluation,t=0.1' is there twice"),
+        (dict(controls={"one_evaluation": "absent.json"}), "'absent.json' is no file with a best_time"),
+        (dict(controls={"noise_free": "absent"}), "pretrained='absent' is not a folder"),
+        (dict(controls={"noise_free": 3}), "noise_free=3 must be the folder"),
+        (dict(controls={"finetuned": "absent"}), "finetuned='absent' holds no model's config.json"),
     ],
 )
 def test_refusals(l2d_dir, tmp_path, changes, sentence):
@@ -141,3 +152,56 @@ def test_grid_and_command(l2d_dir, tmp_path):
     ]
     words = plan.settings[1].command(Path("x"))
     assert words[-5:] == ["--num_fewshot", "2", "--gen_kwargs", '{"max_gen_toks": 4}', "--apply_chat_template"]
+
+
+@pytest.fixture
+def controls(make_l2d, base_dir, tmp_path) -> dict[str, object]:
+    """All three controls: a time from a file of `training.controls`, a noise-free path, a finetuned model."""
+    chosen, finetuned = tmp_path / "controls.json", tmp_path / "finetuned"
+    chosen.write_text('{"best_time": 0.2}')
+    shutil.copytree(base_dir, finetuned)
+    (finetuned / "recipe.yaml").write_text(f"method: lora_sft\nbase: {base_dir}\n")
+    noise_free = make_l2d(base_dir, noise_free=True)
+    return {"one_evaluation": str(chosen), "noise_free": str(noise_free), "finetuned": [str(finetuned)]}
+
+
+def test_controls_are_settings(l2d_dir, tmp_path, controls):
+    args = {"pretrained": str(l2d_dir), "device": "cpu", "seed": 3, "mc_samples": 2}
+    plan = sweep.read_plan(write(tmp_path, l2d_dir, model_args=args, controls=controls))
+    once, noise_free, finetuned = plan.settings[-3:]
+    assert once.name == "one_evaluation,t=0.2" and noise_free.name.startswith("noise_free,")
+    sampler = {"diffusion_budget": 2, "solver": "euler", "final_time": 0.2}
+    assert once.model_args == {"pretrained": str(l2d_dir), "device": "cpu", "seed": 3, **sampler}
+    assert noise_free.model_args == {"device": "cpu", "pretrained": controls["noise_free"]}
+    assert finetuned.command(Path("x"))[1:3] == ["--model", "hf"] and once.command(Path("x"))[2] == "l2d"
+    assert finetuned.model_args == {"pretrained": controls["finetuned"][0]} and finetuned.run["device"] == "cpu"
+    for name, folder, sentence in (
+        ("noise_free", l2d_dir, "is a path with noise: give a checkpoint trained with noise_free"),
+        ("finetuned", l2d_dir, "is an L2D checkpoint: put it under pretrained or noise_free"),
+    ):
+        with pytest.raises(UsageError, match=sentence):
+            sweep.read_plan(write(tmp_path, l2d_dir, controls={name: str(folder)}))
+
+
+def test_the_leaderboard_knows_what_a_sweep_ran(l2d_dir, make_l2d, base_dir, tmp_path, controls):
+    """Real runs: controls as kinds of rows, votes and carried state in the labels, and nothing missing."""
+    grid = {"diffusion_budget": [3], "votes": [1, 2]}
+    for name, changes in (
+        ("curve", {"grid": grid, "controls": controls}),
+        ("carried", {"base": False, "model_args": {"pretrained": str(make_l2d(base_dir, carried_state=True))}}),
+    ):
+        (tmp_path / name).mkdir()
+        file = write(tmp_path / name, l2d_dir, **{"grid": {"diffusion_budget": [3]}, **changes})
+        assert sweep.main([str(file)]) == 0
+    board = write_leaderboard([tmp_path / "curve" / "out", tmp_path / "carried" / "out"], tmp_path / "report")
+    assert not board.skipped
+    assert [row.setting.label for row in board.rows] == [
+        *("L2D at T = 1", "L2D (lora), T = 3", "L2D (lora), T = 3, 2 votes", "L2D (lora), T = 3, carried state"),
+        *("control: one evaluation, t = 0.2", "control: noise-free path", "LoRA finetuning"),
+    ]
+    assert board.controls == {str(base_dir): ["one-evaluation", "noise-free", "lora-ft"]}
+    votes = board.rows[2].setting
+    assert votes.votes == 2 and votes.cost["asked"]["mean"] == 6
+    page = (tmp_path / "report" / "leaderboard.html").read_text()
+    assert "missing" not in page.split("</header>")[0] and "Not measured here" not in page
+    assert all(f'class="level {kind}"' in page for kind in ("one-evaluation", "noise-free", "lora-ft", "base"))

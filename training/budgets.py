@@ -1,6 +1,7 @@
 """What the sampler makes of the evaluation data during training.
 
 - `budget_accuracy`: share of response tokens that the sampler chooses greedily, at several budgets
+- `padded`: encoded examples as tensors
 - `write_samples`: responses of the base and of the largest budget, side by side in `samples.jsonl`
 
 Both use the first evaluation examples and noise that depends on these alone, so that evaluations compare.
@@ -30,7 +31,7 @@ def budget_accuracy(trainer: "L2DTrainer", examples: datasets.Dataset, prefix: s
     model = trainer.accelerator.unwrap_model(trainer.model)
     for start in range(0, len(mine), _BATCH):
         rows = [examples[row] for row in mine[start : start + _BATCH]]
-        ids, mask, wanted = _padded(rows, trainer.processing_class.pad_token_id, args.device)
+        ids, mask, wanted = padded(rows, trainer.processing_class.pad_token_id, args.device)
         for place, budget in enumerate(budgets):
             with trainer.accelerator.autocast():
                 greedy = model.score(ids, mask, continuation_mask=wanted, sampler={"budget": budget}).greedy
@@ -42,7 +43,7 @@ def budget_accuracy(trainer: "L2DTrainer", examples: datasets.Dataset, prefix: s
     }
 
 
-def _padded(rows: list[dict[str, Any]], pad: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+def padded(rows: list[dict[str, Any]], pad: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Token ids, attention mask and response mask (B, S), padded on the right."""
     width = max(len(row["input_ids"]) for row in rows)
     ids = torch.full((len(rows), width), pad)

@@ -1,6 +1,7 @@
 """Data sets to token ids and labels, the same for every training method.
 
 - `load_examples`: hub name, file or folder -> training and evaluation examples with named columns
+- `load_split`: the same for one split, to measure on
 - `load_tokenizer`: the base's tokenizer, ready for training
 - `encode`: examples -> `input_ids`, `labels` (-100 wherever nothing is to be learned), optional `guidance_class`
 
@@ -81,6 +82,15 @@ def load_examples(
     if data.unroll:
         parts = [part and unroll(part, processes) for part in parts]
     return parts[0], parts[1]
+
+
+def load_split(argument: str, data: DataArguments) -> datasets.Dataset:
+    """The examples of `data.dataset`, split `data.train_split`, with named columns and without classes.
+
+    Raises `ValueError`, which calls the data set `argument`, for data that are not there, are empty or lack columns.
+    """
+    part = _name_columns(_read(argument, data.dataset, data, data.train_split, None), data, None, None)
+    return unroll(part, None) if data.unroll else part
 
 
 def _is_file(source: str) -> bool:

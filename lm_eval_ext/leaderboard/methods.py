@@ -30,7 +30,8 @@ KINDS = {
     "full-ft": "full finetuning",
     "other": "other model",
 }
-CONTROLS = ("one-evaluation", "noise-free", "lora-ft")
+CONTROL_NAMES = {"one-evaluation": "one evaluation", "noise-free": "noise-free path", "lora-ft": "LoRA finetuning"}
+CONTROLS = tuple(CONTROL_NAMES)
 _RECIPE_METHODS = {"lora_sft": "lora-ft", "full_sft": "full-ft"}
 
 
@@ -39,8 +40,9 @@ class Setting:
     """A model and how it answered.
 
     kind: a key of `KINDS`; model: folder or hub name; base: the base's, or `None` where it is not known.
-    budget, solver, guidance, final_time, seed: of the sampler; budget 1 and `None` for plain models.
-    decoding: "greedy", "sampled at TEMPERATURE", "scored" or several of them; details: other unusual settings.
+    budget, solver, guidance, final_time, votes, seed: of the sampler; budget 1 and `None` for plain models.
+    decoding: "greedy", "sampled at TEMPERATURE", "scored" or several of them; details: how the path was trained and
+    other unusual settings.
     cost: by quantity ("asked", "computed", "rounds"), the recorded statistics per token.
     tokens: generated and scored ones, `None` where nobody counted.
     """
@@ -52,6 +54,7 @@ class Setting:
     solver: str | None
     guidance: str | None
     final_time: float | None
+    votes: int | None
     seed: int | None
     decoding: str
     details: str
@@ -74,8 +77,8 @@ class Setting:
         """Method and what sets it apart, in one line."""
         parts = [KINDS[self.kind]]
         if self.kind == "one-evaluation":
-            parts.append(f"t = {self.final_time:g}")
-        elif self.kind in ("l2d-lora", "l2d-full", "noise-free"):
+            parts.append(f"t = {1 if self.final_time is None else self.final_time:g}")
+        elif self.kind in ("l2d-lora", "l2d-full"):
             parts.append(f"T = {self.budget}" if self.budget else f"{self.solver}, adaptive")
         if self.details:
             parts.append(self.details)
@@ -110,9 +113,10 @@ def describe(run: Run) -> Setting:
         solver=sampler.get("solver") if sampler.get("budget") != 1 else None,
         guidance=guidance,
         final_time=number(sampler.get("final_time")),
+        votes=_whole(sampler.get("votes")),
         seed=sampler.get("seed"),
         decoding=_decoding(run),
-        details=_details(sampler, kind),
+        details=_details(ours, sampler, kind, recipe),
         trained=_trained(run, model, kind),
         parameters=_whole(run.config.get("model_num_parameters")),
         cost={name: value for name, value in cost.items() if isinstance(value, dict)},
@@ -132,8 +136,8 @@ def _kind(run: Run, model: str, sampler: dict[str, Any], recipe: dict[str, str])
             return "l2d-base", base
         if ours.get("noise_free") or recipe.get("noise_free") == "true":
             return "noise-free", base
-        final = number(sampler.get("final_time"))
-        if sampler.get("budget") == 2 and final is not None and final < 1:
+        once = sampler.get("budget") == 2 and (number(sampler.get("votes")) or 1) == 1
+        if once and (sampler.get("solver") == "euler" or (number(sampler.get("final_time")) or 1) < 1):
             return "one-evaluation", base
         return ("l2d-full" if ours.get("variant") == "full" else "l2d-lora"), base
     if run.model_args.get("peft"):
@@ -143,18 +147,24 @@ def _kind(run: Run, model: str, sampler: dict[str, Any], recipe: dict[str, str])
     return "other", None
 
 
-def _details(sampler: dict[str, Any], kind: str) -> str:
-    if kind in ("base", "l2d-base", "other"):
+def _details(ours: dict[str, Any], sampler: dict[str, Any], kind: str, recipe: dict[str, str]) -> str:
+    """How the path was trained, where a recipe tells, and what of its sampler is not the default."""
+    if kind in ("base", "l2d-base", "other") or not ours:
         return ""
+    named = {"corruption_rate": "corrupted {}", "rollout_evaluations": "rollout {}"}
+    trained = [
+        text.format(recipe[name]) for name, text in named.items() if recipe.get(name) not in (None, "0.0", "0", "null")
+    ]
+    trained += ["carried state"] if ours.get("carried_state") or recipe.get("carried_state") == "true" else []
     usual = dict(solver="midpoint", start_time=0.0, final_time=1.0, choice="sample", choice_temperature=0.0)
-    usual |= dict(normalize_average=False, end_velocity="straight", mc_samples=1, seed=0)
-    if kind == "one-evaluation":
+    usual |= dict(normalize_average=False, end_velocity="straight", votes=1, mc_samples=1, seed=0)
+    if kind in ("one-evaluation", "noise-free"):
         usual |= {name: sampler.get(name) for name in ("solver", "final_time")}
     named = {"solver": "{}", "final_time": "to t = {}", "start_time": "from t = {}", "choice": "{}", "seed": "seed {}"}
     named |= {"choice_temperature": "τ = {}", "mc_samples": "{} noise draws", "normalize_average": "normalised"}
-    named |= {"end_velocity": "end velocity {}"}
+    named |= {"end_velocity": "end velocity {}", "votes": "{} votes"}
     unusual = [name for name, value in usual.items() if name in sampler and sampler[name] != value]
-    return ", ".join(named[name].format(sampler[name]) for name in unusual)
+    return ", ".join([*trained, *(named[name].format(sampler[name]) for name in unusual)])
 
 
 def _decoding(run: Run) -> str:

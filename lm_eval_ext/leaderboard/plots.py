@@ -1,6 +1,7 @@
 """Figures as inline SVG, drawn with the page's own colours so that they follow light, dark and print.
 
-- `curve_figures`: accuracy against budget or seconds per token, one panel per task and decoding
+- `curve_figures`: accuracy against budget or seconds per token, one panel per task and decoding; the base, finetuning
+  and the controls are horizontal lines beside the budget curves
 - `difference_figures`: differences to the base with 95 % intervals, one panel per task
 - `cost_figures`: evaluations per token: histograms where the runs recorded them, else mean, median, p95 and maximum
 
@@ -15,15 +16,18 @@ from html import escape
 from typing import Any
 
 from lm_eval_ext.leaderboard.board import Board, Cell, Row
-from lm_eval_ext.leaderboard.methods import KINDS, Setting
+from lm_eval_ext.leaderboard.methods import CONTROL_NAMES, CONTROLS, KINDS, Setting
 
 WIDTH, HEIGHT = 520, 320
 _LEFT, _RIGHT, _TOP, _BOTTOM = 46, 128, 14, 42
 COLOURS = 8
 LINES = {"base": "base", "l2d-base": "base (T = 1)", "lora-ft": "LoRA ft", "full-ft": "full ft"}
+CONTROL_LINES = {"one-evaluation": "one eval", "noise-free": "noise-free"}
+"""Controls that are lines beside the budget curves; against time they are points."""
 Place = Callable[[Setting], Any]
 """Where a setting stands on the axis; `None` where it is not known, and the setting is then left out."""
-_CURVES = ("l2d-lora", "l2d-full", "l2d-base", "noise-free")
+_CURVES = ("l2d-lora", "l2d-full", "l2d-base")
+_LABEL = 13  # pixels between names at the right
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +58,7 @@ def curve_figures(board: Board, horizontal: str) -> list[Figure]:
 
 def _budget(setting: Setting) -> float | None:
     if setting.budget is not None:
-        return setting.budget
+        return setting.budget * (1 if setting.budget == 1 else setting.votes or 1)
     return (setting.cost.get("asked") or {}).get("mean")
 
 
@@ -76,19 +80,20 @@ def _series(rows: list[Row]) -> dict[str, list[Row]]:
 
 def _curve_panel(title: str, task: str, rows: list[Row], place: Place, horizontal: str) -> Figure | None:
     series = _series([row for row in rows if row.setting.kind in _CURVES and place(row.setting)])
-    controls = [row for row in rows if row.setting.kind == "one-evaluation" and place(row.setting)]
+    level = LINES | (CONTROL_LINES if horizontal == "budget" else {})
+    controls = [row for row in rows if row.setting.kind in CONTROL_LINES and row.setting.kind not in level]
+    controls = [row for row in controls if place(row.setting)]
     if not series and not controls:
         return None
-    lines = [row for row in rows if row.setting.kind in LINES and (row.setting.kind != "l2d-base")]
-    if not any(row.setting.kind == "base" for row in lines):
-        lines += [row for row in rows if row.setting.kind == "l2d-base"]
+    lines = _lines(rows, task, level)
     points = [row for members in series.values() for row in members] + controls
     across = _log_axis([place(row.setting) for row in points])
-    up = _Axis(*_limits([row.cells[task] for row in points + lines]), HEIGHT - _BOTTOM, _TOP)
+    up = _Axis(*_limits([row.cells[task] for row in points + [line.row for line in lines]]), HEIGHT - _BOTTOM, _TOP)
     words = "evaluations per token, T" if horizontal == "budget" else "seconds per token (log scale)"
     ticks = sorted({place(row.setting) for row in points}) if horizontal == "budget" else _decades(across)
     parts = _frame(across, up, ticks, words)
-    parts += _baselines(lines, task, up)
+    marks = {members[-1].setting.model: f"c{number % COLOURS}" for number, members in enumerate(series.values())}
+    parts += _levels(lines, task, up, marks if len(marks) > 1 else {})
     legend = []
     for number, (name, members) in enumerate(series.items()):
         mark = f"c{number % COLOURS}"
@@ -99,9 +104,55 @@ def _curve_panel(title: str, task: str, rows: list[Row], place: Place, horizonta
         legend.append((mark, name))
     for row in controls:
         parts += _control(row, task, across(place(row.setting)), up)
+    legend += [(f"line {_mark(line.row, marks if len(marks) > 1 else {})}", line.name) for line in lines]
     if controls:
-        legend.append(("control", "one evaluation of the path (control)"))
-    return Figure(title, _svg(parts, f"{title}: accuracy against {words}"), legend)
+        legend.append(("control", "controls: one evaluation, noise-free path"))
+    return Figure(title, _svg(parts, f"{title}: accuracy against {words}"), legend, _missing(rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Level:
+    """A row that is drawn as a horizontal line, with its name in the legend and, shorter, beside the line."""
+
+    row: Row
+    name: str
+    short: str
+
+
+def _lines(rows: list[Row], task: str, kinds: dict[str, str]) -> list[_Level]:
+    """Rows of `kinds`, one per model and kind: of several times of one evaluation the best, as a strict control."""
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row.setting.kind in kinds:
+            found.setdefault((row.setting.kind, row.setting.model), []).append(row)
+    if any(kind == "base" for kind, _ in found):
+        found = {key: members for key, members in found.items() if key[0] != "l2d-base"}
+    models = Counter(kind for kind, _ in found)
+    levels = []
+    for (kind, _), members in found.items():
+        best = max(members, key=lambda row: row.cells[task].measure.value)
+        setting, name = best.setting, KINDS[kind]
+        if kind == "one-evaluation":
+            name = setting.label + (f" (best of {len(members)} times)" if len(members) > 1 else "")
+        if models[kind] > 1:
+            name += f", {setting.name}"
+        levels.append(_Level(best, name, kinds[kind]))
+    return levels
+
+
+def _mark(row: Row, marks: dict[str, str]) -> str:
+    """Classes of a line: its kind and, where there are several curves, the colour of the one that it belongs to."""
+    kind = row.setting.kind.replace("l2d-base", "base")
+    return f"{kind} {marks.get(row.setting.model, '')}".strip() if kind == "one-evaluation" else kind
+
+
+def _missing(rows: list[Row]) -> str:
+    """Which controls of L2D's curves are not among the rows of a panel; empty where none is missing."""
+    kinds = {row.setting.kind for row in rows}
+    if not kinds & {"l2d-lora", "l2d-full"}:
+        return ""
+    names = [CONTROL_NAMES[kind] for kind in CONTROLS if kind not in kinds]
+    return f"Not measured here: {', '.join(names)}." if names else ""
 
 
 class _Axis:
@@ -168,12 +219,13 @@ def _frame(across: _Axis, up: _Axis, ticks: list[float], words: str) -> list[str
     return parts
 
 
-def _baselines(lines: list[Row], task: str, up: _Axis) -> list[str]:
-    parts, last = [], math.inf
-    for row in sorted(lines, key=lambda row: row.cells[task].measure.value):
-        measure = row.cells[task].measure
-        y = up(measure.value)
-        mark = row.setting.kind.replace("l2d-base", "base")
+def _levels(lines: list[_Level], task: str, up: _Axis, marks: dict[str, str]) -> list[str]:
+    parts = []
+    lines = sorted(lines, key=lambda line: line.row.cells[task].measure.value)
+    heights = _apart([up(line.row.cells[task].measure.value) for line in lines])
+    for line, height in zip(lines, heights, strict=True):
+        measure = line.row.cells[task].measure
+        y, mark = up(measure.value), _mark(line.row, marks)
         if measure.stderr:
             top, bottom = (
                 up(min(up.high, measure.value + measure.stderr)),
@@ -183,14 +235,25 @@ def _baselines(lines: list[Row], task: str, up: _Axis) -> list[str]:
             parts.append(f'<rect class="band {mark}" x="{_LEFT}" {band}/>')
         parts.append(
             f'<line class="level {mark}" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}">'
-            f"<title>{_tip(row, task)}</title></line>"
+            f"<title>{_tip(line.row, task)}</title></line>"
         )
-        last = min(y, last - 13)
         parts.append(
-            f'<text class="name {mark}" x="{WIDTH - _RIGHT + 6}" y="{last + 4:.1f}">'
-            f"{LINES[row.setting.kind]} {measure.value:.3f}</text>"
+            f'<text class="name {mark}" x="{WIDTH - _RIGHT + 6}" y="{height + 4:.1f}">'
+            f"{line.short} {measure.value:.3f}</text>"
         )
     return parts
+
+
+def _apart(heights: list[float]) -> list[float]:
+    """Falling pixel heights moved so that names at them do not cover each other, within the panel if they fit."""
+    placed: list[float] = []
+    for height in heights:
+        placed.append(min(height, placed[-1] - _LABEL) if placed else height)
+    ceiling = _TOP
+    for place in reversed(range(len(placed))):  # from the highest line downwards
+        placed[place] = max(placed[place], ceiling)
+        ceiling = placed[place] + _LABEL
+    return placed
 
 
 def _line(members: list[Row], task: str, across: _Axis, up: _Axis, place: Place, mark: str) -> list[str]:

@@ -14,7 +14,8 @@ _OBJECTS = ("configs", "versions", "n-shot", "n-samples", "higher_is_better", "t
 _TEXTS = ("git_hash", "chat_template_sha", "system_instruction_sha", "lm_eval_version", "transformers_version")
 _L2D_TEXTS = ("base", "variant", "base_fingerprint", "checkpoint_fingerprint", "dtype", "command")
 _L2D_NUMBERS = ("generated_tokens", "scored_tokens", "seconds", "world_size", "trained_parameters")
-_SAMPLER_NUMBERS = ("budget", "seed", "final_time", "start_time", "guidance_scale", "mc_samples")
+_SAMPLER_NUMBERS = ("budget", "seed", "final_time", "start_time", "guidance_scale", "mc_samples", "votes")
+_L2D_TRUTHS = ("carried_state", "noise_free")
 _STATISTICS = ("mean", "median", "p95", "max")
 
 
@@ -78,6 +79,8 @@ def _check_call(config: dict[str, Any]) -> None:
         _kind(ours.get(name), (str, type(None)), f"config.l2d.{name}")
     for name in _L2D_NUMBERS:
         _number(ours.get(name), f"config.l2d.{name}")
+    for name in _L2D_TRUTHS:
+        _kind(ours.get(name), (bool, type(None)), f"config.l2d.{name}")
     sampler = ours.get("sampler")
     _kind(sampler, dict, "config.l2d.sampler")
     _whole(sampler.get("budget"), "config.l2d.sampler.budget")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lm_eval_ext.leaderboard.board import GROUP_RULE, Board, Cell, Row
-from lm_eval_ext.leaderboard.methods import KINDS
+from lm_eval_ext.leaderboard.methods import CONTROL_NAMES, KINDS
 from lm_eval_ext.leaderboard.provenance import provenance
 
 
@@ -26,12 +26,13 @@ def relative(file: Path | str, out: Path) -> str:
 def missing_controls(board: Board) -> list[str]:
     """One sentence per base of an L2D model: which controls of a budget curve are there, and which are not."""
     sentences = []
-    names = {"one-evaluation": "one evaluation", "noise-free": "noise-free path", "lora-ft": "LoRA finetuning"}
     for base, present in board.controls.items():
-        missing = [name for kind, name in names.items() if kind not in present]
-        shown = [names[kind] for kind in present]
+        missing = [name for kind, name in CONTROL_NAMES.items() if kind not in present]
+        shown = [CONTROL_NAMES[kind] for kind in present]
         text = f"Controls for {Path(base).name}: {', '.join(shown) or 'none'} present; "
-        sentences.append(text + (f"missing: {', '.join(missing)}." if missing else "none missing."))
+        text += f"missing: {', '.join(missing)}" if missing else "none missing"
+        why = "; without them the curve over T does not tell whether its evaluations are what helps" if missing else ""
+        sentences.append(f"{text}{why}.")
     return sentences
 
 
@@ -140,6 +141,8 @@ def _record(row: Row, task: str, cell: Cell, measure: Any, out: Path) -> dict[st
         "budget": s.budget,
         "solver": s.solver,
         "guidance": s.guidance,
+        "votes": s.votes,
+        "final_time": s.final_time,
         "decoding": s.decoding,
         "seed": s.seed,
         "trained_parameters": s.trained,

@@ -1,6 +1,7 @@
 """Runs the demo: `python -m training.demo --out FOLDER`.
 
-* trains a tiny base, L2D and two finetuning baselines, and evaluates all of them through `lm_eval`, offline, on the CPU
+* trains a tiny base, L2D as published and with corrupted targets, a noise-free path and two finetuning baselines, and
+  evaluates all of them through `lm_eval`, offline, on the CPU
 * leaves `leaderboard.md`, `.json` and `.html`, `accuracy.png` and `trace.html` in the folder, with every model, log and
   result file
 * an interrupted run continues; a finished one is not overwritten without `--overwrite`
@@ -33,7 +34,7 @@ def main() -> None:
         sys.exit(_refused(f"OUT={options.out} cannot be written to ({error}): choose another folder with OUT=."))
     except ValueError as error:
         sys.exit(_refused(str(error)))
-    print(f"demo in {workspace.folder}: about 7 minutes on 2 cores; every step's output is in logs/", flush=True)
+    print(f"demo in {workspace.folder}: about 10 minutes on 2 cores; every step's output is in logs/", flush=True)
     try:
         write_recipes(workspace.folder)
         run_steps(build_steps(workspace.folder), workspace, environment(workspace.folder), ROOT)
@@ -84,7 +85,7 @@ def report(workspace: Workspace) -> None:
     write_json(rows, out / "leaderboard.json")
     (out / "leaderboard.md").write_text(markdown(rows, sentences), encoding="utf-8")
     draw(rows, out / "accuracy.png")
-    print(f"\nexact match ± standard error; L2D and finetuning: {STEPS:,} steps on products only\n")
+    print(f"\nexact match ± standard error; all but the base: {STEPS:,} steps on products only\n")
     print(terminal_table(rows))
     for heading, lines in sentences.items():
         print(f"\n{heading}:")

@@ -1,9 +1,10 @@
 """The steps of the demo, as commands that a user could type.
 
-* `recipes`: what the three trainings are told; one YAML file each
+* `recipes`: what the five trainings are told; one YAML file each
 * `SETTINGS`: which models are evaluated, and how
-* `build_steps`: data, base, three trainings (`python -m training.train`) and two evaluations (`lm_eval`) per setting,
-  one greedy and one sampled at temperature 1
+* `build_steps`: data, base, five trainings (`python -m training.train`), the best time of one evaluation for the two
+  budget curves (`python -m training.controls`, on validation data), and two evaluations (`lm_eval`) per setting, one
+  greedy and one sampled at temperature 1
 """
 
 import json
@@ -20,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("l2d_demo_products", "l2d_demo_sums")
 DECODINGS = {"greedy": (), "sampled": ("--gen_kwargs", "do_sample=true,temperature=1.0")}
 BUDGETS = (1, 3, 7, 15, 31)
+CURVES = ("l2d", "corrupted")
+CONTROLS = {"l2d": "once", "corrupted": "corrupted_once"}  # method of the one-evaluation control, by curve
 STEPS = 2000
 
 
@@ -32,7 +35,8 @@ class Setting:
         method: in the leaderboard.
         folder: of the checkpoint in the demo's output folder.
         budget: evaluations per token; a plain model spends 1.
-        solver, final_time: of the trajectory; `None` for plain models.
+        solver: of the trajectory; `None` for plain models.
+        at_best_time: one evaluation, at the time that was best on validation data.
     """
 
     name: str
@@ -40,27 +44,37 @@ class Setting:
     folder: str
     budget: int = 1
     solver: str | None = None
-    final_time: float | None = None
+    at_best_time: bool = False
 
     def model(self, out: Path) -> list[str]:
         """Arguments of `lm_eval` that choose the model."""
         if self.solver is None:
             return ["--model", "hf", "--model_args", f"pretrained={out / self.folder}"]
-        sampler = f"solver={self.solver},diffusion_budget={self.budget},final_time={self.final_time}"
+        if self.at_best_time:
+            return ["--model", "l2d", "--model_args", chosen(out, self.folder)["model_args"]]
+        sampler = f"solver={self.solver},diffusion_budget={self.budget}"
         return ["--model", "l2d", "--model_args", f"pretrained={out / self.folder},{sampler}"]
+
+    def final_time(self, out: Path) -> float | None:
+        """Where the trajectory ends; `None` for plain models."""
+        if self.at_best_time:
+            return chosen(out, self.folder)["best_time"]
+        return None if self.solver is None else 1.0
 
 
 SETTINGS = (
     Setting("base", "base", "base"),
-    *(Setting(f"l2d-{budget}", "l2d", "l2d", budget, "midpoint", 1.0) for budget in BUDGETS),
-    Setting("control", "control", "l2d", 2, "euler", 0.02),
+    *(Setting(f"l2d-{budget}", "l2d", "l2d", budget, "midpoint") for budget in BUDGETS),
+    *(Setting(f"corrupted-{budget}", "corrupted", "corrupted", budget, "midpoint") for budget in BUDGETS[1:]),
+    *(Setting(method, method, folder, 2, "euler", at_best_time=True) for folder, method in CONTROLS.items()),
+    Setting("noise_free", "noise_free", "noise_free", 2, "euler"),
     Setting("lora_sft", "lora_sft", "lora_sft"),
     Setting("full_sft", "full_sft", "full_sft"),
 )
 
 
 def recipes(out: Path) -> dict[str, dict[str, Any]]:
-    """The recipes of the three trainings: the same data, batches and number of steps."""
+    """The recipes of the trainings: the same data, batches and number of steps."""
     common = {
         "base": str(out / "base"),
         "dataset": str(out / "data" / "products_train.jsonl"),
@@ -80,24 +94,26 @@ def recipes(out: Path) -> dict[str, dict[str, Any]]:
         "learning_rate": 6.0e-3,
         "variant": "full",
         "diffusion_dim": 64,
-        "noise_std": 0.75,
-        "time_power": 4.0,
         "input_width": 64,
         "conditioning_width": 64,
         "frequency_width": 64,
-        "draws": 4,
-        "sampler": {"budget": 15},
     }
+    noised = {**path, "noise_std": 0.75, "time_power": 4.0, "draws": 4, "sampler": {"budget": 15}}
     own: dict[str, dict[str, Any]] = {
-        "l2d": path,
+        "l2d": noised,
+        "corrupted": {**noised, "corruption_rate": 0.3},
+        "noise_free": {**path, "noise_free": True},
         "lora_sft": {"learning_rate": 3.0e-3},
         "full_sft": {"learning_rate": 3.0e-3},
     }
-    return {method: {"method": method, **common, "output_dir": str(out / method), **own[method]} for method in own}
+    return {
+        name: {"method": name if name.endswith("_sft") else "l2d", **common, "output_dir": str(out / name), **changes}
+        for name, changes in own.items()
+    }
 
 
 def write_recipes(out: Path) -> None:
-    """Writes `configs/<method>.yaml`."""
+    """Writes `configs/<name>.yaml`."""
     (out / "configs").mkdir(exist_ok=True)
     for method, recipe in recipes(out).items():
         text = yaml.safe_dump(recipe, sort_keys=False)
@@ -118,10 +134,28 @@ def build_steps(out: Path) -> list[Step]:
             result=lambda: _base_result(base),
         ),
     ]
-    for method in recipes(out):
-        command = (*python, "training.train", "--config", str(out / "configs" / f"{method}.yaml"))
-        steps.append(Step(f"train {method}", command, out / method, needs=("base",)))
+    for name in recipes(out):
+        command = (*python, "training.train", "--config", str(out / "configs" / f"{name}.yaml"))
+        steps.append(Step(f"train {name}", command, out / name, needs=("base",)))
+    steps += [_choice(out, folder) for folder in CURVES]
     return steps + [_evaluation(out, setting, decoding) for setting in SETTINGS for decoding in DECODINGS]
+
+
+def chosen(out: Path, folder: str) -> dict[str, Any]:
+    """What `training.controls` found for the checkpoint in `folder`."""
+    return json.loads((out / f"{folder}_controls.json").read_text(encoding="utf-8"))
+
+
+def _choice(out: Path, folder: str) -> Step:
+    file = out / f"{folder}_controls.json"
+    command = (sys.executable, "-m", "training.controls", str(out / folder), "--json", str(file))
+    return Step(
+        f"choose time {folder}",
+        (*command, "--data", str(out / "data" / "products_validation.jsonl"), "--batch_size", "256", "--device", "cpu"),
+        file,
+        needs=(f"train {folder}",),
+        result=lambda: f"one evaluation is best at t = {chosen(out, folder)['best_time']:g} (validation)",
+    )
 
 
 def result_folder(out: Path, setting: Setting, decoding: str) -> Path:
@@ -131,17 +165,21 @@ def result_folder(out: Path, setting: Setting, decoding: str) -> Path:
 
 def _evaluation(out: Path, setting: Setting, decoding: str) -> Step:
     folder = result_folder(out, setting, decoding)
-    command = (
-        str(Path(sys.executable).with_name("lm_eval")),
-        *setting.model(out),
-        *("--tasks", ",".join(TASKS)),
-        *("--include_path", str(ROOT / "lm_eval_ext" / "tasks" / "demo")),
-        *DECODINGS[decoding],
-        *("--batch_size", "256", "--device", "cpu"),
-        *("--output_path", str(folder), "--log_samples"),
-    )
+
+    def command() -> tuple[str, ...]:
+        return (
+            str(Path(sys.executable).with_name("lm_eval")),
+            *setting.model(out),
+            *("--tasks", ",".join(TASKS)),
+            *("--include_path", str(ROOT / "lm_eval_ext" / "tasks" / "demo")),
+            *DECODINGS[decoding],
+            *("--batch_size", "256", "--device", "cpu"),
+            *("--output_path", str(folder), "--log_samples"),
+        )
+
     trained = "base" if setting.folder == "base" else f"train {setting.folder}"
-    return Step(f"evaluate {setting.name} {decoding}", command, folder, needs=(trained,))
+    needed = f"choose time {setting.folder}" if setting.at_best_time else trained
+    return Step(f"evaluate {setting.name} {decoding}", command, folder, needs=(needed,))
 
 
 def _base_result(base: Path) -> str:

@@ -1,7 +1,7 @@
 """The demo's figure: accuracy against budget.
 
-* `draw`: one panel per task; L2D greedy and sampled over its budgets, the control as a single point, plain models as
-  horizontal lines; error bars and bands are one standard error
+* `draw`: one panel per task and decoding; the budget curves of plain and corrupted L2D with error bars, and the base,
+  the controls and finetuning as horizontal lines; error bars are one standard error
 """
 
 from pathlib import Path
@@ -14,46 +14,52 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from training.demo.plan import BUDGETS, TASKS
+from training.demo.plan import BUDGETS, CONTROLS, DECODINGS, TASKS
 from training.demo.report import NAMES, Row, Scores, index_rows
 
-PLAIN = {"base": "tab:gray", "lora_sft": "tab:green", "full_sft": "tab:purple"}
-# decoding -> format, color of the curve and of the control, and a shift along the axis so that both can be seen
-MARKS = {"greedy": ("o-", "tab:blue", "tab:red", 0.98), "sampled": ("s--", "tab:cyan", "tab:orange", 1.02)}
+# Colours that the colour-blind tell apart (Okabe and Ito), and with each another mark or dash.
+MARKS = {"l2d": ("o-", "#0072b2"), "corrupted": ("s-", "#d55e00")}
+LINES = {
+    "base": ("#808080", (0, (1, 1))),
+    "once": ("#56b4e9", (0, (8, 2))),
+    "corrupted_once": ("#e69f00", (0, (8, 2))),
+    "noise_free": ("#000000", (0, (6, 2, 1, 2))),
+    "lora_sft": ("#009e73", (0, (3, 2))),
+    "full_sft": ("#cc79a7", (0, (4, 1, 1, 1, 1, 1))),
+}
 
 
 def draw(rows: list[Row], path: Path) -> None:
     """Writes the figure as PNG."""
     scores = index_rows(rows)
-    figure, panels = pyplot.subplots(1, len(TASKS), figsize=(11, 4.5), sharey=True, layout="constrained")
-    for axes, task in zip(panels, TASKS, strict=True):
-        _panel(axes, scores, task)
-        axes.set_title(
-            task.removeprefix("l2d_demo_") + (" (trained)" if task == TASKS[0] else " (the base's other skill)")
-        )
-    panels[0].set_ylabel("exact match, held-out problems (± standard error)")
-    panels[1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8)
-    figure.savefig(path, dpi=150)
+    shape = (len(DECODINGS), len(TASKS))
+    figure, panels = pyplot.subplots(*shape, figsize=(11, 8), sharex=True, sharey=True, layout="constrained")
+    for line, decoding in zip(panels, DECODINGS, strict=True):
+        for axes, task in zip(line, TASKS, strict=True):
+            _panel(axes, scores, task, decoding)
+            skill = "trained" if task == TASKS[0] else "the base's other skill"
+            axes.set_title(f"{task.removeprefix('l2d_demo_')} ({skill}), {decoding}")
+        line[0].set_ylabel("exact match, held-out problems")
+    for axes in panels[-1]:
+        axes.set_xlabel("budget T: evaluations per token")
+    handles, names = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=3, fontsize=9)
+    figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
-def _panel(axes: Axes, scores: Scores, task: str) -> None:
-    for method, color in PLAIN.items():
-        row = scores[method, 1, "greedy", task]
-        axes.axhline(row.value, color=color, linewidth=1, label=f"{NAMES[method]}, greedy")
-        axes.axhspan(row.value - row.stderr, row.value + row.stderr, color=color, alpha=0.15, linewidth=0)
-    for decoding, (mark, color, other, shift) in MARKS.items():
-        style: dict[str, Any] = {"capsize": 4, "markersize": 4, "elinewidth": 1.2}
-        curve = [scores["l2d", budget, decoding, task] for budget in BUDGETS]
+def _panel(axes: Axes, scores: Scores, task: str, decoding: str) -> None:
+    for method, (mark, color) in MARKS.items():
+        curve = [scores[method if budget > 1 else "l2d", budget, decoding, task] for budget in BUDGETS]
         values, errors = [row.value for row in curve], [row.stderr for row in curve]
-        places = [budget * shift for budget in BUDGETS]
-        axes.errorbar(places, values, errors, fmt=mark, color=color, label=f"L2D, {decoding}", **style)
-        one = scores["control", 2, decoding, task]
-        label = f"one evaluation at t = {one.final_time}, {decoding}"
-        axes.errorbar([2 * shift], [one.value], [one.stderr], fmt=mark[0], color=other, label=label, **style)
+        style: dict[str, Any] = {"capsize": 3, "markersize": 5, "elinewidth": 1.2}
+        axes.errorbar(BUDGETS, values, errors, fmt=mark, color=color, label=NAMES[method], **style)
+    for method, (color, dashes) in LINES.items():
+        row = scores[method, 2 if method in (*CONTROLS.values(), "noise_free") else 1, decoding, task]
+        name = NAMES[method] + (f", t = {row.final_time:g}" if method in CONTROLS.values() else "")
+        axes.axhline(row.value, color=color, linestyle=dashes, linewidth=1.8, label=name)
     axes.set_xscale("log", base=2)
-    axes.set_xticks([1, 2, *BUDGETS[1:]], [str(budget) for budget in (1, 2, *BUDGETS[1:])])
+    axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
     axes.minorticks_off()
     axes.set_ylim(0, 1.03)
-    axes.set_xlabel("budget T: evaluations per token")
     axes.grid(alpha=0.3)

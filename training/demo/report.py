@@ -11,13 +11,16 @@ from dataclasses import asdict, dataclass
 from math import hypot
 from pathlib import Path
 
-from training.demo.plan import BUDGETS, DECODINGS, SETTINGS, STEPS, TASKS, Setting, result_folder
+from training.demo.plan import BUDGETS, CONTROLS, CURVES, DECODINGS, SETTINGS, STEPS, TASKS, Setting, result_folder
 
 METRIC = "exact_match"
 NAMES = {
     "base": "base",
     "l2d": "L2D",
-    "control": "L2D, one evaluation near the noise end",
+    "corrupted": "L2D, corrupted training",
+    "once": "control: one evaluation",
+    "corrupted_once": "control: one evaluation, corrupted training",
+    "noise_free": "control: noise-free path",
     "lora_sft": "LoRA finetuning",
     "full_sft": "full finetuning",
 }
@@ -63,7 +66,7 @@ def _setting_rows(out: Path, setting: Setting, decoding: str) -> list[Row]:
             stderr=results["results"][task][f"{METRIC}_stderr,none"],
             n=results["n-samples"][task]["effective"],
             solver=setting.solver,
-            final_time=setting.final_time,
+            final_time=setting.final_time(out),
             file=str(files[-1].relative_to(out)),
         )
         for task in TASKS
@@ -108,21 +111,31 @@ def findings(rows: list[Row], same_answers: dict[str, tuple[int, int]]) -> dict[
         same_answers: by task, how many greedy answers of L2D at budget 1 equal the base's, and of how many.
     """
     scores = index_rows(rows)
-    shown = [_curve(scores), _base_kept(scores, same_answers), _sampling(scores)]
-    other = [_skills_kept(scores), _finetuning_cost(scores)]
-    return {"shown": [*shown, *other], "not shown": [_control(scores), _against_finetuning(scores)]}
+    shown = [*(_curve(scores, method) for method in CURVES), _corruption(scores), _base_kept(scores, same_answers)]
+    shown += [_sampling(scores), _skills_kept(scores), _finetuning_cost(scores)]
+    controls = [_once(scores, method) for method in CURVES]
+    return {"shown": shown, "not shown": [*controls, _noise_free(scores), _against_finetuning(scores)]}
 
 
-def _curve(scores: Scores) -> str:
-    curve = [scores["l2d", budget, "greedy", TASKS[0]] for budget in BUDGETS]
+def _curve(scores: Scores, method: str) -> str:
+    """T = 1 is the base with either training."""
+    curve = [scores[method if budget > 1 else "l2d", budget, "greedy", TASKS[0]] for budget in BUDGETS]
     points = ", ".join(f"{row.value:.3f} at T = {row.budget}" for row in curve)
-    first, at_15 = curve[0], scores["l2d", 15, "greedy", TASKS[0]]
+    at_15 = scores[method, 15, "greedy", TASKS[0]]
     falls = [f"{b.budget}" for a, b in zip(curve, curve[1:], strict=False) if b.value < a.value - _error(a, b)]
     shape = f"it falls at T = {', '.join(falls)}" if falls else "it does not fall beyond the noise of the measurement"
     return (
-        f"Budget curve (products, greedy): {points}; from T = 1 to T = 15 the accuracy changes by "
-        f"{_difference(first, at_15)}, and {shape}."
+        f"Budget curve of {NAMES[method]} (products, greedy): {points}; from T = 1 to T = 15 the accuracy changes by "
+        f"{_difference(curve[0], at_15)}, and {shape}."
     )
+
+
+def _corruption(scores: Scores) -> str:
+    found = []
+    for budget in BUDGETS[1:]:
+        plain, corrupted = (scores[method, budget, "greedy", TASKS[0]] for method in CURVES)
+        found.append(f"{_difference(plain, corrupted)} at T = {budget} ({_verdict(corrupted, plain)})")
+    return f"What corrupted training changes against plain L2D (products, greedy): {', '.join(found)}."
 
 
 def _base_kept(scores: Scores, same_answers: dict[str, tuple[int, int]]) -> str:
@@ -133,18 +146,23 @@ def _base_kept(scores: Scores, same_answers: dict[str, tuple[int, int]]) -> str:
 
 
 def _sampling(scores: Scores) -> str:
-    def loss(method: str, budget: int) -> str:
+    def both(method: str, budget: int) -> str:
         greedy, sampled = (scores[method, budget, decoding, TASKS[0]] for decoding in DECODINGS)
         return f"{greedy.value:.3f} greedy and {sampled.value:.3f} sampled"
 
-    return f"Sampling at temperature 1 (products): the base solves {loss('base', 1)}, L2D at T = 15 {loss('l2d', 15)}."
+    return (
+        f"Sampling at temperature 1 (products): the base solves {both('base', 1)}, at T = 15 L2D {both('l2d', 15)}, "
+        f"with corrupted training {both('corrupted', 15)}."
+    )
 
 
 def _skills_kept(scores: Scores) -> str:
-    base, at_1, at_15 = (scores[key] for key in _keys(("base", 1), ("l2d", 1), ("l2d", 15), task=TASKS[1]))
+    keys = _keys(("base", 1), ("l2d", 1), ("l2d", 15), ("corrupted", 15), task=TASKS[1])
+    base, at_1, at_15, corrupted = (scores[key] for key in keys)
     return (
         f"The other skill (sums, greedy): {base.value:.3f} for the base and {at_1.value:.3f} for L2D at T = 1. Budgets "
-        f"above 1 use the diffusion path, which was trained on products only: {at_15.value:.3f} at T = 15."
+        "above 1 use the diffusion path, which was trained on products only: at T = 15 "
+        f"{at_15.value:.3f}, with corrupted training {corrupted.value:.3f}."
     )
 
 
@@ -156,41 +174,62 @@ def _finetuning_cost(scores: Scores) -> str:
     )
 
 
-def _control(scores: Scores) -> str:
-    control, end, sampled, sampled_end = (
-        scores[method, budget, decoding, TASKS[0]]
+def _once(scores: Scores, method: str) -> str:
+    (once, end), (sampled, sampled_end) = (
+        [scores[name, budget, decoding, TASKS[0]] for name, budget in ((CONTROLS[method], 2), (method, 31))]
         for decoding in DECODINGS
-        for method, budget in (("control", 2), ("l2d", 31))
     )
-    verdict = _verdict(control, end)
-    text = "That iterating helps: one evaluation of the same path near the noise end (t = 0.02) solves "
-    text += f"{control.value:.3f} of the products greedily, T = 31 {end.value:.3f}: "
-    text += f"the control is {verdict} ({_difference(end, control)})."
+    verdict = _verdict(once, end)
+    text = f"That iterating helps {NAMES[method]}: " if verdict != "worse" else f"Iterating helps {NAMES[method]}: "
+    text += f"one evaluation of the same path, at the time that was best on validation data (t = {once.final_time:g}), "
+    text += f"solves {once.value:.3f} of the products greedily, T = 31 {end.value:.3f}: "
+    text += f"the control is {verdict} ({_difference(end, once)})."
     if verdict != "worse":
-        text += (
-            " So the greedy curve is no evidence that steps improve on each other; with few steps the path seems to "
-        )
-        text += "keep the base's first guess."
+        text += " So the greedy curve is no evidence that steps improve on each other."
     return text + (
         f" Sampled at temperature 1 the control is {_verdict(sampled, sampled_end)}: {sampled.value:.3f} against "
         f"{sampled_end.value:.3f} ({_difference(sampled_end, sampled)})."
     )
 
 
+def _noise_free(scores: Scores) -> str:
+    control = scores["noise_free", 2, "greedy", TASKS[0]]
+    parts = []
+    for method in CURVES:
+        best = max((scores[method, budget, "greedy", TASKS[0]] for budget in BUDGETS[1:]), key=lambda row: row.value)
+        parts.append(
+            f"{_THAN[_verdict(control, best)]} {NAMES[method]} at its best budget, T = {best.budget} "
+            f"({_difference(best, control)})"
+        )
+    sums = scores["noise_free", 2, "greedy", TASKS[1]]
+    return (
+        "That noise and a trajectory are needed: the same path without noise, evaluated once and trained on the same "
+        f"{STEPS:,} batches, solves {control.value:.3f} of the products greedily: {'; '.join(parts)}. "
+        f"Of the sums it solves {sums.value:.3f}."
+    )
+
+
+_THAN = {"worse": "worse than", "better": "better than", "as good": "as good as"}
+
+
 def _verdict(control: Row, end: Row) -> str:
-    """What the difference says at two standard errors."""
+    """What the difference says of `control` at two standard errors."""
     gap, noise = control.value - end.value, 2 * _error(control, end)
     return "worse" if gap < -noise else "better" if gap > noise else "as good"
 
 
 def _against_finetuning(scores: Scores) -> str:
-    ours, lora, full = (scores[key] for key in _keys(("l2d", 15), ("lora_sft", 1), ("full_sft", 1), task=TASKS[0]))
-    ahead = [name for name, row in (("LoRA", lora), ("full", full)) if row.value > ours.value + _error(ours, row)]
+    rows = [
+        scores[key] for key in _keys(("l2d", 15), ("corrupted", 15), ("lora_sft", 1), ("full_sft", 1), task=TASKS[0])
+    ]
+    plain, corrupted, lora, full = rows
+    ours = max(plain, corrupted, key=lambda row: row.value)
+    ahead = [name for name, row in (("LoRA", lora), ("full", full)) if _verdict(row, ours) == "better"]
     verdict = f"{' and '.join(ahead)} finetuning did better" if ahead else "finetuning did not do better"
     return (
         "That L2D learns the trained skill better than finetuning (products, greedy, equal data and "
-        f"{STEPS:,} steps each): L2D {ours.value:.3f} at T = 15, LoRA {lora.value:.3f}, full {full.value:.3f}; "
-        f"{verdict}."
+        f"{STEPS:,} steps each): at T = 15 L2D {plain.value:.3f}, with corrupted training {corrupted.value:.3f}, LoRA "
+        f"{lora.value:.3f}, full {full.value:.3f}; {verdict}."
     )
 
 
@@ -219,8 +258,13 @@ def table(rows: list[Row]) -> list[list[str]]:
     for setting in SETTINGS:
         cells = [scores[setting.method, setting.budget, decoding, task] for task, decoding in columns]
         scored = [f"{row.value:.3f} ± {row.stderr:.3f}" for row in cells]
-        lines.append([NAMES[setting.method], str(setting.budget), *scored])
+        lines.append([_name(cells[0]), str(setting.budget), *scored])
     return [header, *lines]
+
+
+def _name(row: Row) -> str:
+    """The method, with the time that was chosen for one evaluation."""
+    return NAMES[row.method] + (f", t = {row.final_time:g}" if row.method in CONTROLS.values() else "")
 
 
 def terminal_table(rows: list[Row]) -> str:
@@ -239,8 +283,9 @@ def markdown(rows: list[Row], sentences: dict[str, list[str]]) -> str:
     text = ["# Demo: arithmetic with a tiny base", ""]
     text += [
         f"Exact match ± standard error on held-out problems ({problems}), as `lm_eval` reported them. T is the budget: "
-        "evaluations per token, 1 for plain models. Sampled: temperature 1. L2D, LoRA and full finetuning were trained "
-        "on products only. One run with one seed: the standard errors cover the choice of problems, not of seeds.",
+        "evaluations per token, 1 for plain models; the controls make one evaluation beside the base's own. Sampled: "
+        "temperature 1. Everything but the base was trained on products only. One run with one seed: the standard "
+        "errors cover the choice of problems, not of seeds.",
         "",
     ]
     text += ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines]]

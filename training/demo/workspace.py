@@ -15,7 +15,8 @@ STATE = "demo.json"
 DRAFT = ".demo.json"
 LOCK = ".lock"
 CONTENTS = (
-    "data", "base", "l2d", "lora_sft", "full_sft", "configs", "results", "logs", "cache",
+    "data", "base", "l2d", "corrupted", "noise_free", "lora_sft", "full_sft", "configs", "results", "logs", "cache",
+    "l2d_controls.json", "corrupted_controls.json",
     "leaderboard.md", "leaderboard.json", "leaderboard.html", "trace.html", "trace.json", "accuracy.png", STATE,
 )  # fmt: skip
 
