@@ -1,18 +1,19 @@
 # make setup   an own environment in .venv, with the versions of constraints.txt (skipped while it is current)
 # make test    checks style and types and runs all tests
 # make demo    the demo, about 7 minutes on 2 cores; OUT=FOLDER for another folder, OVERWRITE=1 to replace a finished one
+# make study   the study of training options, less than an hour on 2 cores; OUT and OVERWRITE as for the demo
 # make clean   removes the environment and what tools leave behind; demos stay
 # PYTHON=...   the Python that the environment is made with, 3.11 or newer
 
 PYTHON ?= python3
 VENV := .venv
-OUT ?= demo
+OUT ?= $(if $(filter study,$(MAKECMDGOALS)),study,demo)
 STAMP := $(VENV)/.l2d-setup
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup test demo clean
+.PHONY: setup test demo study clean
 
 setup: $(STAMP)
 
@@ -34,6 +35,9 @@ test: setup
 
 demo: setup
 	$(VENV)/bin/python -m training.demo --out '$(OUT)' $(if $(OVERWRITE),--overwrite)
+
+study: setup
+	$(VENV)/bin/python -m training.studies.compute --out '$(OUT)' $(if $(OVERWRITE),--overwrite)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
