@@ -13,6 +13,7 @@ A row is `{"prompt", "completion", "depth"}`; the end token is added by the toke
 """
 
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ VALIDATION_ROWS = 512
 CHAINS, LENGTH = 3, 6
 NODES = "abcdefghijklmnopqrstuvwxyz"[: CHAINS * LENGTH]
 DEEPEST = LENGTH - 1
-RISING = 0.6  # part of the path's rows over which their depth rises
+RISING = (0.3, 0.6)  # part of the path's rows after which they become deeper than two, and after which all depths occur
 _SPECIAL_TOKENS = ("_", "^", "$", "?")  # padding, start, end, unknown word
 
 
@@ -90,8 +91,12 @@ def product_rows(count: int) -> dict[str, list[Row]]:
 def chain_rows(count: int) -> dict[str, list[Row]]:
     """`count` rows for base and path each; equally many validation and test rows of every depth."""
 
+    start, end = RISING
+
     def deepest(number: int) -> int:
-        return 2 + round((DEEPEST - 2) * min(1.0, number / count / RISING))
+        """Of the row with this number."""
+        passed = max(0.0, (number / count - start) / (end - start))
+        return min(DEEPEST, 2 + math.ceil(passed * (DEEPEST - 3) + 1e-9)) if passed else 2
 
     draw = random.Random(0)
     depths = {
