@@ -2,20 +2,21 @@
 # make test    checks style and types and runs all tests
 # make coverage   the same tests, and which lines they run: at least 90 % of them
 # make demo    the demo, about 7 minutes on 2 cores; OUT=FOLDER for another folder, OVERWRITE=1 to replace a finished one
+# make study   the study of training options, less than an hour on 2 cores; OUT and OVERWRITE as for the demo
 # make clean   removes the environment and what tools leave behind; demos stay
 # PROCESSES=  tests in one process instead of two
 # PYTHON=...   the Python that the environment is made with, 3.11 or newer
 
 PYTHON ?= python3
 VENV := .venv
-OUT ?= demo
+OUT ?= $(if $(filter study,$(MAKECMDGOALS)),study,demo)
 PROCESSES ?= -n 2 --dist loadfile
 STAMP := $(VENV)/.l2d-setup
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup test coverage demo clean
+.PHONY: setup test coverage demo study clean
 
 setup: $(STAMP)
 
@@ -43,6 +44,9 @@ coverage: setup
 
 demo: setup
 	$(VENV)/bin/python -m training.demo --out '$(OUT)' $(if $(OVERWRITE),--overwrite)
+
+study: setup
+	$(VENV)/bin/python -m training.studies.compute --out '$(OUT)' $(if $(OVERWRITE),--overwrite)
 
 clean:
 	rm -rf $(VENV) build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -15,10 +15,11 @@ import pytest
 from training.demo import __main__ as demo
 from training.demo.plan import SETTINGS, build_steps, recipes, write_recipes
 from training.demo.runner import Step, StepFailed, run_steps
-from training.demo.workspace import LOCK, STATE, open_workspace
+from training.demo.workspace import DEMO, LOCK, open_workspace
 from training.recipe import read_recipe
 
 SETTING = {"recipes": 1}
+STATE = DEMO.state
 
 
 def python_step(name, code, output, **options):

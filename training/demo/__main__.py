@@ -7,7 +7,6 @@
 * an interrupted run continues; a finished one is not overwritten without `--overwrite`
 """
 
-import os
 import signal
 import subprocess
 import sys
@@ -15,8 +14,8 @@ import time
 from pathlib import Path
 
 from l2d.command_line import Parser
-from training.demo.plan import ROOT, SETTINGS, STEPS, TASKS, build_steps, recipes, write_recipes
-from training.demo.runner import StepFailed, run_steps
+from training.demo.plan import SETTINGS, STEPS, TASKS, build_steps, recipes, write_recipes
+from training.demo.runner import ROOT, environment, run_or_exit
 from training.demo.workspace import Workspace, open_workspace
 
 
@@ -35,16 +34,8 @@ def main() -> None:
     except ValueError as error:
         sys.exit(_refused(str(error)))
     print(f"demo in {workspace.folder}: about 10 minutes on 2 cores; every step's output is in logs/", flush=True)
-    try:
-        write_recipes(workspace.folder)
-        run_steps(build_steps(workspace.folder), workspace, environment(workspace.folder), ROOT)
-    except StepFailed as error:
-        print("error:", error, file=sys.stderr)
-        print("the same command continues from here", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command continues from here", file=sys.stderr)
-        sys.exit(130)
+    write_recipes(workspace.folder)
+    run_or_exit(build_steps(workspace.folder), workspace)
     report(workspace)
     workspace.finish()
     print(f"\ndone in {time.monotonic() - started:.0f} s")
@@ -53,20 +44,6 @@ def main() -> None:
 def _refused(message: str) -> int:
     print("error:", message, file=sys.stderr)
     return 2
-
-
-def environment(out: Path) -> dict[str, str]:
-    """Environment of every step: offline, on the CPU, with caches in the demo's own folder."""
-    fixed = {
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-        "HF_HOME": str(out / "cache"),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-    }
-    return {**os.environ, **fixed}
 
 
 def report(workspace: Workspace) -> None:

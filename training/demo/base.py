@@ -4,6 +4,7 @@
 * `train_base`: AdamW on the answers of products and sums in equal parts; a running average of the weights is kept, and
   saved as soon as it solves `TARGET_ACCURACY` of the validation products: a base that is finished would leave a
   finetuning method nothing to show
+* `pretrain`: the same for any rows, target and seed
 """
 
 import json
@@ -29,10 +30,13 @@ LEARNING_RATE = 3.0e-3
 WARMUP = 50
 AVERAGE_DECAY = 0.98  # per step: a running average over about 50 steps
 
+Encoded = dict[str, tuple[Tensor, Tensor]]
+"""Ids and labels (N, S) of the rows of every skill."""
 
-def build_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+
+def build_base(tokenizer: PreTrainedTokenizerFast, seed: int = SEED) -> LlamaForCausalLM:
     """A random base of 100 k parameters; its end and padding tokens are the tokenizer's."""
-    torch.manual_seed(SEED)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
@@ -49,13 +53,16 @@ def build_base(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
-def encode_rows(rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast) -> tuple[Tensor, Tensor]:
-    """Right-padded ids (N, WIDTH) of prompt, answer and end token, and labels (N, WIDTH): answer and end, else -100."""
-    ids = [tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token)["input_ids"] for row in rows]
-    input_ids = torch.tensor([line + [tokenizer.pad_token_id] * (WIDTH - len(line)) for line in ids])
-    positions = torch.arange(WIDTH)
-    starts = torch.tensor([len(row["prompt"]) for row in rows])[:, None]  # one token per character
-    ends = torch.tensor([len(line) for line in ids])[:, None]
+def encode_rows(
+    rows: list[dict[str, str]], tokenizer: PreTrainedTokenizerFast, width: int = WIDTH
+) -> tuple[Tensor, Tensor]:
+    """Right-padded ids (N, width) of prompt, answer and end token, and labels (N, width): answer and end, else -100."""
+    prompts = tokenizer([row["prompt"] for row in rows])["input_ids"]
+    texts = [row["prompt"] + row["completion"] + str(tokenizer.eos_token) for row in rows]
+    ids = tokenizer(texts)["input_ids"]
+    input_ids = torch.tensor([line + [tokenizer.pad_token_id] * (width - len(line)) for line in ids])
+    positions = torch.arange(width)
+    starts, ends = (torch.tensor([len(line) for line in lines])[:, None] for lines in (prompts, ids))
     return input_ids, input_ids.where((positions >= starts) & (positions < ends), -100)
 
 
@@ -72,20 +79,42 @@ def train_base(data: Path, out: Path, log: Callable[[str], None] = print) -> dic
     Raises `RuntimeError` when `MAX_STEPS` are not enough.
     """
     tokenizer = build_tokenizer()
-    model = build_base(tokenizer)
-    encoded = {
-        (skill, split): encode_rows(read_rows(data / f"{skill}_{split}.jsonl"), tokenizer)
-        for skill in SKILLS
+    train, validation = (
+        {skill: encode_rows(read_rows(data / f"{skill}_{split}.jsonl"), tokenizer) for skill in SKILLS}
         for split in ("train", "validation")
-    }
+    )
+    return pretrain(build_base(tokenizer), tokenizer, train, validation, out, TARGET_ACCURACY, MAX_STEPS, SEED, log)
+
+
+def pretrain(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    train: Encoded,
+    validation: Encoded,
+    out: Path,
+    target: float,
+    max_steps: int,
+    seed: int = SEED,
+    log: Callable[[str], None] = print,
+) -> dict[str, float]:
+    """Trains `model` on equal parts of every skill until it solves `target` of the first one's validation rows.
+
+    Args:
+        train, validation: per skill ids and labels (N, S).
+        out: where the running average of the weights, the tokenizer and `pretraining.json` are saved.
+        max_steps: after which it has failed.
+
+    Returns what it reached. Raises `RuntimeError` when `max_steps` are not enough.
+    """
+    first = next(iter(train))
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(AVERAGE_DECAY))
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
-    generator = torch.Generator().manual_seed(SEED)
-    for step in range(1, MAX_STEPS + 1):
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(1, max_steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * min(1.0, step / WARMUP)
-        input_ids, labels = _batch([encoded[skill, "train"] for skill in SKILLS], generator)
-        logits = model(input_ids=input_ids).logits[:, :-1]  # (B, WIDTH - 1, V)
+        input_ids, labels = _batch(list(train.values()), generator)
+        logits = model(input_ids=input_ids).logits[:, :-1]  # (B, S - 1, V)
         loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
         optimizer.zero_grad()
         loss.backward()
@@ -93,14 +122,14 @@ def train_base(data: Path, out: Path, log: Callable[[str], None] = print) -> dic
         optimizer.step()
         averaged.update_parameters(model)
         if step % CHECK_EVERY == 0:
-            reached = {skill: accuracy(averaged.module, *encoded[skill, "validation"]) for skill in SKILLS}
-            done = reached["products"] >= TARGET_ACCURACY
+            reached = {skill: accuracy(averaged.module, *part) for skill, part in validation.items()}
+            done = reached[first] >= target
             if done or step % (10 * CHECK_EVERY) == 0:
                 log(f"step {step}: loss {loss.item():.3f}, " + ", ".join(f"{k} {v:.3f}" for k, v in reached.items()))
             if done:
                 break
     else:
-        raise RuntimeError(f"the base did not solve {TARGET_ACCURACY:.0%} of the products within {MAX_STEPS} steps")
+        raise RuntimeError(f"the base did not solve {target:.0%} of the {first} within {max_steps} steps")
     trained: Any = averaged.module
     trained.save_pretrained(out)
     tokenizer.save_pretrained(out)

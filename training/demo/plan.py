@@ -15,15 +15,26 @@ from typing import Any
 
 import yaml
 
-from training.demo.runner import Step
+from training.demo.runner import ROOT, Step
 
-ROOT = Path(__file__).resolve().parents[2]
 TASKS = ("l2d_demo_products", "l2d_demo_sums")
 DECODINGS = {"greedy": (), "sampled": ("--gen_kwargs", "do_sample=true,temperature=1.0")}
 BUDGETS = (1, 3, 7, 15, 31)
 CURVES = ("l2d", "corrupted")
 CONTROLS = {"l2d": "once", "corrupted": "corrupted_once"}  # method of the one-evaluation control, by curve
 STEPS = 2000
+TRAINING = {
+    "per_device_train_batch_size": 128,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 50,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.95,
+    "use_cpu": True,
+    "activation_checkpointing": False,
+    "save_strategy": "no",
+    "logging_steps": 100,
+    "report_to": "none",
+}
 
 
 @dataclass(frozen=True)
@@ -79,16 +90,7 @@ def recipes(out: Path) -> dict[str, dict[str, Any]]:
         "base": str(out / "base"),
         "dataset": str(out / "data" / "products_train.jsonl"),
         "max_steps": STEPS,
-        "per_device_train_batch_size": 128,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 50,
-        "weight_decay": 0.01,
-        "adam_beta2": 0.95,
-        "use_cpu": True,
-        "activation_checkpointing": False,
-        "save_strategy": "no",
-        "logging_steps": 100,
-        "report_to": "none",
+        **TRAINING,
     }
     path = {
         "learning_rate": 6.0e-3,
@@ -113,11 +115,15 @@ def recipes(out: Path) -> dict[str, dict[str, Any]]:
 
 
 def write_recipes(out: Path) -> None:
-    """Writes `configs/<name>.yaml`."""
-    (out / "configs").mkdir(exist_ok=True)
-    for method, recipe in recipes(out).items():
-        text = yaml.safe_dump(recipe, sort_keys=False)
-        (out / "configs" / f"{method}.yaml").write_text(text, encoding="utf-8")
+    """Writes `configs/<method>.yaml`."""
+    write_configs(recipes(out), out / "configs")
+
+
+def write_configs(recipes: dict[str, dict[str, Any]], folder: Path) -> None:
+    """Writes `<name>.yaml` for every recipe."""
+    folder.mkdir(exist_ok=True)
+    for name, recipe in recipes.items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
 
 
 def build_steps(out: Path) -> list[Step]:

@@ -1,8 +1,9 @@
-"""Runs the demo's steps.
+"""Runs the steps of the demo, or of another plan.
 
 * `Step`: one command, with the output that it leaves and the steps that must come before it
 * `run_steps`: two at a time, one thread each; output to log files, progress and times to the terminal; a step that
   fails ends the run with the last lines of its log
+* `run_or_exit`: the same for a command, which ends with a message
 """
 
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from training.demo.workspace import Workspace
 
+ROOT = Path(__file__).resolve().parents[2]
 POLL_SECONDS = 0.1
 NEWS_SECONDS = 20.0  # between lines of progress where the output is not a terminal
 LAST_LINES = 20
@@ -28,7 +30,7 @@ class StepFailed(RuntimeError):
 
 @dataclass(frozen=True)
 class Step:
-    """One command of the demo.
+    """One command.
 
     Attributes:
         name: shown, and the name of its log file.
@@ -89,6 +91,33 @@ def run_steps(steps: list[Step], workspace: Workspace, environment: dict[str, st
             one.process.terminate()
         for one in running:
             one.process.wait()
+
+
+def environment(out: Path) -> dict[str, str]:
+    """Environment of every step: offline, on the CPU, with caches in the folder of the run."""
+    fixed = {
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "HF_HOME": str(out / "cache"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+    }
+    return {**os.environ, **fixed}
+
+
+def run_or_exit(steps: list[Step], workspace: Workspace) -> None:
+    """Run all steps; a failed or interrupted one ends the process with a message and exit status 1 or 130."""
+    try:
+        run_steps(steps, workspace, environment(workspace.folder), ROOT)
+    except StepFailed as error:
+        print("error:", error, file=sys.stderr)
+        print("the same command continues from here", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command continues from here", file=sys.stderr)
+        sys.exit(130)
 
 
 def _start(step: Step, workspace: Workspace, environment: dict[str, str], cwd: Path) -> _Running:

@@ -1,5 +1,6 @@
-"""The demo's output folder.
+"""The output folder of the demo, or of another run of steps.
 
+* `Layout`: what such a folder holds; `DEMO` is the demo's
 * `open_workspace`: refuses folders whose content is not an unfinished demo of the same settings, and folders in use
 * `Workspace`: which steps are complete, kept in `demo.json`, so that an interrupted run continues where it stopped
 """
@@ -8,16 +9,43 @@ import fcntl
 import json
 import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STATE = "demo.json"
-DRAFT = ".demo.json"
 LOCK = ".lock"
-CONTENTS = (
-    "data", "base", "l2d", "corrupted", "noise_free", "lora_sft", "full_sft", "configs", "results", "logs", "cache",
-    "l2d_controls.json", "corrupted_controls.json",
-    "leaderboard.md", "leaderboard.json", "leaderboard.html", "trace.html", "trace.json", "accuracy.png", STATE,
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a folder holds.
+
+    Attributes:
+        noun: what messages call the run.
+        contents: names of the files and folders that it leaves, its table first and the record of its steps last.
+    """
+
+    noun: str
+    contents: tuple[str, ...]
+
+    @property
+    def state(self) -> str:
+        """Name of the file that says which steps are complete."""
+        return f"{self.noun}.json"
+
+    @property
+    def draft(self) -> str:
+        """Name of that file while it is written."""
+        return f".{self.noun}.json"
+
+
+DEMO = Layout(
+    "demo",
+    (
+        "leaderboard.md", "leaderboard.json", "leaderboard.html", "trace.html", "trace.json", "accuracy.png",
+        "data", "base", "l2d", "corrupted", "noise_free", "lora_sft", "full_sft", "configs", "results", "logs", "cache",
+        "l2d_controls.json", "corrupted_controls.json", "demo.json",
+    ),
 )  # fmt: skip
 
 
@@ -26,12 +54,14 @@ class Workspace:
 
     Attributes:
         folder: absolute path.
+        layout: what it holds.
         seconds: duration of every complete step by name.
         lock: open file, locked as long as this process or one that inherited it lives.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any]):
+    def __init__(self, folder: Path, settings: dict[str, Any], layout: Layout = DEMO):
         self.folder = folder
+        self.layout = layout
         self.settings = settings
         self.seconds: dict[str, float] = {}
         self.lock = (folder / LOCK).open("w")
@@ -40,7 +70,7 @@ class Workspace:
         except OSError as error:
             self.lock.close()
             raise ValueError(
-                f"OUT={folder} is in use by a demo that still runs: wait, or choose another OUT=."
+                f"OUT={folder} is in use by a {layout.noun} that still runs: wait, or choose another OUT=."
             ) from error
 
     def complete(self, name: str, output: Path) -> bool:
@@ -53,61 +83,65 @@ class Workspace:
         self._save(finished=False)
 
     def finish(self) -> None:
-        """Remember that the whole demo is complete, and unlock the folder."""
+        """Remember that the whole run is complete, and unlock the folder."""
         self._save(finished=True)
         self.lock.close()
 
     def _save(self, finished: bool) -> None:
         state = {"finished": finished, "settings": self.settings, "seconds": self.seconds}
-        draft = self.folder / DRAFT
+        draft = self.folder / self.layout.draft
         draft.write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
-        os.replace(draft, self.folder / STATE)  # never half-written
+        os.replace(draft, self.folder / self.layout.state)  # never half-written
 
 
-def open_workspace(folder: Path, settings: dict[str, Any], overwrite: bool) -> Workspace:
-    """Prepare `folder`: new or empty, an unfinished demo of the same settings, or a demo to be overwritten.
+def open_workspace(folder: Path, settings: dict[str, Any], overwrite: bool, layout: Layout = DEMO) -> Workspace:
+    """Prepare `folder`: new or empty, an unfinished run of the same settings, or a run to be overwritten.
 
-    Raises `ValueError`, one sentence, for anything else; files that are not the demo's are never removed.
+    Raises `ValueError`, one sentence, for anything else; files that are not the run's are never removed.
     """
     folder = folder.absolute()
     if "," in str(folder):
         raise ValueError(f"OUT={folder} holds a comma, which separates arguments of lm_eval: choose another OUT=.")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"OUT={folder} is a file: choose a folder with OUT= (--out).")
-    content = {path.name for path in folder.iterdir()} - {LOCK, DRAFT} if folder.exists() else set()
-    if content and STATE not in content:
-        raise ValueError(f"OUT={folder} holds {min(content)!r}, which is no demo's: choose another folder with OUT=.")
+    content = {path.name for path in folder.iterdir()} - {LOCK, layout.draft} if folder.exists() else set()
+    if content and layout.state not in content:
+        raise ValueError(
+            f"OUT={folder} holds {min(content)!r}, which is no {layout.noun}'s: choose another folder with OUT=."
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    workspace = Workspace(folder, settings)
+    workspace = Workspace(folder, settings, layout)
     if content and overwrite:
-        _clear(folder)
+        _clear(folder, layout)
     elif content:
-        workspace.seconds = _resumed(folder, settings)
+        workspace.seconds = _resumed(folder, settings, layout)
     workspace._save(finished=False)
     return workspace
 
 
-def _resumed(folder: Path, settings: dict[str, Any]) -> dict[str, float]:
-    """The complete steps of the unfinished demo in `folder`. Raises `ValueError` if it cannot be continued."""
-    state = _read_state(folder)
+def _resumed(folder: Path, settings: dict[str, Any], layout: Layout) -> dict[str, float]:
+    """The complete steps of the unfinished run in `folder`. Raises `ValueError` if it cannot be continued."""
+    state = _read_state(folder, layout)
     remedy = "choose another folder with OUT=, or replace it with OVERWRITE=1 (--overwrite)."
     if state["finished"]:
-        raise ValueError(f"OUT={folder} holds a finished demo (see leaderboard.md there): {remedy}")
+        raise ValueError(f"OUT={folder} holds a finished {layout.noun} (see {layout.contents[0]} there): {remedy}")
     if state["settings"] != settings:
-        raise ValueError(f"OUT={folder} holds an unfinished demo of other settings: {remedy}")
+        raise ValueError(f"OUT={folder} holds an unfinished {layout.noun} of other settings: {remedy}")
     return state["seconds"]
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def _read_state(folder: Path, layout: Layout) -> dict[str, Any]:
     try:
-        state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+        state = json.loads((folder / layout.state).read_text(encoding="utf-8"))
         return {"finished": state["finished"], "settings": state["settings"], "seconds": state["seconds"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"OUT={folder} holds an unreadable {STATE}: choose another folder with OUT=.") from error
+        raise ValueError(
+            f"OUT={folder} holds an unreadable {layout.state}: choose another folder with OUT=."
+        ) from error
 
 
-def _clear(folder: Path) -> None:
-    for name in CONTENTS:
+def _clear(folder: Path, layout: Layout) -> None:
+    for name in layout.contents:
         path = folder / name
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -1,0 +1,75 @@
+"""Runs the study: `python -m training.studies.compute --out FOLDER`.
+
+* trains every method on every task, from two bases, and measures it at every budget and against the controls
+* leaves `study.md`, `study.png` and `results.json` in the folder, with every model and log
+* an interrupted run continues; a finished one is not overwritten without `--overwrite`
+"""
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+from training.demo.plan import write_configs
+from training.demo.runner import run_or_exit
+from training.demo.workspace import open_workspace
+from training.studies.plan import LAYOUT, build_steps, recipes
+from training.studies.tasks import TASKS
+
+
+def main() -> None:
+    """Run the command; user errors and failed steps end with a message and exit status 2 or 1."""
+    parser = argparse.ArgumentParser(prog="python -m training.studies.compute", description="Does more compute help?")
+    parser.add_argument("--out", type=Path, default=Path("study"), help="folder for all results (default: study)")
+    parser.add_argument(
+        "--only", choices=list(TASKS), help="run the steps of one task; the same command without continues"
+    )
+    parser.add_argument("--quick", action="store_true", help="twenty steps per training: shows that all works, no more")
+    parser.add_argument("--overwrite", action="store_true", help="replace the study that the folder holds")
+    options = parser.parse_args()
+    started, out = time.monotonic(), options.out.absolute()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the running steps, too
+    try:
+        workspace = open_workspace(out, {"recipes": recipes(out, options.quick)}, options.overwrite, LAYOUT)
+    except OSError as error:
+        sys.exit(_refused(f"OUT={options.out} cannot be written to ({error}): choose another folder with OUT=."))
+    except ValueError as error:
+        sys.exit(_refused(str(error)))
+    print(f"study in {out}: less than an hour on 2 cores; every step's output is in logs/", flush=True)
+    for folder in ("data", "runs"):
+        (out / folder).mkdir(exist_ok=True)
+    write_configs(recipes(out, options.quick), out / "configs")
+    steps = build_steps(out, list(TASKS), options.quick)
+    run_or_exit(build_steps(out, [options.only] if options.only else list(TASKS), options.quick), workspace)
+    write_report(out)
+    if all(workspace.complete(step.name, step.output) for step in steps):
+        workspace.finish()
+    print(f"\ndone in {time.monotonic() - started:.0f} s; see {out / 'study.md'}")
+
+
+def _refused(message: str) -> int:
+    print("error:", message, file=sys.stderr)
+    return 2
+
+
+def write_report(out: Path) -> None:
+    """Write tables, plain values and figure of all tasks that were measured."""
+    from training.studies.plot import draw
+    from training.studies.report import circumstances, markdown, read_scores, results
+
+    found = {task: read_scores(out, task) for task in TASKS}
+    tasks = {task: scores for task, scores in found.items() if scores is not None}
+    about = circumstances("python -m training.studies.compute " + shlex.join(sys.argv[1:]))
+    draft = out / ".results.json"
+    draft.write_text(json.dumps(results(tasks, about), indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, out / "results.json")
+    (out / "study.md").write_text(markdown(tasks, about), encoding="utf-8")
+    draw(tasks, out / "study.png")
+
+
+if __name__ == "__main__":
+    main()
