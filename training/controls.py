@@ -264,6 +264,8 @@ def _read_data(
     given: argparse.Namespace, config: dict[str, Any]
 ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
     """Tokens, mask and targets (E, S) of the examples. Raises `ValueError`."""
+    import torch
+
     from training.budgets import padded
     from training.config import DataArguments, L2DTrainingConfig, ModelArguments
     from training.data import encode, load_split, load_tokenizer
@@ -286,7 +288,7 @@ def _read_data(
     longest = base_config.get("max_position_embeddings") or sys.maxsize
     encoded, summary = encode(examples, tokenizer, training, longest, "data")
     print(summary, flush=True)
-    return padded(list(encoded), tokenizer.pad_token_id, "cpu")
+    return padded(list(encoded), tokenizer.pad_token_id, torch.device("cpu"))
 
 
 def _recipe(folder: str) -> dict[str, Any]:
@@ -298,8 +300,9 @@ def _recipe(folder: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _measured(model: "L2DForCausalLM", data: list["torch.Tensor"], sampler: dict, batch_size: int) -> Measurement:
-    found = measure(model, *data, sampler, batch_size)
+def _measured(model: "L2DForCausalLM", data: Any, sampler: dict, batch_size: int) -> Measurement:
+    ids, mask, wanted = data
+    found = measure(model, ids, mask, wanted, sampler, batch_size)
     if sys.stderr.isatty():
         print(_name(found), f"exact match {found.exact_match[0]:.3f}", file=sys.stderr)
     return found
