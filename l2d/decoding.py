@@ -22,6 +22,8 @@ from l2d.evaluator import SiteSolution
 from l2d.main_path import MainPathState
 from l2d.noise import RequestNoise, default_keys, draw_token
 from l2d.sampler_config import SamplerConfig
+from l2d.sampling import speculates
+from l2d.speculation import queries_per_pass
 from l2d.votes import solve_next
 
 if TYPE_CHECKING:
@@ -157,12 +159,13 @@ class DecodingLoop:
 
     def _draft(self, state: MainPathState) -> tuple[MainPathState, torch.Tensor]:
         """Let the base go on alone: the main path at P positions, and its tokens (B, P - 1) between them."""
-        count = self.drafting.choose(int(self.unfinished.sum()))
+        rows = int(self.unfinished.sum())
+        count = min(self.drafting.choose(rows), self._room(state, rows))
         if self.config.max_length is not None:
             count = min(count, self.config.max_length - self.ids.shape[1] - 1)
         states, ids, mask = [state], self.ids, self.mask
         for number in range(count):
-            logits = self.model.base_logits(states[-1])[:, -1].float()
+            logits = self.model._decoder.logits(states[-1].hidden[:, -1], plain=False).float()
             token = self._choose(self.processor(ids, logits), number)
             ends = self.config._eos_token_tensor
             if ends is not None and bool(torch.isin(token, ends.to(token.device))[self.unfinished].all()):
@@ -172,6 +175,10 @@ class DecodingLoop:
             positions = (self.lengths + number)[:, None]
             states.append(self.model.main_path(token[:, None], mask, positions, self.cache))
         return MainPathState.join(states), ids[:, self.ids.shape[1] :]
+
+    def _room(self, state: MainPathState, rows: int) -> int:
+        """How many drafted positions are decided in the pass that the next one needs anyway."""
+        return queries_per_pass(state.hidden) // (rows * (self.sampler.budget if speculates(self.model, self.sampler) else 1)) - 1
 
     def _solve(self, state: MainPathState) -> tuple[SiteSolution, torch.Tensor]:
         """Solve the P positions of unfinished rows: logits (B, P, V) float32, zeros for rows that are finished."""

@@ -1,6 +1,7 @@
 """Speculation along the trajectory: a whole solve in about one batched pass, with the sequential solver's result.
 
 - `solve_speculatively`: assume that the chosen token stays, evaluate all remaining points at once, accept, correct
+- `queries_per_pass`: how many queries cost about as much as one
 
 While the choice stays the same all remaining states are known (`solvers.FixedGrid`), so they are queries of one batch.
 Evaluations up to and including the first one whose choice differs from the assumption saw the right state and are
@@ -47,7 +48,8 @@ def solve_speculatively(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid,
         everyone = len(pending) == total
         current, assumed = (sites, chosen) if everyone else (sites.take(pending), chosen[pending])
         start = accepted if everyone else accepted[pending]
-        end = (start + _look_ahead(len(pending) * branches, output)).clamp(max=count + 1)
+        ahead = max(1, queries_per_pass(output) // (len(pending) * branches))
+        end = (start + ahead).clamp(max=count + 1)
         made = _evaluate(evaluator, current, grid, assumed, start, end)
         answers, read = _answers(evaluator, current, grid, made, assumed, keep_logits=total <= evaluator.chunk)
         wrong = (answers != assumed).any(-1) & (numbers >= start[:, None])
@@ -85,10 +87,10 @@ def _first_choice(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid) -> to
     return tokens
 
 
-def _look_ahead(sites: int, hidden: torch.Tensor) -> int:
-    """Evaluations per site that one pass makes; `hidden` (N, H) tells device and model size."""
+def queries_per_pass(hidden: torch.Tensor) -> int:
+    """Queries that fill a pass; `hidden` (..., H) tells device and model size."""
     costly = hidden.device.type == "cpu" and hidden.shape[-1] > _TINY
-    return max(1, (_QUERIES_PER_PASS if costly else _QUERIES_PER_PASS_OVERHEAD) // sites)
+    return _QUERIES_PER_PASS if costly else _QUERIES_PER_PASS_OVERHEAD
 
 
 def _evaluate(

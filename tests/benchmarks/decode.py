@@ -19,7 +19,7 @@ from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from l2d import L2DForCausalLM
-from tests.benchmarks.models import SHAPES, make_base, make_model
+from tests.benchmarks.models import SHAPES, calibrate, make_base, make_model
 
 
 def synchronize(device: str) -> None:
@@ -71,33 +71,35 @@ class Stopwatch(BaseStreamer):
 
 
 def measure(model: L2DForCausalLM, prompts: torch.Tensor, arguments: argparse.Namespace) -> dict[str, float]:
-    """All figures of one setting."""
+    """All figures of one setting for batches of prompts (batches, B, L), one batch after the other."""
     sampler = {"budget": arguments.budget, "solver": arguments.solver, "speculation": arguments.speculation}
     sampler["draft_tokens"] = arguments.draft_tokens
     if arguments.guidance:
         sampler |= {"guidance_scale": 1.5, "guidance_class": "a"}
-    watch = Stopwatch(PlainDecoder(model.base, prompts), arguments.device)
-    settings = dict(max_new_tokens=arguments.tokens + 3, sampler=sampler, return_record=True)
-    out, record = model.generate(prompts, streamer=watch, **settings)
-    check = min(arguments.check_tokens, arguments.tokens + 3)
-    plain = (
-        model.generate(prompts, max_new_tokens=check, sampler={**sampler, "speculation": False, "draft_tokens": 0})
-        if check
-        else out
-    )
-    new = slice(arguments.prompt, arguments.prompt + check)
+    sequential = {**sampler, "speculation": False, "draft_tokens": 0}
+    length, check = prompts.shape[-1], min(arguments.check_tokens, arguments.tokens + 3)
+    tokens, steps, equal = [], [], []
+    counts: dict[str, list[int]] = {"rounds": [], "changes": [], "computed": []}
+    for number, batch in enumerate(prompts):
+        watch = Stopwatch(PlainDecoder(model.base, batch), arguments.device)
+        settings = dict(max_new_tokens=arguments.tokens + 3, sampler=sampler, return_record=True)
+        out, record = model.generate(batch, streamer=watch, **settings)
+        tokens += watch.tokens[3:]
+        steps += watch.steps[3:]
+        for name, values in counts.items():
+            values += sum(getattr(record, name), [])
+        if check and not number:
+            plain = model.generate(batch, max_new_tokens=check, sampler=sequential)
+            equal.append((out[:, length : length + check] == plain[:, length:]).double().mean())
     middle = statistics.fmean if arguments.draft_tokens else statistics.median  # drafted tokens come in bursts
-    token, step = middle(watch.tokens[3:]), statistics.median(watch.steps[3:])
-    flat = [sum(rows, []) for rows in (record.rounds, record.changes, record.computed)]
+    token, step = middle(tokens), statistics.median(steps)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {
         "plain_step_s": step,
         "token_s": token,
         "ratio": token / step,
-        "rounds_per_token": statistics.fmean(flat[0]),
-        "changes_per_token": statistics.fmean(flat[1]),
-        "computed_per_token": statistics.fmean(flat[2]),
-        "exact": float((out[:, new] == plain[:, new]).double().mean()) if check else None,
+        **{f"{name}_per_token": statistics.fmean(values) for name, values in counts.items()},
+        "exact": float(torch.stack(equal).mean()) if equal else None,
         "peak_mib": torch.cuda.max_memory_allocated() / 2**20 if arguments.device.startswith("cuda") else peak,
     }
 
@@ -112,32 +114,40 @@ def main() -> None:
     parser.add_argument("--variant", choices=("lora", "full"), default="lora")
     parser.add_argument("--guidance", action="store_true", help="guidance with scale 1.5")
     parser.add_argument("--changes", type=float, help="changes per token to scale the path to (default: at least 1)")
+    parser.add_argument("--gain", type=float, help="strength of the path that an earlier run printed: no calibration")
     parser.add_argument("--no-speculation", dest="speculation", action="store_false")
     parser.add_argument("--draft-tokens", type=int, default=3, help="tokens that the base may draft ahead")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
     parser.add_argument("--tokens", type=int, default=30, help="timed tokens per row")
+    parser.add_argument("--batches", type=int, help="batches of prompts, one after the other (default: 8 rows in all)")
     parser.add_argument("--check-tokens", type=int, default=8, help="tokens compared with the sequential solver")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-onednn", dest="onednn", action="store_false", help="PyTorch's own products everywhere")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.backends.mkldnn.enabled = arguments.onednn
     base = make_base(arguments.shape, getattr(torch, arguments.dtype), arguments.device)
     generator = torch.Generator().manual_seed(3)
-    shape = (arguments.batch_size, arguments.prompt)
+    batches = arguments.batches or -(-8 // arguments.batch_size)
+    shape = (batches, arguments.batch_size, arguments.prompt)
     prompts = torch.randint(1, base.config.vocab_size, shape, generator=generator).to(base.device)
     classes = ["a", "b"] if arguments.guidance else None
-    model, rate = make_model(base, arguments.variant, arguments.changes, classes, prompts)
-    print(f"{arguments.shape}, batch {arguments.batch_size}, {arguments.dtype}, {arguments.threads} threads, "
-          f"{arguments.solver}, change rate met in calibration {rate:.2f}")  # fmt: skip
     results = []
     budgets = arguments.budget
+    model, rate = make_model(base, arguments.variant, classes, arguments.gain), None
     for budget in budgets:
+        if arguments.gain is None and (rate is None or arguments.changes is not None):  # so many changes at each T
+            rate = calibrate(model, arguments.changes, budget, prompts.flatten(0, 1), arguments.tokens + 3)
+        print(f"{arguments.shape}, batch {arguments.batch_size}, {arguments.dtype}, {arguments.threads} threads, "
+              f"{arguments.solver}, oneDNN {arguments.onednn}, calibration: gain and changes met {rate}")  # fmt: skip
         arguments.budget = budget
-        figures = measure(model, prompts, arguments)
+        figures = {"calibration": rate, **measure(model, prompts, arguments)}
         results.append({"budget": budget, **figures})
-        print(f"T = {budget:4d}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if v is not None))
+        print(f"T = {budget:4d}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float)),
+              flush=True)  # fmt: skip
     if arguments.json:
         arguments.json.write_text(json.dumps({**vars(arguments), "json": None, "results": results}, indent=1))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks.models import make_base, make_model
+from tests.benchmarks.models import calibrate, make_base, make_model
 
 SOLVERS = {"midpoint": 15, "euler": 15, "heun3": 16, "rk4": 17}
 SHARES = {1: 0.1, 4: 0.3, 8: 0.6}  # of the tokens, by rows of the batch
@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    model, _ = make_model(make_base("tiny", torch.float32, "cpu"), "lora", None, ["a", "b"])
+    model = make_model(make_base("tiny", torch.float32, "cpu"), "lora", ["a", "b"])
+    calibrate(model, None, 15)
     results, failed = [], False
     for dtype in arguments.dtype:
         model = model.to(getattr(torch, dtype))

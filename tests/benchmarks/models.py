@@ -1,7 +1,8 @@
 """Models for benchmarks: random bases of real shapes, and paths whose token changes at a chosen rate.
 
 - `make_base`: a random Llama of a named shape
-- `make_model`: an L2D model around it, scaled until the chosen token changes about as often as asked
+- `make_model`: an L2D model around it
+- `calibrate`: scales the path until the chosen token changes about as often as asked
 """
 
 import torch
@@ -46,41 +47,57 @@ def scale_path(model: L2DForCausalLM, gain: float) -> None:
             parameter.mul_(gain)
 
 
-def change_rate(model: L2DForCausalLM, prompts: torch.Tensor, budget: int, tokens: int = 12, **sampler) -> float:
-    """Mean number of changes of the chosen token per generated token."""
+def change_rate(model: L2DForCausalLM, prompts: torch.Tensor, budget: int, tokens: int, **sampler) -> float:
+    """Mean number of changes of the chosen token per generated token, over at least `tokens` tokens."""
     _, record = model.generate(
-        prompts, max_new_tokens=tokens, sampler={"budget": budget, **sampler}, return_record=True
+        prompts,
+        max_new_tokens=-(-tokens // len(prompts)),
+        sampler={"budget": budget, "draft_tokens": 0, **sampler},
+        return_record=True,
     )
     changes = [c for row in record.changes for c in row]
     return sum(changes) / len(changes)
 
 
-def make_model(
-    base: LlamaForCausalLM,
-    variant: str,
-    changes: float | None,
-    classes: list[str] | None = None,
-    prompts: torch.Tensor | None = None,
-) -> tuple[L2DForCausalLM, float]:
-    """An L2D model whose token changes about `changes` times per trajectory at T = 15 (`None`: at least once).
+def calibrate(
+    model: L2DForCausalLM, changes: float | None, budget: int, prompts: torch.Tensor | None = None, tokens: int = 20
+) -> tuple[float, float]:
+    """Scale the path until the chosen token changes about `changes` times per trajectory: gain and rate that were met.
 
-    The rate is that of decoding `prompts` (by default four random ones). Returns the model and the rate that was met.
+    The rate is measured roughly at T = 15 first, then at `budget` until it is within a tenth of what was asked for, on
+    `tokens` tokens after each of `prompts` (B, L). It differs much between prompts: give those that will be timed.
+    `changes=None`: at least once at T = 15.
     """
-    model = L2DForCausalLM.from_base(base, L2DConfig(variant=variant, guidance_classes=classes)).eval()
     if prompts is None:
         generator = torch.Generator().manual_seed(2)
-        prompts = torch.randint(1, base.config.vocab_size, (4, 16), generator=generator).to(base.device)
-    target = 1.2 if changes is None else changes
-    low, high = 0.01, 100.0
-    best: tuple[float, float] | None = None  # gain and rate
-    for _ in range(10):  # the rate rises with the gain
+        prompts = torch.randint(1, model.base.config.vocab_size, (16, 64), generator=generator).to(model.device)
+    target, budget = (1.15, 15) if changes is None else (changes, budget)
+    low, high = 0.1, 100.0
+    for _ in range(5):  # the rate rises with the gain
         gain = (low * high) ** 0.5
         scale_path(model, gain)
-        rate = change_rate(model, prompts, 15, tokens=-(-48 // len(prompts)))
-        if (changes is not None or rate >= target) and (best is None or abs(rate - target) < abs(best[1] - target)):
+        low, high = (low, gain) if change_rate(model, prompts, 15, 48) >= target else (gain, high)
+    gain, best = (low * high) ** 0.5, None
+    for _ in range(8):
+        scale_path(model, gain)
+        rate = change_rate(model, prompts, budget, tokens * len(prompts))
+        enough = changes is not None or rate >= 1.0
+        if enough and (best is None or abs(rate - target) < abs(best[1] - target)):
             best = (gain, rate)
-        low, high = (low, gain) if rate >= target else (gain, high)
+        if enough and abs(rate - target) <= 0.1 * target:
+            break
+        gain *= min(3.0, max(0.3, target / max(rate, 1e-9))) ** 0.7  # the rate rises a little faster than the gain
     if best is None:
         raise SystemExit("no scaling of the random path changes the token at least once per trajectory.")
     scale_path(model, best[0])
-    return model, best[1]
+    return best
+
+
+def make_model(
+    base: LlamaForCausalLM, variant: str, classes: list[str] | None = None, gain: float | None = None
+) -> L2DForCausalLM:
+    """An L2D model around `base` with a random path of strength `gain`, which `None` leaves to `calibrate`."""
+    model = L2DForCausalLM.from_base(base, L2DConfig(variant=variant, guidance_classes=classes)).eval()
+    if gain is not None:
+        scale_path(model, gain)
+    return model

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from tests.benchmarks.decode import synchronize
-from tests.benchmarks.models import SHAPES, make_base, make_model
+from tests.benchmarks.models import SHAPES, calibrate, make_base, make_model
 
 
 def measure(model, context: int, continuation: int, arguments: argparse.Namespace) -> dict[str, float]:
@@ -49,15 +49,18 @@ def main() -> None:
     parser.add_argument("--changes", type=float, help="changes per token to scale the path to (default: at least 1)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--no-onednn", dest="onednn", action="store_false", help="PyTorch's own products everywhere")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.backends.mkldnn.enabled = arguments.onednn
     base = make_base(arguments.shape, getattr(torch, arguments.dtype), arguments.device)
-    model, rate = make_model(base, "lora", arguments.changes)
+    model = make_model(base, "lora")
+    rate = calibrate(model, arguments.changes, arguments.budget)
     print(f"{arguments.shape}, batch {arguments.batch_size}, {arguments.dtype}, {arguments.threads} threads, "
-          f"T = {arguments.budget}, change rate met in calibration {rate:.2f}")  # fmt: skip
+          f"T = {arguments.budget}, oneDNN {arguments.onednn}, calibration: gain and changes met {rate}")  # fmt: skip
     results = []
     for continuation in arguments.continuation:
         figures = measure(model, arguments.context, continuation, arguments)
