@@ -4,12 +4,17 @@ The model mocked here is a tiny random one whose path changes tokens several tim
 is not flattered.
 """
 
+import copy
+
 import pytest
 import torch
+from torch.nn import functional
 from torchdiffeq import odeint
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+import l2d.decoding
+import l2d.products
 import l2d.speculation
 from l2d import L2DForCausalLM, SamplerConfig
 from l2d.decoding import DraftLength
@@ -92,6 +97,17 @@ def test_drafts_that_the_base_gets_right_save_passes(make_base):
         out = fresh.generate(ids, attention_mask=mask, max_new_tokens=12, sampler={"draft_tokens": ahead})
         assert len(passes) == expected
     assert torch.equal(out, fresh.base.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False))
+
+
+@pytest.mark.parametrize(("room", "passes"), [(15, 12), (30, 6), (60, 3)])
+def test_drafts_are_made_as_far_as_one_pass_has_room(make_base, monkeypatch, room, passes):
+    fresh = L2DForCausalLM.from_base(str(make_base("llama"))).eval()
+    ids, mask = prompts(1)
+    made = []
+    fresh.path.register_forward_hook(lambda *a: made.append(1))
+    monkeypatch.setattr(l2d.decoding, "queries_per_pass", lambda hidden: room)
+    fresh.generate(ids, attention_mask=mask, max_new_tokens=12, sampler=dict(budget=15, draft_tokens=3))
+    assert len(made) == passes
 
 
 def test_drafting_stops_where_the_base_guesses_wrong():
@@ -355,3 +371,59 @@ def test_merged_deltas_change_nothing_but_speed(make_base, make_l2d, monkeypatch
     monkeypatch.setattr(single, "prepare_inference", lambda: None)
     separate = single.score(ids, continuation_mask=mask)
     torch.testing.assert_close(separate.logprobs, merged.logprobs, rtol=0, atol=1e-6)
+
+
+onednn = pytest.mark.skipif(l2d.products._ONEDNN is None, reason="this PyTorch has no oneDNN products")
+
+
+@onednn
+def test_products_by_onednn_are_those_of_pytorch(monkeypatch):
+    monkeypatch.setattr(l2d.products, "_LEAST", 0)
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(70, 33, generator=generator), torch.randn(70, generator=generator)
+    served = []
+    real = l2d.products._ONEDNN
+    monkeypatch.setattr(l2d.products, "_ONEDNN", lambda *a: served.append(1) or real(*a))
+    for shape in ((1, 33), (127, 33), (2, 3, 33), (1, 0, 33)):
+        inputs = torch.randn(shape, generator=generator)
+        for given in (bias, None):
+            expected = functional.linear(inputs, weight, given)
+            with torch.no_grad():
+                results = (
+                    l2d.products.linear(inputs, weight, given),
+                    l2d.products.packed_linear(weight, given)(inputs),
+                )
+            for result in results:
+                torch.testing.assert_close(result, expected, rtol=0, atol=1e-5)
+    assert len(served) == 14  # no call for an empty batch of unpacked inputs
+    served.clear()
+    assert torch.equal(l2d.products.linear(inputs.double(), weight.double()), inputs.double() @ weight.double().T)
+    weight.requires_grad_()
+    l2d.products.linear(torch.ones(1, 33), weight).sum().backward()  # gradients by PyTorch's own product
+    assert not served and weight.grad is not None
+
+
+@onednn
+def test_onednn_gives_the_tokens_of_plain_products(make_base, make_l2d, monkeypatch):
+    single = L2DForCausalLM.from_pretrained(make_l2d(make_base("llama"), "lora", ["math", "coding"]))
+    plain = decode(single, GUIDED, tokens=8)
+    greedy = decode(single, dict(budget=1), tokens=8)
+    monkeypatch.setattr(l2d.products, "_LEAST", 0)
+    single.train().eval()  # merge again
+    assert torch.equal(decode(single, GUIDED, tokens=8), plain)
+    assert torch.equal(decode(copy.deepcopy(single), GUIDED, tokens=8), plain)
+    assert torch.equal(decode(single, {**GUIDED, "speculation": False}, tokens=8), plain)
+    assert torch.equal(decode(single, dict(budget=1), tokens=8), greedy)
+    real = l2d.products._PACK
+    monkeypatch.setattr(l2d.products, "_PACK", lambda weight, size: real(weight.roll(1, 0), size))
+    single.train().eval()  # merge again
+    assert not torch.equal(decode(single, GUIDED, tokens=8), plain)  # so the packed weights are what is used
+
+
+def test_rows_of_a_modulation_table_in_sequence_are_those_of_any_order(model):
+    times = torch.linspace(0.0, 0.9, 10)
+    table = model.path.modulation_table(times, (0, 1))
+    for rows in (torch.arange(3, 9), torch.tensor([4, 4, 9]), torch.tensor([7]), torch.tensor([5, 4])):
+        part = table.select(rows)
+        assert torch.equal(part.output, table.output[rows])
+        assert all(torch.equal(got, all_rows[rows]) for got, all_rows in zip(part.layers, table.layers, strict=True))
