@@ -178,8 +178,9 @@ class DecodingLoop:
 
     def _room(self, state: MainPathState, rows: int) -> int:
         """How many drafted positions are decided in the pass that the next one needs anyway."""
-        per_row = self.sampler.votes * (self.sampler.budget if speculates(self.sampler) else 1)
-        return queries_per_pass(state.hidden) // (rows * per_row) - 1
+        branches = 2 if self.sampler.guided else 1
+        each = self.sampler.budget if speculates(self.model, self.sampler) else 1
+        return queries_per_pass(state.hidden) // (rows * self.sampler.votes * branches * each) - 1
 
     def _solve(self, state: MainPathState) -> tuple[SiteSolution, torch.Tensor]:
         """Solve the P positions of unfinished rows: logits (B, P, V) float32, zeros for rows that are finished."""

@@ -63,8 +63,7 @@ def solve_sites(
     if sampler.adaptive:
         return solve_adaptive(evaluator, sites)
     grid = fixed_grid(sampler)
-    in_sequence = model.path.carried_state is not None or not speculates(sampler)
-    method = solve_sequentially if in_sequence else solve_speculatively
+    method = solve_speculatively if speculates(model, sampler) else solve_sequentially
     limit = max(1, _STATE_ELEMENTS // (grid.evaluations * sites.noise.shape[1]))
     parts = [
         method(evaluator, sites.take(keep), grid, record)
@@ -73,9 +72,10 @@ def solve_sites(
     return SiteSolution.join(parts)
 
 
-def speculates(sampler: SamplerConfig) -> bool:
+def speculates(model: "L2DForCausalLM", sampler: SamplerConfig) -> bool:
     """Whether a fixed-grid `sampler` is solved by speculation along the trajectory."""
-    return sampler.speculation and (sampler.choice == "sample" or sampler.choice_temperature == 0)
+    known = sampler.choice == "sample" or sampler.choice_temperature == 0  # states, while the chosen token stays
+    return sampler.speculation and known and model.path.carried_state is None
 
 
 def solve_sequentially(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, record: bool) -> SiteSolution:
