@@ -3,24 +3,34 @@
 - `load`: what `L2DForCausalLM.from_pretrained` does
 - `load_base`, `base_name`, `describe_base`: the frozen base and what a checkpoint records of it
 - `read_tensors`: trained tensors of a checkpoint folder, whole or sharded (safetensors only)
+- `record_digests`: what `save_pretrained` notes of the files that belong together
 
-A checkpoint without its base, with another base, or with missing, extra, misshapen or non-finite tensors is refused.
+A checkpoint without its base, with another base, with missing, extra, misshapen or non-finite tensors, or with files
+that are not those that were saved together is refused. Checkpoints without digests are taken without that last check.
 """
 
 import copy
 import json
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    cached_file,
+)
 
 from l2d.checkpoint_folder import base_location
 from l2d.config import L2DConfig
+from l2d.digest import check_settings, settings_digest, tensors_digest
 from l2d.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -57,8 +67,11 @@ def load_base(name: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
         known = {key: value for key, value in kwargs.items() if key in (*_HUB_ARGUMENTS, "trust_remote_code")}
         model_type = AutoConfig.from_pretrained(name, **known).model_type
         if model_type != "l2d":
-            return AutoModelForCausalLM.from_pretrained(name, **kwargs)
-    except (OSError, ValueError) as error:
+            base, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+            if lacking := sorted(info["missing_keys"]):
+                raise ValueError(f"its files lack {len(lacking)} tensors, {lacking[0]!r} first")
+            return base
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"base={given!r} could not be loaded ({reason}); give a folder or hub name of the base model."
@@ -88,17 +101,22 @@ def load(
     if not isinstance(base, PreTrainedModel):
         base = load_base(base_location(name, config.base_name_or_path, base), revision=config.base_revision, **kwargs)
     _check_base(name, config, base)
+    if not config.base_config:
+        describe_base(config, base)
     if isinstance(dtype, torch.dtype) and any(p.dtype != dtype for p in base.parameters()):
         base = (copy.deepcopy(base) if base is given else base).to(dtype)  # the caller's model stays as it is
     model = cls(config, base=base)
     _fill(model, tensors, os.fspath(name))
+    if config.tensors_digest not in (None, tensors_digest(tensors)):
+        raise ValueError(
+            f"pretrained={os.fspath(name)!r}: the tensors are not those that config.json was saved with: the files are "
+            "damaged or of several checkpoints, copy the whole folder again."
+        )
     if config.variant == "full":  # copies of the base's projections run in the base's dtype
         for layer in model.path.layers:
             layer.twin.to(base.dtype)
-    try:
+    if _read_json(name, GENERATION_CONFIG_NAME, config.generation_digest, **hub) is not None:  # else the base's stays
         model.generation_config = GenerationConfig.from_pretrained(name, **hub)
-    except OSError:
-        pass  # the base's stays
     model.name_or_path = os.fspath(name)
     return model.eval()
 
@@ -111,37 +129,72 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def read_config(name: str | os.PathLike, **hub: Any) -> L2DConfig:
-    """The configuration of an L2D checkpoint; `ValueError` where there is none."""
-    try:
-        config = AutoConfig.from_pretrained(name, **hub)
-    except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and "model type" not in str(error):
-            raise
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"pretrained={os.fspath(name)!r} is not an L2D checkpoint: {reason}") from error
-    if not isinstance(config, L2DConfig):
+    """The configuration of an L2D checkpoint; `ValueError` where there is none, or a damaged one."""
+    content = _read_json(name, CONFIG_NAME, None, **hub)
+    if content is None:
+        raise ValueError(f"pretrained={os.fspath(name)!r} is not an L2D checkpoint: it holds no {CONFIG_NAME}.")
+    if content.get("model_type") != L2DConfig.model_type:
         raise ValueError(
-            f"pretrained={os.fspath(name)!r} holds a {config.model_type!r} model, not an L2D checkpoint: "
+            f"pretrained={os.fspath(name)!r} holds a {content.get('model_type')!r} model, not an L2D checkpoint: "
             "train one with training.train, or use the model as it is."
         )
-    return config
+    check_settings(name, CONFIG_NAME, content, content.get("settings_digest"))
+    try:
+        return L2DConfig.from_pretrained(name, **hub)
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{CONFIG_NAME} of {os.fspath(name)!r} cannot be used: {reason}") from error
+
+
+def _find(name: str | os.PathLike, file: str, **hub: Any) -> str | None:
+    """Path of a checkpoint's file, here or on the hub; `None` if it has none. `ValueError` if nothing has that name."""
+    try:
+        return cached_file(
+            name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False, **hub
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"pretrained={os.fspath(name)!r} is not an L2D checkpoint: {reason}") from error
+
+
+def _read_json(name: str | os.PathLike, file: str, digest: str | None, **hub: Any) -> dict[str, Any] | None:
+    """Content of a checkpoint's JSON file, `None` if it has none; `ValueError` if it is not the one of `digest`."""
+    path = _find(name, file, **hub)
+    if path is None:
+        if digest is not None:
+            raise ValueError(f"pretrained={os.fspath(name)!r} lacks {file}: the checkpoint is incomplete.")
+        return None
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no mapping")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): the file is damaged, restore it or save again.") from error
+    check_settings(name, file, content, digest)
+    return content
+
+
+def record_digests(model: "L2DForCausalLM", folder: str | os.PathLike, tensors: dict[str, torch.Tensor]) -> None:
+    """Note in the model's configuration what is about to be saved in `folder`, and write its generation settings."""
+    if os.path.isfile(folder):
+        raise ValueError(f"save_directory={os.fspath(folder)!r} is a file: give a folder.")
+    model.generation_config.save_pretrained(folder)
+    model.config.generation_digest = settings_digest(_read_json(folder, GENERATION_CONFIG_NAME, None) or {})
+    model.config.tensors_digest = tensors_digest(tensors)
 
 
 def read_tensors(name: str | os.PathLike, **hub: Any) -> dict[str, torch.Tensor]:
     """All tensors of a checkpoint on the CPU; `ValueError` names a missing or unreadable file."""
-
-    def find(file: str) -> str | None:
-        return cached_file(
-            name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False, **hub
-        )
-
-    index = find(SAFE_WEIGHTS_INDEX_NAME)
-    files = [SAFE_WEIGHTS_NAME]
+    files = {SAFE_WEIGHTS_NAME}
+    index = _read_json(name, SAFE_WEIGHTS_INDEX_NAME, None, **hub)
     if index is not None:
-        files = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
+        shards = index.get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(f, str) and f == Path(f).name for f in shards.values()):
+            raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {os.fspath(name)!r} names no files: restore it.")
+        files = set(shards.values())
     tensors: dict[str, torch.Tensor] = {}
-    for file in files:
-        path = find(file)
+    for file in sorted(files):
+        path = _find(name, file, **hub)
         if path is None:
             raise ValueError(f"pretrained={os.fspath(name)!r} lacks {file}: the checkpoint is incomplete.")
         try:
@@ -178,6 +231,8 @@ def _fill(model: "L2DForCausalLM", tensors: dict[str, torch.Tensor], name: str) 
             raise ValueError(
                 f"pretrained={name!r}: tensor {key} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}."
             )
+        if not value.is_floating_point():
+            raise ValueError(f"pretrained={name!r}: tensor {key} holds {value.dtype}, expected floating point.")
         if not torch.isfinite(value).all():
             raise ValueError(f"pretrained={name!r}: tensor {key} holds values that are not finite.")
         parameter.copy_(value)

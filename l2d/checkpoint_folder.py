@@ -12,13 +12,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+from l2d.digest import check_settings
 from l2d.sampler_config import SamplerConfig
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def read_config_file(folder: str | Path) -> dict[str, Any]:
-    """`config.json` of the L2D checkpoint in `folder`; `ValueError` if there is none or it is another model's."""
+    """`config.json` of the L2D checkpoint in `folder`; `ValueError` if there is none, or it is another model's.
+
+    It is refused, too, if it is not as it was saved.
+    """
     if not Path(folder).is_dir():
         raise ValueError(f"pretrained={str(folder)!r} is not a folder: give the folder of an L2D checkpoint.")
     try:
@@ -33,6 +37,7 @@ def read_config_file(folder: str | Path) -> dict[str, Any]:
             f"pretrained={str(folder)!r} is a {kind!r} model, not an L2D checkpoint: "
             "evaluate it with --model hf, or give the folder of a model trained on top of it."
         )
+    check_settings(folder, "config.json", config, config.get("settings_digest"))
     return config
 
 

@@ -4,13 +4,17 @@
 - `SamplerConfig`, re-exported: what may be set at inference
 """
 
+import json
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
+from l2d.digest import settings_digest
 from l2d.sampler_config import NOISE_FREE_SAMPLER, SamplerConfig
 
 __all__ = ["L2DConfig", "SamplerConfig"]
+
+_WIDEST = 1 << 17  # beyond any use; a damaged number is refused before memory is asked for
 
 
 class L2DConfig(PreTrainedConfig):
@@ -34,6 +38,7 @@ class L2DConfig(PreTrainedConfig):
         carried_state: the path's last hidden state enters the next evaluation; evaluations then go in sequence.
         noise_free: a control: the path sees a constant in place of the noised token and is evaluated once, at t = 1.
         sampler: defaults for `SamplerConfig` that belong to this checkpoint.
+        tensors_digest, generation_digest: of the trained tensors and `generation_config.json` that were saved with it.
     """
 
     model_type = "l2d"
@@ -60,6 +65,8 @@ class L2DConfig(PreTrainedConfig):
         carried_state: bool = False,
         noise_free: bool = False,
         sampler: dict[str, Any] | None = None,
+        tensors_digest: str | None = None,
+        generation_digest: str | None = None,
         **kwargs: Any,
     ):
         self.base_name_or_path = base_name_or_path
@@ -81,6 +88,10 @@ class L2DConfig(PreTrainedConfig):
         self.carried_state = carried_state
         self.noise_free = noise_free
         self.sampler = dict(sampler or {})
+        self.tensors_digest = tensors_digest
+        self.generation_digest = generation_digest
+        kwargs.pop("settings_digest", None)  # computed when it is written
+        self._validate_base()  # which the next line looks into
         super().__init__(**kwargs)
         self._validate()
 
@@ -89,19 +100,26 @@ class L2DConfig(PreTrainedConfig):
             raise ValueError(f"variant={self.variant!r} is not known; choose 'lora' or 'full'.")
         for name in ("lora_rank", "diffusion_dim", "input_width", "conditioning_width", "frequency_width"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _WIDEST:
+                raise ValueError(f"{name}={value!r} must be a whole number from 1 to {_WIDEST}.")
         if self.frequency_width % 2:
             raise ValueError(f"frequency_width={self.frequency_width} must be even: half cosines, half sines.")
         for name in ("lora_alpha", "noise_std", "input_scale"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
                 raise ValueError(f"{name}={value!r} must be a number above 0.")
+        norm = self.embedding_norm
+        if norm is not None and (isinstance(norm, bool) or not isinstance(norm, (int, float)) or not norm > 0):
+            raise ValueError(f"embedding_norm={norm!r} must be a number above 0, or null.")
         if not isinstance(self.min_noise, (int, float)) or not 0 <= self.min_noise < 1:
             raise ValueError(f"min_noise={self.min_noise!r} must be at least 0 and below 1.")
         classes = self.guidance_classes or []
         if len(set(classes)) != len(classes) or not all(isinstance(name, str) for name in classes):
             raise ValueError(f"guidance_classes={classes!r} must be distinct names.")
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, name, None)
+            if not all(isinstance(i, (int, type(None))) for i in (ids if isinstance(ids, list) else [ids])):
+                raise ValueError(f"{name}={ids!r} must be a token's number, or null.")
         for name in ("carried_state", "noise_free"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false.")
@@ -110,6 +128,13 @@ class L2DConfig(PreTrainedConfig):
         if self.noise_free:
             self.sampler = {**NOISE_FREE_SAMPLER, **self.sampler}
         self.check_sampler(SamplerConfig().replace(**self.sampler))
+
+    def _validate_base(self) -> None:
+        for name in ("base_name_or_path", "base_revision", "base_fingerprint"):
+            if not isinstance(getattr(self, name), (str, type(None))):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a text, or null.")
+        if not isinstance(self.base_config, (dict, type(None))):
+            raise ValueError(f"base_config={self.base_config!r} must be a mapping, or null.")
 
     @property
     def token_norm(self) -> float:
@@ -140,6 +165,12 @@ class L2DConfig(PreTrainedConfig):
         output = super().to_dict()
         output.pop("_text_config", None)
         return output
+
+    def to_json_string(self, use_diff: bool = True) -> str:
+        """Text of `config.json`, which ends with the digest of its own settings."""
+        content = json.loads(super().to_json_string(use_diff))
+        content["settings_digest"] = settings_digest(content)
+        return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def base_config_from_dict(base_config: dict[str, Any]) -> PreTrainedConfig:

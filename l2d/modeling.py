@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
@@ -124,19 +125,31 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
             base: another place to find the base (folder, hub name or a loaded model); its weights must be the same.
             kwargs: `dtype`, `device_map`, `trust_remote_code`, ... for the base.
 
-        Raises `ValueError` where the base is missing or another one, or where a tensor is missing, unexpected, of
-        another shape or not finite.
+        Raises `ValueError` where the base is missing or another one, where a tensor is missing, unexpected, of another
+        shape or not finite, and where a file is not the one that was saved (see `digest`).
         """
         return checkpoint.load(cls, pretrained_model_name_or_path, base=base, config=config, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs: Any) -> None:
-        """Write `config.json`, `generation_config.json` and the trained tensors (safetensors), never the base."""
+        """Write `config.json`, `generation_config.json` and the trained tensors (safetensors), never the base.
+
+        `config.json` records digests of all three, which are compared when they are loaded. Raises `OSError` where the
+        disk is full.
+        """
         full = self.state_dict() if state_dict is None else state_dict
         missing = [name for name in self._trained_names if name not in full]
         if missing:
             raise ValueError(f"state_dict lacks {len(missing)} trained tensors, {missing[0]!r} first.")
         trained = {name: full[name].contiguous() for name in self._trained_names}
-        super().save_pretrained(save_directory, state_dict=trained, **kwargs)
+        if kwargs.get("is_main_process", True):
+            checkpoint.record_digests(self, save_directory, trained)
+        try:
+            super().save_pretrained(save_directory, state_dict=trained, **kwargs)
+        except SafetensorError as error:
+            raise OSError(
+                f"save_directory={os.fspath(save_directory)!r} could not be written to its end ({error}): make room "
+                "and save again, what is there now will not load."
+            ) from error
 
     def trained_parameters(self):
         """Iterate over (name, parameter) of all trained weights, in a fixed order."""

@@ -26,7 +26,8 @@ from lm_eval.models.utils_hf import clear_torch_cache, get_dtype
 from lm_eval.utils import simple_parse_args_string
 from transformers import AutoTokenizer
 
-from l2d import L2DConfig, L2DForCausalLM
+from l2d import L2DForCausalLM
+from l2d.checkpoint import read_config
 from l2d.config import base_config_from_dict
 from l2d.fingerprint import fingerprint
 from lm_eval_ext import compute_files
@@ -94,7 +95,8 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
     # ---- loading -------------------------------------------------------------------------------------------------
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        self._config = L2DConfig.from_pretrained(pretrained)
+        with _one_line():
+            self._config = read_config(pretrained)
 
     def _get_backend(self, *args: Any, **kwargs: Any) -> None:
         self.backend = "causal"
