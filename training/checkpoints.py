@@ -5,8 +5,8 @@
 - `check_output_dir`, `clear_output_dir`: nothing is overwritten without being asked
 
 A checkpoint is complete when weights, optimizer, scheduler, random states of every process and the trainer's state are
-there and whole. Ours appear complete (see `saving`); those that were copied in part, or written by another trainer that
-was killed, would resume silently wrong.
+there and as they were saved. Ours appear complete (see `saving`) with checksums; those that were copied in part, or
+written by another trainer that was killed, would resume silently wrong.
 """
 
 import glob
@@ -18,6 +18,7 @@ import zipfile
 from collections.abc import Callable
 
 from l2d.command_line import check_folder
+from training.checksums import changed_files
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model_fsdp_0")
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
@@ -80,7 +81,8 @@ def missing_parts(checkpoint: str, processes: int = 1) -> list[str]:
         if not any(_whole(path) for path in paths):
             lacking.append(names[0])
     parts = ("scheduler.pt", *random_states, "trainer_state.json")
-    return lacking + [name for name in parts if not _whole(os.path.join(checkpoint, name))]
+    lacking += [name for name in parts if not _whole(os.path.join(checkpoint, name))]
+    return lacking or [f"{name} as it was saved" for name in changed_files(checkpoint)]
 
 
 def _whole(path: str) -> bool:
@@ -108,6 +110,8 @@ def _whole_json(path: str) -> bool:
 def _whole_safetensors(path: str) -> bool:
     with open(path, "rb") as file:
         size = int.from_bytes(file.read(8), "little")
+        if size > os.path.getsize(path):
+            return False
         try:
             header = json.loads(file.read(size))
         except ValueError:

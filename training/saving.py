@@ -8,11 +8,14 @@ A checkpoint also keeps what the next log line will be made of, so that the loss
 unbroken one, also where a checkpoint lies between two log lines.
 """
 
+import contextlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +25,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from training.checkpoints import UNFINISHED
+from training.checksums import write_checksums
+from training.writing import Interrupted, writing
 
 
 class SafeCheckpoints(SFTTrainer):
@@ -40,6 +45,13 @@ class SafeCheckpoints(SFTTrainer):
         self.resumed_from = resume_from_checkpoint
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """An epoch, unless all steps were made before: a run may be killed between its last checkpoint and its end."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"
         final = os.path.join(self.args.output_dir, name)
@@ -47,6 +59,19 @@ class SafeCheckpoints(SFTTrainer):
         if self.args.should_save:
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
         self.accelerator.wait_for_everyone()
+        try:
+            with writing(self.args.output_dir):
+                self._write_checkpoint(partial, final)
+                self._publish(partial, final)
+        except Interrupted:
+            shutil.rmtree(partial, ignore_errors=True)  # it only takes room
+            raise
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(final)
+        if self.args.should_save:
+            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, True)
+
+    def _write_checkpoint(self, partial: str, final: str) -> None:
         self.store_flos()
         self.save_model(partial, _internal_call=True)
         if not self.args.save_only_model:
@@ -61,11 +86,6 @@ class SafeCheckpoints(SFTTrainer):
         if self.args.should_save:
             self._export_callbacks()
             self.state.save_to_json(os.path.join(partial, "trainer_state.json"))
-        self._publish(partial, final)
-        if self.args.push_to_hub:
-            self._push_from_checkpoint(final)
-        if self.args.should_save:
-            rotate_checkpoints(self.args.output_dir, self.args.save_total_limit, self.state.best_model_checkpoint, True)
 
     def _publish(self, partial: str, final: str) -> None:
         """Rename once every process has written its part; on nodes with a disk of their own, once on each."""
@@ -85,6 +105,14 @@ class SafeCheckpoints(SFTTrainer):
                     known[name].append(part.state())
                 else:
                     known[name] = part.state()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     def _curve_file(self, folder: str) -> str:
         return os.path.join(folder, f"curve_{self.args.process_index}.json")
@@ -121,16 +149,25 @@ class SafeCheckpoints(SFTTrainer):
 
 def replace_folder(partial: str, final: str) -> None:
     """Put a folder that was written completely in the place of `final`, after its content has reached the disk."""
-    for place, _, names in os.walk(partial):
-        for name in names:
-            with open(os.path.join(place, name), "rb") as file:
-                os.fsync(file.fileno())
+    write_checksums(partial)
     old = f"{partial}-old"
     shutil.rmtree(old, ignore_errors=True)
     if os.path.isdir(final):
         os.rename(final, old)
     os.rename(partial, final)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _readable(checkpoint: str | None) -> Iterator[None]:
+    """Raise `Interrupted` for files that hold more than tensors and plain values, or that are damaged."""
+    try:
+        yield
+    except (pickle.UnpicklingError, EOFError) as error:
+        raise Interrupted(
+            f"resume_from_checkpoint={checkpoint!r} holds files that are damaged or not of this program, and are not "
+            "loaded: choose another checkpoint, or auto after moving this one away."
+        ) from error
 
 
 class _RestoreCurve(TrainerCallback):

@@ -4,7 +4,8 @@
     accelerate launch --config_file training/accelerate_configs/ddp.yaml -m training.train --config RECIPE.yaml
 
 Options on the command line (`--learning_rate 3e-5`) go before those of the recipe. What cannot be followed is refused
-in one sentence with exit status 2, before the base is loaded; `--dry_run` shows what would be done and stops.
+in one sentence with exit status 2, before the base is loaded; `--dry_run` shows what would be done and stops. A full
+disk ends the run with one sentence and status 1; the checkpoints before it stay as they are.
 What is left in `output_dir`:
 
 - `l2d`: the trained tensors, for `L2DForCausalLM.from_pretrained` and `lm_eval --model l2d`
@@ -26,6 +27,7 @@ import yaml
 
 from training.checkpoints import check_output_dir, choose_checkpoint, clear_output_dir, clear_unfinished
 from training.recipe import Recipe, read_recipe
+from training.writing import Interrupted, writing
 
 RANK = int(os.environ.get("RANK", "0"))
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
@@ -57,10 +59,18 @@ def main(arguments: list[str] | None = None) -> None:
         job = prepare(recipe)
         trainer = build_trainer(job)
     except (ImportError, OSError, ValueError) as error:
-        if RANK == 0:
-            print("error:", " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
-    run(trainer, job)
+        end(error, 2)
+    try:
+        run(trainer, job)
+    except Interrupted as error:
+        end(error, 1)
+
+
+def end(error: Exception, status: int) -> None:
+    """Say in one line, once for all processes, why the command ends here."""
+    if RANK == 0:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(status)
 
 
 @contextlib.contextmanager
@@ -187,7 +197,8 @@ def run(trainer: Any, job: Job) -> None:
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     every = sum(p.numel() for p in trainer.model.parameters())
     say(f"{job.recipe.model.method}: {trained:,} trained parameters, {every - trained:,} frozen")
-    metrics = trainer.train(resume_from_checkpoint=job.checkpoint).metrics
+    with writing(job.recipe.training.output_dir):  # checkpoints, and what loggers write on the way
+        metrics = trainer.train(resume_from_checkpoint=job.checkpoint).metrics
     if trainer.stop.stopped:
         say(
             f"stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved; "
@@ -195,6 +206,13 @@ def run(trainer: Any, job: Job) -> None:
         )
         trainer.end()
         return
+    with writing(job.recipe.training.output_dir):
+        leave_results(trainer, job, metrics)
+    trainer.end()
+
+
+def leave_results(trainer: Any, job: Job, metrics: dict[str, float]) -> None:
+    """Evaluate, and write metrics and the final model."""
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
@@ -203,7 +221,6 @@ def run(trainer: Any, job: Job) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     save(trainer, job)
-    trainer.end()
 
 
 def last_evaluation(trainer: Any) -> dict[str, float] | None:
