@@ -240,6 +240,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Trace one prompt and show it. Raises `ValueError`."""
+    from l2d.files import write_files
     from l2d.trace_page import html_page
 
     if given.solver is not None:
@@ -254,8 +255,6 @@ def run(given: argparse.Namespace) -> None:
     print(terminal_text(trace, colour=sys.stdout.isatty()))
     if given.out is not None:
         page = given.out if given.out.suffix == ".html" else given.out.with_name(given.out.name + ".html")
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(html_page(trace), encoding="utf-8")
-        data = json.dumps(dataclasses.asdict(trace), ensure_ascii=False, indent=1)
-        page.with_suffix(".json").write_text(data + "\n", encoding="utf-8")
+        data = json.dumps(dataclasses.asdict(trace), ensure_ascii=False, indent=1) + "\n"
+        write_files(page.parent, {page.name: html_page(trace), page.with_suffix(".json").name: data}, "--out")
         print(f"{page} and {page.with_suffix('.json')}")

@@ -33,6 +33,7 @@ from typing import Any
 import yaml
 
 from l2d.command_line import Parser, check_folder
+from l2d.files import write_files
 from lm_eval_ext.arguments import BUDGET, UsageError, parse_arguments
 from lm_eval_ext.early import check_checkpoint
 
@@ -141,6 +142,10 @@ def _joined(value: Any) -> str:
 def run_plan(plan: Plan) -> list[Setting]:
     """Run every setting that is not complete; return those that failed. The table is written after each."""
     _check_options(plan)
+    try:
+        plan.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"output={str(plan.output)!r} cannot be made ({error.strerror}): name another.") from error
     pending = [setting for setting in plan.settings if not _complete(plan, setting)]
     print(f"{len(plan.settings)} settings, {len(plan.settings) - len(pending)} of them complete", flush=True)
     failed = []
@@ -159,7 +164,7 @@ def run_plan(plan: Plan) -> list[Setting]:
             print(f"{head}: failed, {reason} (see {plan.folder(setting)}{PARTIAL})", flush=True)
             continue
         print(f"{head}: done in {time.perf_counter() - start:.0f} s", flush=True)
-        (plan.output / "table.md").write_text(table(plan), encoding="utf-8")
+        _write(plan.output, "table.md", table(plan))
     return failed
 
 
@@ -207,8 +212,15 @@ def _run(plan: Plan, setting: Setting) -> None:
         gc.collect()  # the model, before the next one is loaded
     if not list(partial.glob("**/results_*.json")):
         raise RuntimeError("lm_eval wrote no results")
-    (partial / "setting.json").write_text(json.dumps(dataclasses.asdict(setting), indent=2), encoding="utf-8")
+    _write(partial, "setting.json", json.dumps(dataclasses.asdict(setting), indent=2))
     os.replace(partial, folder)
+
+
+def _write(folder: Path, name: str, text: str) -> None:
+    try:
+        write_files(folder, {name: text}, "output")
+    except ValueError as error:
+        raise UsageError(str(error)) from error
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from l2d.command_line import Parser, check_folder
+from l2d.files import write_files
 from lm_eval_ext.leaderboard.board import Board, build_board
 from lm_eval_ext.leaderboard.files import read_runs
 from lm_eval_ext.leaderboard.page import html_page
@@ -26,7 +27,7 @@ def write_leaderboard(
     """Read all results below `folders`, write `leaderboard.{html,md,csv,json}` into `out`, return what they show.
 
     Args: see `board.build_board`; `only` names the formats to write. Raises `ValueError` if a folder is missing or
-    holds nothing usable.
+    holds nothing usable, or if `out` cannot be written.
     """
     check_folder("out", out)
     runs, skipped = read_runs(folders)
@@ -37,15 +38,13 @@ def write_leaderboard(
             f"{', '.join(map(str, folders))}: no usable results_*.json of lm-eval{f' ({reasons})' * bool(reasons)}; "
             "give folders that lm_eval wrote with --output_path."
         )
-    out.mkdir(parents=True, exist_ok=True)
     texts = {
         "html": lambda: html_page(board, out, title),
         "md": lambda: markdown(board, out),
         "csv": lambda: csv_text(board, out),
         "json": lambda: json_text(board, out),
     }
-    for ending in only:
-        (out / f"leaderboard.{ending}").write_text(texts[ending](), encoding="utf-8", errors="replace")
+    write_files(out, {f"leaderboard.{ending}": texts[ending]() for ending in only}, "--out")
     return board
 
 

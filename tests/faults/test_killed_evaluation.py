@@ -1,0 +1,112 @@
+"""Sweeps and reports that are killed with SIGKILL at random moments, and run again, give what undisturbed ones give.
+
+Run: `python -m pytest tests/faults/test_killed_evaluation.py`; with `-s` it prints what was killed.
+"""
+
+import json
+import random
+import shutil
+import time
+from pathlib import Path
+
+import yaml
+
+from lm_eval_ext.leaderboard.files import read_runs
+from lm_eval_ext.sweep import read_plan, table
+from tests.faults.conftest import REPORT, SWEEP
+from tests.integration.harness import TASKS
+from tests.test_leaderboard import write_demo
+
+SWEEP_KILLS, REPORT_KILLS = 6, 20
+
+
+def write_sweep(file: Path, output: Path, l2d_dir: Path) -> Path:
+    """The base and a budget on two tasks, of which one generates."""
+    content = {
+        "output": str(output),
+        "tasks": ["l2d_test_choice", "l2d_test_generate"],
+        "base": True,
+        "model_args": {"pretrained": str(l2d_dir), "device": "cpu"},
+        "grid": {"diffusion_budget": [3]},
+        "run": {"include_path": str(TASKS), "batch_size": 8, "limit": 4, "gen_kwargs": {"max_gen_toks": 4}},
+    }
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def answers(output: Path) -> dict[str, list]:
+    """Samples and costs without seconds of all settings, by place."""
+    found = {}
+    for file in sorted(output.glob("*/*/*/*.jsonl")):
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        name = f"{file.relative_to(output).parent} {file.name.rsplit('_', 1)[0]}"
+        assert name not in found
+        found[name] = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return found
+
+
+def test_a_sweep_killed_again_and_again(nursery, l2d_dir, tmp_path):
+    whole, out, chance = tmp_path / "whole", tmp_path / "out", random.Random(3)
+    start = time.monotonic()
+    done = nursery.run(SWEEP, write_sweep(tmp_path / "whole.yaml", whole, l2d_dir))
+    seconds = time.monotonic() - start
+    assert done.returncode == 0, done.text
+    file, killed, finished = write_sweep(tmp_path / "sweep.yaml", out, l2d_dir), 0, 0
+    while killed < SWEEP_KILLS:
+        command = nursery.start(SWEEP, file)
+        stop = time.monotonic() + chance.random() * seconds * 0.6
+        while time.monotonic() < stop and command.poll() is None:
+            time.sleep(0.01)
+        if command.kill() != -9:
+            assert command.poll() == 0, command.text
+            assert answers(out) == answers(whole)
+            shutil.rmtree(out)
+            finished += 1
+            continue
+        killed += 1
+        runs, skipped = read_runs([out]) if out.exists() else ([], [])
+        assert all(".partial" in item.reason for item in skipped)
+        complete = [folder for folder in out.glob("*/*") if folder.suffix != ".partial"]
+        assert len(runs) == len(complete)  # what looks complete can be read
+    done = nursery.run(SWEEP, file)
+    assert done.returncode == 0, done.text
+    assert answers(out) == answers(whole) and len(answers(out)) == 8
+    assert table(read_plan(file)) == table(read_plan(tmp_path / "whole.yaml")) == (out / "table.md").read_text()
+    assert not list(out.rglob("*.partial"))
+    print(f"{killed} kills of a sweep, {finished + 1} sweeps finished")
+
+
+def test_a_report_killed_again_and_again(nursery, tmp_path):
+    """Every file is at any time an old one or a new one."""
+    results, out, chance = write_demo(tmp_path / "results"), tmp_path / "out", random.Random(5)
+    arguments = [results, "--out", out]
+
+    def contents() -> dict[str, str]:
+        return {file.name: _undated(file.read_text()) for file in out.glob("*") if not file.name.startswith(".")}
+
+    start = time.monotonic()
+    done = nursery.run(REPORT, *arguments, "--title", "old")
+    seconds = time.monotonic() - start
+    assert done.returncode == 0, done.text
+    old = contents()
+    assert nursery.run(REPORT, *arguments, "--title", "new").returncode == 0
+    new = contents()
+    assert old["leaderboard.html"] != new["leaderboard.html"] and len(new) == 4
+    shutil.rmtree(out)
+    killed = tried = 0
+    while killed < REPORT_KILLS:
+        command = nursery.start(REPORT, *arguments, "--title", ("old", "new")[tried % 2])
+        stop, tried = time.monotonic() + chance.random() * seconds, tried + 1
+        while time.monotonic() < stop:
+            time.sleep(0.001)
+        killed += command.kill() == -9
+        for name, text in contents().items():
+            assert text in (old[name], new[name]), name
+    assert nursery.run(REPORT, *arguments, "--title", "new").returncode == 0
+    assert contents() == new and not list(out.glob(".*"))
+    print(f"{killed} kills of a report")
+
+
+def _undated(page: str) -> str:
+    head, built, rest = page.partition("Built ")
+    return head + rest[len("2026-01-01 00:00 UTC") :] if built else page
