@@ -11,9 +11,11 @@
 import json
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torchdiffeq import odeint
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -168,16 +170,21 @@ def load_released(
 
 
 def read_folder(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a released checkpoint folder; pickle files are read with `weights_only=True`."""
+    """All tensors of a released checkpoint folder; pickle files are read with `weights_only=True`.
+
+    Raises `ValueError` for a folder without such files, damaged ones, and pickles of anything else than tensors.
+    """
     files = sorted(folder.glob("*.safetensors"))
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if not files and not pickles:
         raise ValueError(f"{str(folder)!r} holds neither *.safetensors nor pytorch_model*.bin files.")
     state: dict[str, torch.Tensor] = {}
-    for file in files:
-        state.update(load_file(file))
-    for file in [] if files else pickles:
-        state.update(torch.load(file, map_location="cpu", weights_only=True))
+    for file in files or pickles:
+        try:
+            state.update(load_file(file) if files else torch.load(file, map_location="cpu", weights_only=True))
+        except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, TypeError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{str(file)!r} holds no tensors that can be read safely: {reason}") from error
     return state
 
 
