@@ -19,7 +19,10 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 def read_config_file(folder: str | Path) -> dict[str, Any]:
-    """`config.json` of the L2D checkpoint in `folder`; `ValueError` if there is none or it is another model's."""
+    """`config.json` of the L2D checkpoint in `folder`; `ValueError` if there is none, or it is another model's.
+
+    It is refused, too, if it is not as it was saved.
+    """
     if not Path(folder).is_dir():
         raise ValueError(f"pretrained={str(folder)!r} is not a folder: give the folder of an L2D checkpoint.")
     try:

@@ -33,19 +33,18 @@ MOST_GROWTH = 0.03
 COUNTED = ("open files", "threads", "children", "temporary files")
 
 
-def measure(work: Path) -> dict[str, float]:
+def measure() -> dict[str, float]:
     """What this process holds: megabytes resident, and counts."""
     import psutil
 
     gc.collect()
     process = psutil.Process()
-    kept = [name for name in os.listdir(tempfile.gettempdir()) if Path(tempfile.gettempdir(), name) != work]
     return {
         "megabytes": process.memory_info().rss / 2**20,
         "open files": process.num_fds(),
         "threads": process.num_threads(),
         "children": len(process.children(recursive=True)),
-        "temporary files": len(kept),
+        "temporary files": len(os.listdir(tempfile.gettempdir())),
     }
 
 
@@ -109,7 +108,7 @@ def soak(minutes: float, work: Path) -> list[dict[str, float]]:
     while time.monotonic() < start + 60 * minutes or len(rounds) < 6:
         with quiet():
             turn(len(rounds))
-        rounds.append({"seconds": time.monotonic() - start, **measure(work)})
+        rounds.append({"seconds": time.monotonic() - start, **measure()})
         if len(rounds) % 10 == 1:
             print(row(len(rounds), rounds[-1]), flush=True)
     return rounds
@@ -160,6 +159,8 @@ def main() -> None:
     given = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="soak-"))
     os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_CACHE=str(work / "cache"), CUDA_VISIBLE_DEVICES="")
+    (work / "tmp").mkdir()
+    tempfile.tempdir = os.environ["TMPDIR"] = str(work / "tmp")  # nobody else's
     print(f" round  seconds  megabytes{''.join(f'{name:>17}' for name in COUNTED)}")
     try:
         rounds = soak(given.minutes, work)

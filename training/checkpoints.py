@@ -19,7 +19,6 @@ from collections.abc import Callable
 
 from l2d.command_line import check_folder
 from training.checksums import changed_files
-from training.writing import unwritable
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model_fsdp_0")
 _OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
@@ -129,8 +128,6 @@ def check_output_dir(output_dir: str, resume: str | bool | None, overwrite: bool
     if os.path.exists(output_dir) and not os.path.isdir(output_dir):
         raise ValueError(f"output_dir={output_dir!r} is a file: give a folder.")
     check_folder("output_dir", output_dir)
-    if reason := unwritable(output_dir):
-        raise ValueError(f"output_dir={output_dir!r} cannot be written ({reason}): choose another folder.")
     if os.path.isdir(output_dir) and os.path.isdir(base) and os.path.samefile(output_dir, base):
         raise ValueError(f"output_dir={output_dir!r} is where the base is: choose another folder.")
     resume = resume not in NO_RESUME

@@ -21,7 +21,6 @@ from typing import Any
 
 import datasets
 import transformers
-from pyarrow import ArrowException
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_training_chat_template, maybe_convert_to_chatml
 
@@ -101,7 +100,7 @@ def _read(argument: str, source: str, data: DataArguments, split: str, processes
     configs = data.dataset_config or [None]
     try:
         parts = [_read_one(argument, source, config, split) for config in configs]
-    except (OSError, datasets.exceptions.DatasetsError, KeyError, ValueError, ArrowException, RuntimeError) as error:
+    except (OSError, datasets.exceptions.DatasetsError, KeyError, ValueError, RuntimeError) as error:
         if str(error).startswith(argument):
             raise  # says it all
         kind = ValueError if os.path.exists(source) or _is_file(source) else Unavailable

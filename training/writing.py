@@ -2,14 +2,11 @@
 
 - `Interrupted`: ends the command with one sentence; what was saved before is as it was
 - `writing`: turns a failure to write into it
-- `unwritable`: why nothing could be written to a folder, found out before training
 """
 
 import contextlib
 import errno
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
@@ -52,15 +49,3 @@ def disk_failure(error: BaseException) -> str | None:
 
 def _text(error: BaseException) -> str:
     return str(error.args[0]) if error.args else ""
-
-
-def unwritable(folder: str) -> str | None:
-    """Why no file can be made in `folder`, or where it would be made; `None` if one can."""
-    place = os.path.abspath(folder)
-    while not os.path.lexists(place):
-        place = os.path.dirname(place)
-    try:
-        with tempfile.TemporaryFile(dir=place):
-            return None
-    except OSError as error:
-        return error.strerror
