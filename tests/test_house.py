@@ -20,8 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.conftest import REPOSITORY
+from tests.environments import CONSTRAINTS
+from tests.versions import requirements
 
 PACKAGES = ("l2d", "lm_eval_ext", "training")
 DOCUMENTS = [
@@ -157,6 +161,19 @@ def test_one_version_everywhere():
     changes = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
     released = [name for name in re.findall(r"^## \[?([\w.]+)", changes, re.M) if name != "Unreleased"]
     assert project["version"] == l2d.__version__ == released[0]
+
+
+def test_bounds_and_pins_agree():
+    """Every dependency has one lower bound and nothing else, and `constraints.txt` pins a version that it allows."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    pins = {canonicalize_name(pin.name): str(pin.specifier) for pin in map(Requirement, lines[1:])}
+    for text in [*project["dependencies"], *project["optional-dependencies"]["test"]]:
+        asked = Requirement(text)
+        assert [bound.operator for bound in asked.specifier] == [">="], text
+        assert asked.specifier.contains(pins[canonicalize_name(asked.name)].removeprefix("==")), text
+    oldest = requirements("oldest")
+    assert all("==" in text for text in oldest) and len(requirements("newest")) == len(oldest)
 
 
 COMMANDS = ("python", "make", "lm_eval", "lm-eval", "l2d-leaderboard", "accelerate", "torchrun", "pip", "git")

@@ -42,10 +42,14 @@ TASK = {
     "generation_kwargs": {"until": ["\n"], "max_gen_toks": 6, "do_sample": False},
     "metric_list": [{"metric": "exact_match"}],
 }
+PLAIN = {
+    "base": "base", "dataset": "data.jsonl", "lora_rank": 2, "max_steps": 2, "per_device_train_batch_size": 4,
+    "logging_steps": 1, "save_strategy": "no", "report_to": "none",
+}  # fmt: skip
+TUNED = {**PLAIN, "method": "lora_sft", "output_dir": "tuned"}
 RECIPE = {
-    "method": "l2d", "base": "base", "dataset": "data.jsonl", "output_dir": "model", "variant": "lora", "lora_rank": 2,
-    "diffusion_dim": 8, "input_width": 8, "conditioning_width": 8, "frequency_width": 8, "noise_std": 2.0,
-    "max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "save_strategy": "no", "report_to": "none",
+    **PLAIN, "method": "l2d", "output_dir": "model", "diffusion_dim": 8, "input_width": 8, "conditioning_width": 8,
+    "frequency_width": 8, "noise_std": 2.0,
 }  # fmt: skip
 SWEEP = {
     "output": "swept",
@@ -74,7 +78,7 @@ STEPS = [
     Step("python -m training.train --config recipe.yaml", leaves="model/model.safetensors"),
     Step(
         "accelerate launch --config_file {packages}/training/accelerate_configs/single.yaml --cpu -m training.train "
-        "--config recipe.yaml --method lora_sft --output_dir tuned",
+        "--config tuned.yaml",
         leaves="tuned/model.safetensors",
     ),
     Step("python -m lm_eval_ext args", "diffusion_budget"),
@@ -116,7 +120,7 @@ def prepare(work: Path) -> None:
     asked = [{"question": f"{n} and {n}?", "answer": str(2 * n)} for n in range(4)]
     for name, lines in (("data.jsonl", rows), ("task.jsonl", asked)):
         (work / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for name, content in (("smoke.yaml", TASK), ("recipe.yaml", RECIPE), ("sweep.yaml", SWEEP)):
+    for name, content in (("smoke.yaml", TASK), ("recipe.yaml", RECIPE), ("tuned.yaml", TUNED), ("sweep.yaml", SWEEP)):
         (work / name).write_text(yaml.safe_dump(content, sort_keys=False))
 
 
