@@ -1,6 +1,6 @@
 # make setup   an own environment in .venv, with the versions of constraints.txt (skipped while it is current)
 # make test    checks style and types and runs all tests
-# make demo    the demo, about 7 minutes on 2 cores; OUT=FOLDER for another folder, OVERWRITE=1 to replace a finished one
+# make demo    the demo, about 10 minutes on 2 cores; OUT=FOLDER for another folder, OVERWRITE=1 to replace a finished one
 # make clean   removes the environment and what tools leave behind; demos stay
 # PYTHON=...   the Python that the environment is made with, 3.11 or newer
 

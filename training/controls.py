@@ -190,9 +190,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-    data = [part.to(session.model.device) for part in (ids, mask, wanted)]
+    ids, mask, wanted = (part.to(session.model.device) for part in (ids, mask, wanted))
     singles, budgets = (
-        [_measured(session.model, data, sampler, given.batch_size) for sampler in part]
+        [_told(measure(session.model, ids, mask, wanted, sampler, given.batch_size)) for sampler in part]
         for part in (plan.singles, plan.budgets)
     )
     report(given, config, singles, budgets)
@@ -264,6 +264,8 @@ def _read_data(
     given: argparse.Namespace, config: dict[str, Any]
 ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
     """Tokens, mask and targets (E, S) of the examples. Raises `ValueError`."""
+    import torch
+
     from training.budgets import padded
     from training.config import DataArguments, L2DTrainingConfig, ModelArguments
     from training.data import encode, load_split, load_tokenizer
@@ -286,7 +288,8 @@ def _read_data(
     longest = base_config.get("max_position_embeddings") or sys.maxsize
     encoded, summary = encode(examples, tokenizer, training, longest, "data")
     print(summary, flush=True)
-    return padded(list(encoded), tokenizer.pad_token_id, "cpu")
+    ids, mask, wanted = padded(list(encoded), tokenizer.pad_token_id, torch.device("cpu"))
+    return ids, mask, wanted
 
 
 def _recipe(folder: str) -> dict[str, Any]:
@@ -298,8 +301,8 @@ def _recipe(folder: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _measured(model: "L2DForCausalLM", data: list["torch.Tensor"], sampler: dict, batch_size: int) -> Measurement:
-    found = measure(model, *data, sampler, batch_size)
+def _told(found: Measurement) -> Measurement:
+    """Progress, where someone is looking."""
     if sys.stderr.isatty():
         print(_name(found), f"exact match {found.exact_match[0]:.3f}", file=sys.stderr)
     return found
