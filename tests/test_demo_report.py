@@ -12,13 +12,16 @@ from training.demo.plan import DECODINGS, SETTINGS, TASKS, result_folder
 from training.demo.report import changed_prompt, findings, read_rows, terminal_table
 from training.demo.workspace import open_workspace
 
-PRODUCTS = {"base": 0.50, "l2d-1": 0.50, "l2d-3": 0.52, "l2d-7": 0.88, "l2d-15": 0.93, "l2d-31": 0.94, "control": 0.94,
-            "lora_sft": 0.99, "full_sft": 1.00}  # fmt: skip
+PRODUCTS = {"base": 0.50, "l2d-1": 0.50, "l2d-3": 0.52, "l2d-7": 0.88, "l2d-15": 0.93, "l2d-31": 0.94, "once": 0.94,
+            "corrupted-3": 0.80, "corrupted-7": 0.93, "corrupted-15": 0.96, "corrupted-31": 0.955,
+            "corrupted_once": 0.92, "noise_free": 0.99, "lora_sft": 0.99, "full_sft": 1.00}  # fmt: skip
 SUMS = {name: 1.0 for name in PRODUCTS} | {"l2d-15": 0.8, "lora_sft": 0.1, "full_sft": 0.0}
 
 
 def write_results(out, products=PRODUCTS, answers="right"):
-    """Result and samples files as the harness names and fills them."""
+    """Result and samples files as the harness names and fills them, and the times that were chosen."""
+    for folder, time in (("l2d", 0.02), ("corrupted", 0.1)):
+        (out / f"{folder}_controls.json").write_text(json.dumps({"best_time": time}))
     for setting in SETTINGS:
         for decoding in DECODINGS:
             folder = result_folder(out, setting, decoding) / "model"
@@ -63,20 +66,29 @@ def test_missing_result_is_named(tmp_path):
 def test_sentences_follow_the_numbers(tmp_path):
     shown, not_shown = sentences(tmp_path)
     assert "from T = 1 to T = 15 the accuracy changes by +0.430 ± 0.014, and it does not fall" in shown
+    assert "+0.280 ± 0.014 at T = 3 (better), +0.050 ± 0.014 at T = 7 (better)" in shown
     assert "all 18 greedy answers, on both tasks, are the base's own" in shown
     assert "LoRA -0.900 ± 0.014, full -1.000 ± 0.014" in shown
+    assert "validation data (t = 0.02), solves 0.940" in not_shown
     assert "the control is as good (+0.000 ± 0.014). So the greedy curve is no evidence" in not_shown
+    assert "Iterating helps L2D, corrupted training: one evaluation" in shown and "(t = 0.1), solves 0.920" in shown
+    assert "the control is worse (-0.035 ± 0.014). Sampled" in shown and not_shown.count("no evidence") == 1
+    assert "solves 0.990 of the products greedily: better than L2D at its best budget, T = 31" in not_shown
+    assert "better than L2D, corrupted training at its best budget, T = 15 (+0.030 ± 0.014)" in not_shown
     assert "LoRA and full finetuning did better" in not_shown
 
 
 def test_other_numbers_give_other_sentences(tmp_path):
     shown, not_shown = sentences(
-        tmp_path, {"l2d-15": 0.80, "l2d-31": 0.99, "control": 0.60, "lora_sft": 0.5}, same=(8, 9)
+        tmp_path,
+        {"l2d-15": 0.80, "l2d-31": 0.99, "once": 0.60, "corrupted_once": 0.955, "noise_free": 0.9, "lora_sft": 0.5},
+        same=(8, 9),
     )
     assert "it falls at T = 15" in shown
     assert "NOT reproduced: at T = 1 only 16 of 18" in shown
-    assert "the control is worse (-0.390 ± 0.014)" in not_shown
-    assert "no evidence" not in not_shown
+    assert "Iterating helps L2D: " in shown and "the control is worse (-0.390 ± 0.014)" in shown
+    assert "That iterating helps L2D, corrupted training: " in not_shown and not_shown.count("no evidence") == 1
+    assert "Noise and a trajectory help: " in shown and "worse than L2D at its best budget, T = 31" in shown
     assert "full finetuning did better" in not_shown and "LoRA and full" not in not_shown
 
 
@@ -95,9 +107,13 @@ def test_report_leaves_all_files(tmp_path, capsys, monkeypatch):
     rows = json.loads((out / "leaderboard.json").read_text())
     assert {"method", "budget", "decoding", "task", "value", "stderr"} <= set(rows[0])
     assert {row["budget"] for row in rows if row["method"] == "l2d"} == {1, 3, 7, 15, 31}
-    assert {row["method"] for row in rows} == {"base", "l2d", "control", "lora_sft", "full_sft"}
+    assert {row["method"] for row in rows} == {
+        *("base", "l2d", "corrupted", "once", "corrupted_once", "noise_free", "lora_sft", "full_sft")
+    }
+    assert {row["final_time"] for row in rows if row["method"] == "corrupted_once"} == {0.1}
     text = (out / "leaderboard.md").read_text()
-    assert "| L2D | 15 | 0.930 ± 0.010 |" in text and "NOT reproduced" in text
+    assert "| L2D | 15 | 0.930 ± 0.010 |" in text and "| control: one evaluation, t = 0.02 | 2 | 0.940" in text
+    assert "NOT reproduced" in text
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     for name in ("leaderboard.md", "leaderboard.json", "accuracy.png"):
         assert str(out / name) in printed

@@ -134,24 +134,31 @@ def test_step_without_its_output_has_failed(tmp_path):
         run_steps([python_step("lazy", "pass", tmp_path / "nothing")], workspace, {}, tmp_path)
 
 
-@pytest.mark.parametrize("method", ["l2d", "lora_sft", "full_sft"])
-def test_recipes_are_accepted_by_the_entry_point(tmp_path, method):
+@pytest.mark.parametrize("name", ["l2d", "corrupted", "noise_free", "lora_sft", "full_sft"])
+def test_recipes_are_accepted_by_the_entry_point(tmp_path, name):
     write_recipes(tmp_path)
-    recipe = read_recipe(["--config", str(tmp_path / "configs" / f"{method}.yaml")])
-    assert recipe.model.method == method
-    assert recipe.settings == recipes(tmp_path)[method]
+    recipe = read_recipe(["--config", str(tmp_path / "configs" / f"{name}.yaml")])
+    assert recipe.model.method == (name if name.endswith("_sft") else "l2d")
+    assert recipe.settings == recipes(tmp_path)[name] and len(recipes(tmp_path)) == 5
+    assert (recipe.training.corruption_rate > 0) == (name == "corrupted")
+    assert recipe.model.noise_free == (name == "noise_free")
 
 
 def test_every_setting_is_evaluated_in_both_ways(tmp_path):
     steps = {step.name: step for step in build_steps(tmp_path)}
     assert {need for step in steps.values() for need in step.needs} <= set(steps)
     evaluations = [step for name, step in steps.items() if name.startswith("evaluate")]
-    assert len(evaluations) == 2 * len(SETTINGS) == 18
-    assert len({step.output for step in evaluations}) == 18
-    control = " ".join(steps["evaluate control sampled"].command)
-    assert "solver=euler,diffusion_budget=2,final_time=0.02" in control
-    assert "--gen_kwargs do_sample=true,temperature=1.0" in control
-    assert "--gen_kwargs" not in steps["evaluate control greedy"].command
+    assert len(evaluations) == 2 * len(SETTINGS) == 30
+    assert len({step.output for step in evaluations}) == 30
+    for folder, control in (("l2d", "once"), ("corrupted", "corrupted_once")):
+        choice, step = steps[f"choose time {folder}"], steps[f"evaluate {control} sampled"]
+        assert str(tmp_path / "data" / "products_validation.jsonl") in choice.command
+        assert step.needs == (choice.name,) and choice.needs == (f"train {folder}",)
+        (tmp_path / f"{folder}_controls.json").write_text('{"best_time": 0.1, "model_args": "pretrained=X,seed=1"}')
+        words = " ".join(step.command())  # known once the time is chosen
+        assert "--model_args pretrained=X,seed=1 --tasks" in words
+        assert "--gen_kwargs do_sample=true,temperature=1.0" in words
+        assert "--gen_kwargs" not in steps[f"evaluate {control} greedy"].command()
 
 
 def test_refusal_is_one_line(tmp_path, monkeypatch, capsys):

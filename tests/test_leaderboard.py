@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from lm_eval_ext.leaderboard.__main__ import main, write_leaderboard
+from lm_eval_ext.leaderboard.plots import curve_figures
 from lm_eval_ext.leaderboard.statistics import paired_test
 
 SAMPLER = dict(budget=15, solver="midpoint", start_time=0.0, final_time=1.0, guidance_scale=1.0, guidance_class=None)
@@ -189,7 +190,49 @@ def test_methods_bases_tests_and_averages(tmp_path):
     assert average.value == pytest.approx(np.mean([c.measure.value for c in rows["base"].cells.values()]))
     assert board.controls == {"/models/base": ["one-evaluation", "lora-ft"]}
     text = (tmp_path / "out" / "leaderboard.md").read_text()
-    assert "missing: noise-free path" in text and "unweighted mean" in text
+    assert "missing: noise-free path; without them the curve over T does not tell" in text
+    assert "unweighted mean" in text
+
+
+def test_controls_are_lines_beside_the_curves(tmp_path):
+    """Of several times of one evaluation the best, in the curve's colour where there are several; gaps are named."""
+    runs, out = write_demo(tmp_path / "runs"), tmp_path / "out"
+    board = write_leaderboard([runs], out)
+    (panel, _) = curve_figures(board, "budget")
+    assert panel.note == "Not measured here: noise-free path."
+    assert panel.svg.count('class="level one-evaluation"') == 1 and "dot control" not in panel.svg
+    assert {"line base", "line one-evaluation", "line lora-ft"} < {mark for mark, _ in panel.legend}
+    once = {"solver": "euler", "budget": 2, "final_time": 1.0}
+    write_run(runs / "late", {"gsm8k": coins(40, 1.0, 1)}, model="l2d", l2d={"sampler": once})
+    write_run(runs / "free", {"gsm8k": coins(40, 0.6, 2)}, model="free", l2d={"sampler": once, "noise_free": True})
+    l2d = {"sampler": {"votes": 3}, "carried_state": True}
+    write_run(runs / "other", {"gsm8k": coins(40, 0.7, 3)}, model="other", l2d=l2d)
+    board = write_leaderboard([runs], out)
+    labels = [row.setting.label for row in board.rows]
+    assert "control: one evaluation, t = 1" in labels and "control: noise-free path" in labels
+    assert "L2D (lora), T = 15, carried state, 3 votes" in labels
+    panel = curve_figures(board, "budget")[0]
+    assert panel.note == "" and board.controls == {"/models/base": ["one-evaluation", "noise-free", "lora-ft"]}
+    colour = next(mark for mark, name in panel.legend if name == "L2D (lora), l2d")
+    assert f'class="level one-evaluation {colour}"' in panel.svg and 'class="level noise-free"' in panel.svg
+    assert ("one eval 1.000</text>" in panel.svg) and "one eval 0.75" not in panel.svg
+    assert (f"line one-evaluation {colour}", "control: one evaluation, t = 1 (best of 2 times)") in panel.legend
+    assert ">45</text>" in panel.svg  # three votes of 15 evaluations
+    against_time = curve_figures(board, "seconds")[0]
+    assert against_time.svg.count("dot control") == 3 and "level one-evaluation" not in against_time.svg
+    heights = [float(y) for y in re.findall(r'class="name [^"]*" x="[\d.]+" y="([\d.]+)"', panel.svg)]
+    assert len(heights) == 4 and all(first - second > 12 for first, second in zip(heights, heights[1:], strict=False))
+
+
+def test_training_options_are_told_from_the_recipe(tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "recipe.yaml").write_text("method: l2d\ncorruption_rate: 0.3\nrollout_evaluations: null\n")
+    config = {"model_args": {"pretrained": str(checkpoint)}, "model": "l2d", "limit": None, "gen_kwargs": {}}
+    config["l2d"] = {"sampler": SAMPLER, "variant": "full", "base": "/models/base"}
+    write_run(tmp_path / "runs", {"gsm8k": coins(40, 0.5, 1)}, model="l2d", config=config)
+    board = write_leaderboard([tmp_path / "runs"], tmp_path / "out")
+    assert [row.setting.label for row in board.rows] == ["L2D (full), T = 15, corrupted 0.3"]
 
 
 def test_clusters_come_from_a_field_of_the_documents(tmp_path):

@@ -203,5 +203,5 @@ def test_the_leaderboard_knows_what_a_sweep_ran(l2d_dir, make_l2d, base_dir, tmp
     votes = board.rows[2].setting
     assert votes.votes == 2 and votes.cost["asked"]["mean"] == 6
     page = (tmp_path / "report" / "leaderboard.html").read_text()
-    assert "missing" not in page.split("</header>")[0] and "Not measured here" not in page
+    assert "none missing" in page and "missing:" not in page and "Not measured here" not in page
     assert all(f'class="level {kind}"' in page for kind in ("one-evaluation", "noise-free", "lora-ft", "base"))

@@ -33,7 +33,8 @@ def trained_parameters(printed: str) -> int:
 def test_every_base_has_every_recipe():
     names = {path.stem for path in RECIPES.glob("*.yaml")}
     wanted = {f"{base}-{kind}" for base in BASES for kind in KINDS}
-    assert names == wanted | {"llama-3.2-1b-l2d-guidance", "gsm8k_lora"}
+    options = {f"gsm8k_{name}" for name in ("lora", "corrupted", "rollout", "carried", "noise_free")}
+    assert names == wanted | {"llama-3.2-1b-l2d-guidance"} | options
     table = (RECIPES / "README.md").read_text()
     assert all(f"`{name}`" in table for name in names)
 

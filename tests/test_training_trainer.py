@@ -25,12 +25,12 @@ from training.trainer import (
 
 @pytest.fixture
 def make_trainer(base_dir, tokenizer, tmp_path):
-    """`make_trainer(classes=None, variant="full", count=8, **settings)`: a trainer with a path that matters."""
+    """`make_trainer(classes, variant, count, carried_state, **settings)`: a trainer with a path that matters."""
 
-    def make(classes=None, variant="full", count=8, **settings):
+    def make(classes=None, variant="full", count=8, carried_state=False, **settings):
         shape = dict(diffusion_dim=8, input_width=8, conditioning_width=8, frequency_width=8, noise_std=2.0)
         torch.manual_seed(0)
-        config = L2DConfig(variant=variant, guidance_classes=classes, **shape)
+        config = L2DConfig(variant=variant, guidance_classes=classes, carried_state=carried_state, **shape)
         model = L2DForCausalLM.from_base(str(base_dir), config, dtype=torch.float32)
         randomise_path(model)
         defaults = {"gradient_checkpointing": False, "disable_tqdm": True, "save_strategy": "no", "max_steps": 2}
@@ -95,7 +95,8 @@ def gradients(trainer, batches) -> tuple[float, dict[str, torch.Tensor]]:
     _, items = trainer.get_batch_samples(iter(batches), len(batches), trainer.args.device)
     losses = [trainer.compute_loss(trainer.model, batch, num_items_in_batch=items) for batch in batches]
     sum(losses).backward()
-    return sum(losses).item(), {name: p.grad.clone() for name, p in trainer.model.trained_parameters()}
+    trained = [(name, p) for name, p in trainer.model.trained_parameters() if p.requires_grad]
+    return sum(losses).item(), {name: p.grad.clone() for name, p in trained}
 
 
 def test_accumulation_changes_nothing(make_trainer):

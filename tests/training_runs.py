@@ -4,6 +4,7 @@
 - `write_recipe`, `write_jsonl`, `sums`: files that a run reads
 - `train_here`, `train_in_process`, `launch_two`: in this process, in one of its own, in two with gloo
 - `INTERRUPTED`: the entry point, with a signal to itself at a chosen moment
+- `draw_by_example`: training draws that do not depend on how examples are put into batches
 """
 
 import json
@@ -116,6 +117,30 @@ def launch_two(arguments: list[str], script: Path | None = None, **kwargs: Any) 
     target = ["-m", "training.train"] if script is None else [str(script)]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     return _run([*launcher, *target, *arguments], **kwargs)
+
+
+def draw_by_example(trainer: Any, inputs: dict[str, torch.Tensor], index: torch.Tensor, targets: torch.Tensor) -> Any:
+    """What `L2DTrainer._draw` gives, each row drawn from its own tokens; windows of rollouts must be whole rollouts."""
+    from torch.nn.functional import pad
+
+    from l2d.diffusion_path import NoisedTargets
+    from training.noising import training_queries
+
+    rows, width = [], index.shape[1]
+    for row, count in enumerate((index >= 0).sum(1).tolist()):
+        key = (trainer.args.seed, *inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist())
+        part = slice(row, row + 1), slice(0, count)
+        rows.append(training_queries(trainer.model.config, trainer.args, index[part], targets[part], None, key, 0))
+
+    def joined(name: str, padding: tuple[int, ...], dim: int) -> torch.Tensor | None:
+        values = [getattr(queries, name) for queries in rows]
+        if values[0] is None:
+            return None
+        return torch.cat([pad(v, (*padding, 0, width - v.shape[dim + 1])) for v in values], dim)
+
+    dim = rows[0].time.dim() - 2
+    fields = [joined("time", (), dim), joined("noise", (0, 0), 1), None, joined("sources", (), 1)]
+    return NoisedTargets(index, targets, *fields, joined("uniforms", (), 1), unscored=rows[0].unscored)
 
 
 def _run(command: list[str], env: dict[str, str] | None = None, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:

@@ -26,6 +26,7 @@ def model_card(folder: str, name: str, config: L2DConfig, trained: int) -> str:
     recipe: dict[str, Any] = _read(os.path.join(folder, "recipe.yaml"))
     results: dict[str, Any] = _read(os.path.join(folder, "all_results.json"))
     base, revision = config.base_name_or_path, config.base_revision
+    sampler, budget = ("", "") if config.noise_free else (', sampler={"budget": 15}', ",diffusion_budget=15")
     parts = [
         _header(base, recipe.get("dataset")),
         f"# {name}",
@@ -34,9 +35,11 @@ def model_card(folder: str, name: str, config: L2DConfig, trained: int) -> str:
         f"the fingerprint `{config.base_fingerprint}`.",
         "## Use",
         f'    from l2d import L2DForCausalLM\n    model = L2DForCausalLM.from_pretrained("{name}")\n'
-        '    model.generate(input_ids, sampler={"budget": 15})  # budget 1 is the base itself',
-        f"    lm_eval --model l2d --model_args pretrained={name},diffusion_budget=15 --tasks gsm8k",
+        f"    model.generate(input_ids{sampler})  # budget 1 is the base itself",
+        f"    lm_eval --model l2d --model_args pretrained={name}{budget} --tasks gsm8k",
     ]
+    if options := _options(config, recipe):
+        parts.append(options)
     if config.guidance_classes:
         parts.append(f"Guidance classes: {', '.join(config.guidance_classes)}.")
     parts += ["## Recipe", _block({key: value for key, value in recipe.items() if key not in _HIDDEN})]
@@ -46,6 +49,23 @@ def model_card(folder: str, name: str, config: L2DConfig, trained: int) -> str:
     versions = [f"{package} {version}" for package in _VERSIONS if (version := _version(package))]
     parts += ["## Versions", ", ".join(versions) + "."]
     return "\n\n".join(parts) + "\n"
+
+
+def _options(config: L2DConfig, recipe: dict[str, Any]) -> str:
+    """In sentences, the training options beyond the paper; empty where none was used."""
+    if config.noise_free:
+        return (
+            "A control: the path was trained without noise and is evaluated once (`diffusion_budget=2,solver=euler`, "
+            "its default)."
+        )
+    sentences = []
+    if rate := recipe.get("corruption_rate"):
+        sentences.append(f"Trained on noised targets of which a share of {rate:g} was built from wrong tokens.")
+    if evaluations := recipe.get("rollout_evaluations"):
+        sentences.append(f"Trained on the path's own trajectories of {evaluations} evaluations.")
+    if config.carried_state:
+        sentences.append("The path carries a state from one evaluation to the next, so evaluations go in sequence.")
+    return " ".join(sentences)
 
 
 def _header(base: str | None, dataset: str | None) -> str:

@@ -190,9 +190,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-    data = [part.to(session.model.device) for part in (ids, mask, wanted)]
+    ids, mask, wanted = (part.to(session.model.device) for part in (ids, mask, wanted))
     singles, budgets = (
-        [_measured(session.model, data, sampler, given.batch_size) for sampler in part]
+        [_told(measure(session.model, ids, mask, wanted, sampler, given.batch_size)) for sampler in part]
         for part in (plan.singles, plan.budgets)
     )
     report(given, config, singles, budgets)
@@ -300,9 +300,8 @@ def _recipe(folder: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _measured(model: "L2DForCausalLM", data: Any, sampler: dict, batch_size: int) -> Measurement:
-    ids, mask, wanted = data
-    found = measure(model, ids, mask, wanted, sampler, batch_size)
+def _told(found: Measurement) -> Measurement:
+    """Progress, where someone is looking."""
     if sys.stderr.isatty():
         print(_name(found), f"exact match {found.exact_match[0]:.3f}", file=sys.stderr)
     return found

@@ -27,7 +27,7 @@ CONTROL_LINES = {"one-evaluation": "one eval", "noise-free": "noise-free"}
 Place = Callable[[Setting], Any]
 """Where a setting stands on the axis; `None` where it is not known, and the setting is then left out."""
 _CURVES = ("l2d-lora", "l2d-full", "l2d-base")
-_LABEL = 13  # pixels between names at the right
+_LABEL = 16  # pixels between names at the right
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _budget(setting: Setting) -> float | None:
 
 
 def _series(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows on one line: the same model and sampler at several budgets; L2D at T = 1 starts every line of its model."""
+    """Rows on one line: the same model and sampler at several budgets; L2D at T = 1 starts every line of its base."""
     named: dict[str, list[Row]] = {}
     several = len({row.setting.model for row in rows}) > 1
     for row in rows:
@@ -73,7 +73,8 @@ def _series(rows: list[Row]) -> dict[str, list[Row]]:
         parts = [KINDS[s.kind], *([s.name] if several else []), s.solver or "", s.guidance or "", s.details]
         name = ", ".join(dict.fromkeys(part for part in parts if part and part != "midpoint"))
         if name not in named:
-            named[name] = [r for r in rows if r.setting.kind == "l2d-base" and r.setting.model == s.model]
+            starts = [r for r in rows if r.setting.kind == "l2d-base" and r.setting.base == s.base]
+            named[name] = [r for r in starts if r.setting.model == s.model] or starts[:1]
         named[name].append(row)
     return named
 
@@ -249,7 +250,7 @@ def _apart(heights: list[float]) -> list[float]:
     placed: list[float] = []
     for height in heights:
         placed.append(min(height, placed[-1] - _LABEL) if placed else height)
-    ceiling = float(_TOP)
+    ceiling: float = _TOP
     for place in reversed(range(len(placed))):  # from the highest line downwards
         placed[place] = max(placed[place], ceiling)
         ceiling = placed[place] + _LABEL
