@@ -43,7 +43,9 @@ def budget_accuracy(trainer: "L2DTrainer", examples: datasets.Dataset, prefix: s
     }
 
 
-def padded(rows: list[dict[str, Any]], pad: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+def padded(
+    rows: list[dict[str, Any]], pad: int, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Token ids, attention mask and response mask (B, S), padded on the right."""
     width = max(len(row["input_ids"]) for row in rows)
     ids = torch.full((len(rows), width), pad)

@@ -299,7 +299,8 @@ def _recipe(folder: str) -> dict[str, Any]:
 
 
 def _measured(model: "L2DForCausalLM", data: list["torch.Tensor"], sampler: dict, batch_size: int) -> Measurement:
-    found = measure(model, *data, sampler, batch_size)
+    ids, mask, wanted = data
+    found = measure(model, ids, mask, wanted, sampler, batch_size)
     if sys.stderr.isatty():
         print(_name(found), f"exact match {found.exact_match[0]:.3f}", file=sys.stderr)
     return found

@@ -249,7 +249,7 @@ def _apart(heights: list[float]) -> list[float]:
     placed: list[float] = []
     for height in heights:
         placed.append(min(height, placed[-1] - _LABEL) if placed else height)
-    ceiling = _TOP
+    ceiling: float = _TOP
     for place in reversed(range(len(placed))):  # from the highest line downwards
         placed[place] = max(placed[place], ceiling)
         ceiling = placed[place] + _LABEL
