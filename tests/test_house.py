@@ -259,21 +259,24 @@ def parse_module(module: str, arguments: list[str], mentioned: bool) -> None:
 
 def run_until_parsed(module: str, arguments: list[str], mentioned: bool) -> None:
     """Run a module as `python -m` does, up to the point where its arguments are parsed."""
-    accept, refuse = argparse.ArgumentParser.parse_args, argparse.ArgumentParser.error
+    accept = argparse.ArgumentParser.parse_args
+
+    def ask_for_nothing(parser):
+        for action in parser._actions:
+            action.required = False
+            if isinstance(action, argparse._SubParsersAction):
+                for inner in action.choices.values():
+                    ask_for_nothing(inner)
 
     def parse_args(self, args=None, namespace=None):
+        if mentioned:
+            ask_for_nothing(self)
         accept(self, args, namespace)
         raise Parsed
-
-    def error(self, message):
-        if mentioned and "are required" in message:
-            raise Parsed
-        refuse(self, message)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *arguments])
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-        patch.setattr(argparse.ArgumentParser, "error", error)
         patch.delitem(sys.modules, module, raising=False)  # else runpy warns
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=False)
