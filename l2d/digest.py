@@ -31,7 +31,7 @@ def tensors_digest(tensors: Mapping[str, "torch.Tensor"]) -> str | None:
         if tensor.is_meta or hasattr(tensor, "full_tensor"):
             return None
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
