@@ -1,10 +1,11 @@
-"""LoRA deltas merged for inference: one matrix product per projection instead of three.
+"""Projections of the path laid out for inference: one fast matrix product for each.
 
-- `merge_deltas`, `unmerge_deltas`: put merged weights in front of the path's LoRA layers, and take them away again
-- `DeltaMerger`: merges where that changes nothing but speed, and notices when weights changed
+- `merge_deltas`, `unmerge_deltas`: put merged or packed weights in front of the path's projections, and take them away
+- `DeltaMerger`: does so where that changes nothing but speed, and notices when weights changed
 
-Merging costs memory (a second copy of the projections) and rounds the sum to the base's dtype, so it is done for
-float32 and float64 bases when there is room, and never in training. Merged weights are laid out for fast products.
+LoRA deltas are added to the base's weights: one product instead of three. Trained copies (variant `full`) are only laid
+out anew, where that pays (`products`). Both cost memory, a second copy of the projections, and merging rounds the sum
+to the base's dtype; so it is done for float32 and float64 bases when there is room, and never in training.
 """
 
 from typing import Any
@@ -13,30 +14,40 @@ import psutil
 import torch
 from torch import nn
 
-from l2d.products import packed_linear
+from l2d.products import packed_linear, serves
 from l2d.twin import ADAPTER
 
 _SHARE = 0.25  # of the free memory that merged weights may take
 
 
-def _layers(module: nn.Module) -> list[Any]:
+def _projections(module: nn.Module) -> list[Any]:
+    """The LoRA layers below `module`, or where there are none the linear layers of its twins that packing helps."""
     from peft.tuners.lora import LoraLayer  # late, see `twin`
 
-    return [m for m in module.modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A]
+    adapted = [m for m in module.modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A]
+    if adapted:
+        return adapted
+    twins = [m for name, m in module.named_modules() if name.split(".")[-1] == "twin"]
+    return [m for twin in twins for m in twin.modules() if type(m) is nn.Linear and serves(m.weight)]
+
+
+def _base(layer: Any) -> nn.Linear:
+    return layer.get_base_layer() if hasattr(layer, "lora_A") else layer
 
 
 @torch.no_grad()
-def merge_deltas(module: nn.Module) -> None:
-    """Let every LoRA layer below `module` compute with its merged weight; parameters and names stay as they are."""
-    for layer in _layers(module):
-        base = layer.get_base_layer()
-        weight = (base.weight + layer.get_delta_weight(ADAPTER).to(base.weight.dtype)).detach()
-        layer.forward = packed_linear(weight, base.bias)
+def merge_deltas(layers: list[Any]) -> None:
+    """Let every projection compute with its merged and packed weight; parameters and names stay as they are."""
+    for layer in layers:
+        weight, bias = _base(layer).weight, _base(layer).bias
+        if hasattr(layer, "lora_A"):
+            weight = (weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)).detach()
+        layer.forward = packed_linear(weight, bias)
 
 
-def unmerge_deltas(module: nn.Module) -> None:
+def unmerge_deltas(layers: list[Any]) -> None:
     """Undo `merge_deltas`."""
-    for layer in _layers(module):
+    for layer in layers:
         layer.__dict__.pop("forward", None)
 
 
@@ -48,44 +59,44 @@ class DeltaMerger:
     """
 
     def __init__(self, path: nn.Module):
+        self._path = (path,)  # not a module of ours
+        self._layers: list[Any] = []
         self._key: tuple | None = None
-        self._layers = _layers(path)
 
-    def prepare(self, path: nn.Module) -> None:
-        """Merge `path` for inference, if it has LoRA layers, its dtype loses nothing and memory allows."""
-        if not self._layers or path.training or self._layers[0].get_base_layer().weight.dtype.itemsize < 4:
-            self.release(path)
+    def prepare(self) -> None:
+        """Merge the path for inference, if its dtype loses nothing and memory allows."""
+        (path,) = self._path
+        layers = [] if path.training else _projections(path)
+        if not layers or _base(layers[0]).weight.dtype.itemsize < 4:
+            self.release()
             return
-        key = self._weights()
+        key = _weights(layers)
         if key == self._key:
             return
-        self.release(path)
-        if self._needed() < _SHARE * _free_memory(self._layers[0].get_base_layer().weight.device):
-            merge_deltas(path)
-            self._key = key
+        self.release()
+        needed = sum(_base(layer).weight.nbytes for layer in layers)
+        if needed < _SHARE * _free_memory(_base(layers[0]).weight.device):
+            merge_deltas(layers)
+            self._layers, self._key = layers, key
 
-    def release_stale(self, path: nn.Module) -> None:
+    def release_stale(self) -> None:
         """Go back to separate deltas if any weight changed since they were merged."""
-        if self._key is not None and self._key != self._weights():
-            self.release(path)
+        if self._key is not None and self._key != _weights(self._layers):
+            self.release()
 
-    def _weights(self) -> tuple:
-        weights = (
-            w
-            for layer in self._layers
-            for w in (layer.get_base_layer().weight, layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight)
-        )
-        library = torch.backends.mkldnn.enabled  # decides how merged weights are laid out
-        return (library, *((w.device, w.dtype, w.data_ptr(), w._version) for w in weights))
-
-    def release(self, path: nn.Module) -> None:
+    def release(self) -> None:
         """Go back to separate deltas."""
-        if self._key is not None:
-            unmerge_deltas(path)
-            self._key = None
+        unmerge_deltas(self._layers)
+        self._layers, self._key = [], None
 
-    def _needed(self) -> int:
-        return sum(layer.get_base_layer().weight.nbytes for layer in self._layers)
+
+def _weights(layers: list[Any]) -> tuple:
+    """What merged weights depend on, the library that they are laid out for included."""
+    weights = []
+    for layer in layers:
+        deltas = [part[ADAPTER].weight for part in (layer.lora_A, layer.lora_B)] if hasattr(layer, "lora_A") else []
+        weights += [_base(layer).weight, *deltas]
+    return (torch.backends.mkldnn.enabled, *((w.device, w.dtype, w.data_ptr(), w._version) for w in weights))
 
 
 def _free_memory(device: torch.device) -> int:

@@ -167,7 +167,7 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         super().train(mode)
         self.base.eval()
         if mode:
-            self._merger.release(self.path)
+            self._merger.release()
         return self
 
     def _set_gradient_checkpointing(
@@ -233,9 +233,9 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         `carried` (N, H) is what the last evaluations of the same places left; see `DiffusionPath.forward`.
         """
         if torch.is_grad_enabled():
-            self._merger.release(self.path)
+            self._merger.release()
         else:
-            self._merger.release_stale(self.path)
+            self._merger.release_stale()
         modulation = self.path.modulate(time.float(), classes)
         return self.path(x, time, modulation, QueryLayout(state, rows, index), carried)
 
@@ -295,7 +295,7 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
 
     def prepare_inference(self) -> None:
         """Merge LoRA deltas where that changes nothing but speed; `train()` separates them again."""
-        self._merger.prepare(self.path)
+        self._merger.prepare()
 
     def solve(
         self,
@@ -308,7 +308,7 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         uniforms: torch.Tensor | None = None,
     ) -> Solution:
         """Integrate from start noise `x0` (B, Q, d) at positions `index` (B, Q); see `sampling.solve`."""
-        self._merger.release_stale(self.path)
+        self._merger.release_stale()
         return solve(self, state, index, x0, self.sampler(sampler), classes, record, uniforms)
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any):

@@ -1,6 +1,7 @@
 """Matrix products of inference on a CPU, through oneDNN where that library serves better than PyTorch's default.
 
 - `linear`: `functional.linear`, by oneDNN for large float32 weights on a CPU
+- `serves`: whether oneDNN is used for a weight
 - `packed_linear`: the same for a weight that is used again and again, laid out for it
 
 PyTorch gives float32 products to MKL, which does not use the wide vector units of every CPU (on AMD's it reaches less
@@ -18,7 +19,8 @@ _ONEDNN: Any = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.bac
 _PACK: Any = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)
 
 
-def _serves(weight: torch.Tensor) -> bool:
+def serves(weight: torch.Tensor) -> bool:
+    """Whether oneDNN is the faster library for products with `weight`."""
     return bool(
         _ONEDNN is not None
         and weight.device.type == "cpu"
@@ -30,7 +32,7 @@ def _serves(weight: torch.Tensor) -> bool:
 
 def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`functional.linear` for inputs (..., K), a weight (N, K) and a bias (N,) or `None`."""
-    if inputs.dtype != weight.dtype or torch.is_grad_enabled() or not inputs.numel() or not _serves(weight):
+    if inputs.dtype != weight.dtype or torch.is_grad_enabled() or not inputs.numel() or not serves(weight):
         return functional.linear(inputs, weight, bias)
     return _ONEDNN(inputs, weight, bias, "none", [], "")
 
@@ -40,7 +42,7 @@ def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[
 
     For inference only: no gradients. A closure, because packed weights can be neither copied nor pickled.
     """
-    if _PACK is None or not _serves(weight):
+    if _PACK is None or not serves(weight):
         return lambda inputs: functional.linear(inputs, weight, bias)
     kept = _PACK(weight.detach(), None)
     return lambda inputs: _ONEDNN(inputs, kept, bias, "none", [], "")

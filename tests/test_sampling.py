@@ -386,8 +386,9 @@ def test_products_by_onednn_are_those_of_pytorch(monkeypatch):
 
 
 @onednn
-def test_onednn_gives_the_tokens_of_plain_products(make_base, make_l2d, monkeypatch):
-    single = L2DForCausalLM.from_pretrained(make_l2d(make_base("llama"), "lora", ["math", "coding"]))
+@pytest.mark.parametrize("variant", ["lora", "full"])
+def test_onednn_gives_the_tokens_of_plain_products(make_base, make_l2d, monkeypatch, variant):
+    single = L2DForCausalLM.from_pretrained(make_l2d(make_base("llama"), variant, ["math", "coding"]))
     plain = decode(single, GUIDED, tokens=8)
     greedy = decode(single, dict(budget=1), tokens=8)
     monkeypatch.setattr(l2d.products, "_LEAST", 0)
