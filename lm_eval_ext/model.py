@@ -120,8 +120,9 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
             base_name = self.settings.base or self._config.base_name_or_path
             own = isinstance(pretrained, str) and any((Path(pretrained) / name).is_file() for name in TOKENIZER_FILES)
             tokenizer = pretrained if own else base_name
-            options["config"] = base_config_from_dict(self._config.base_config or {})
-            options["config"]._name_or_path = base_name  # both help to choose the class
+            if self._config.base_config:
+                options["config"] = base_config_from_dict(self._config.base_config)
+                options["config"]._name_or_path = base_name  # both help to choose the class
         with _one_line(f"tokenizer={tokenizer!r} cannot be loaded"):
             self.tokenizer = AutoTokenizer.from_pretrained(
                 tokenizer, trust_remote_code=trust_remote_code, use_fast=use_fast_tokenizer, **options
