@@ -93,10 +93,10 @@ class Modulation:
         table: Any = self.layers
         if rows.device.type != "cpu":
             return Modulation(self.output[rows], layers=table[:, rows], repeats=repeats)
-        first, count = int(rows[0]), len(rows)
+        count = len(rows)
         part: slice | torch.Tensor = rows
-        if bool((rows.diff() == 1).all()):  # a view; copies of large tables are slow on a CPU
-            part = slice(first, first + count)
+        if count and bool((rows.diff() == 1).all()):  # a view; copies of large tables are slow on a CPU
+            part = slice(int(rows[0]), int(rows[0]) + count)
         return Modulation(self.output[part], layers=[layer[part] for layer in table], repeats=repeats)
 
 

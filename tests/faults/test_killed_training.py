@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from l2d import L2DForCausalLM
 from tests.conftest import REPOSITORY
 from tests.faults.conftest import STEPS, TRAIN
@@ -64,6 +66,7 @@ def check_finished(out: Path, whole: Path) -> None:
     assert not list(out.glob("unfinished-*"))
 
 
+@pytest.mark.slow
 def test_killed_at_twenty_moments(nursery, training_settings, undisturbed, tmp_path):
     whole, seconds = undisturbed
     chance = random.Random(7)
