@@ -82,7 +82,7 @@ STEPS = [
         leaves="tuned/model.safetensors",
     ),
     Step("python -m lm_eval_ext args", "diffusion_budget"),
-    Step("lm_eval --model l2d --model_args help", "diffusion_budget"),
+    Step("python -m lm_eval_ext --model l2d --model_args help", "diffusion_budget"),
     Step("lm_eval ls tasks", "l2d_paper"),
     Step(
         "lm_eval --model l2d --model_args pretrained=model,diffusion_budget=3 --tasks smoke --include_path . "
