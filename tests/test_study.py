@@ -265,10 +265,8 @@ def made_up(tmp_path_factory):
                 scores[setting] = {"greedy": greedy, "sampled": [value / 2 for value in greedy]}
             found = {"depths": depths, "scores": scores, "times": {"0.1": 0.5} if path else {}, "best_time": 0.1}
             result_file(out, name).write_text(json.dumps(found))
-            (out / "runs" / name / "train_results.json").write_text(
-                json.dumps({"train_runtime": 30.0 if method == "rollout" else 20.0})
-            )
             (out / "runs" / name / "pretraining.json").write_text(json.dumps({"steps": 100}))
+    (out / "runs" / "chains-seconds.json").write_text(json.dumps(dict.fromkeys(METHODS, 0.02) | {"rollout": 0.03}))
     return out
 
 
@@ -285,6 +283,7 @@ def test_scores_are_means_over_seeds(made_up):
     assert found.depths == pytest.approx({1: 2 * found.value, 2: 0.0})
     assert report.score(task, key, "sampled").value == pytest.approx(found.value / 2)
     assert report.relative_time(task, "rollout") == 1.5
+    assert report.relative_time(task, "noise_free_long") == 2.0
 
 
 def test_differences_are_paired(made_up):

@@ -32,6 +32,7 @@ _PATH = {
     "input_width": 64,
     "conditioning_width": 64,
     "frequency_width": 64,
+    "max_queries": 4096,
 }
 _ROLLOUT = {"draws": 1, "rollout_evaluations": 8, "rollout_window": 4}
 
@@ -140,7 +141,21 @@ def build_steps(out: Path, tasks: list[str], quick: bool) -> list[Step]:
             name = f"train {run.name}"
             steps.append(Step(name, command, out / "runs" / run.name, needs=(f"base {task} {run.seed}",)))
             steps.append(_evaluation(out, task, run.name, name))
+        steps.append(_timing(out, task))
     return steps
+
+
+def timing_file(out: Path, task: str) -> Path:
+    """Processor time of a training step of every method."""
+    return out / "runs" / f"{task}-seconds.json"
+
+
+def _timing(out: Path, task: str) -> Step:
+    runs = all_runs([task])
+    configs = (f"{run.method}={out / 'configs' / run.name}.yaml" for run in runs if run.seed == SEEDS[0])
+    file = timing_file(out, task)
+    command = (sys.executable, "-m", "training.studies.timing", str(file), *configs)
+    return Step(f"time {task}", command, file, needs=tuple(f"train {run.name}" for run in runs))
 
 
 def _evaluation(out: Path, task: str, name: str, needs: str) -> Step:
