@@ -18,7 +18,6 @@ from training.demo.workspace import Layout
 from training.studies.tasks import TASKS
 
 SEEDS = (0, 1)
-STEPS = {"products": 2000, "chains": 2000}
 QUICK_STEPS, QUICK_ROWS = 20, 2000
 LAYOUT = Layout(
     "study", ("study.md", "study.png", "results.json", "data", "runs", "configs", "logs", "cache", "study.json")
@@ -26,7 +25,6 @@ LAYOUT = Layout(
 
 _PATH = {
     "method": "l2d",
-    "learning_rate": 3.0e-3,
     "variant": "full",
     "diffusion_dim": 64,
     "input_width": 64,
@@ -100,12 +98,14 @@ def result_file(out: Path, name: str) -> Path:
 def recipe(out: Path, run: Run, quick: bool) -> dict[str, Any]:
     """The recipe of a run."""
     task, method = TASKS[run.task], METHODS[run.method]
-    own = {"noise_std": task.noise_std} if method.options["method"] == "l2d" else {}
+    own = (
+        {"learning_rate": task.learning_rate, "noise_std": task.noise_std} if method.options["method"] == "l2d" else {}
+    )
     order = {"train_sampling_strategy": "sequential"} if task.ordered else {}
     return {
         "base": str(base_folder(out, run.task, run.seed)),
         "dataset": str(out / "data" / run.task / "train.jsonl"),
-        "max_steps": (QUICK_STEPS if quick else STEPS[run.task]) * method.length,
+        "max_steps": (QUICK_STEPS if quick else task.steps) * method.length,
         "seed": run.seed,
         **TRAINING,
         **method.options,

@@ -22,7 +22,7 @@ from typing import Any
 
 from training.demo.runner import ROOT
 from training.studies.evaluate import BUDGETS, VOTES
-from training.studies.plan import METHODS, SEEDS, STEPS, Run, result_file, timing_file
+from training.studies.plan import METHODS, SEEDS, Run, result_file, timing_file
 from training.studies.tasks import TASKS
 
 DECODINGS = ("greedy", "sampled")
@@ -117,7 +117,7 @@ def read_scores(out: Path, task: str) -> TaskScores | None:
     steps = [json.loads(base.read_text(encoding="utf-8"))["steps"] for base in bases]
     timed = timing_file(out, task)
     per_step = json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else {}
-    seconds = {name: value * METHODS[name].length * STEPS[task] for name, value in per_step.items()}
+    seconds = {name: value * METHODS[name].length * TASKS[task].steps for name, value in per_step.items()}
     return TaskScores(problems, depths, times, seconds, steps)
 
 
