@@ -30,6 +30,7 @@ PARTS = ("base", "base_validation", "train", "validation", "test")
 TEST_ROWS = 1024
 VALIDATION_ROWS = 512
 
+SHALLOW = 13  # one in so many held-out problems has depth two
 STATES, OPERATIONS, IDLE = "0123456789", "abcdefgh", "i"
 DEEPEST = 5
 RISING = (0.35, 0.65)  # parts of the path's rows: until the first, depths up to two; from the second on, all
@@ -96,7 +97,7 @@ def machine() -> dict[str, dict[str, str]]:
 
 
 def machine_rows(count: int) -> dict[str, list[Row]]:
-    """`count` rows for base and path each; equally many validation and test rows of every depth from two."""
+    """`count` rows for base and path each; validation and test rows from depth two on."""
     start, end = RISING
 
     def deepest(number: int) -> int:
@@ -104,18 +105,23 @@ def machine_rows(count: int) -> dict[str, list[Row]]:
         passed = max(0.0, (number / count - start) / (end - start))
         return min(DEEPEST, 2 + math.ceil(passed * (DEEPEST - 3) + 1e-9)) if passed else 2
 
-    draw, kinds = random.Random(0), DEEPEST - 1
-    held_out = {
-        part: [2 + number % kinds for number in range(rows // kinds * kinds)]
-        for part, rows in (("base_validation", VALIDATION_ROWS), ("validation", VALIDATION_ROWS), ("test", TEST_ROWS))
+    draw, table = random.Random(0), machine()
+    rows = {
+        "base": [_machine_row(table, "base", draw, draw.randint(1, DEEPEST)) for _ in range(count)],
+        "train": [_machine_row(table, "train", draw, draw.randint(1, deepest(number))) for number in range(count)],
     }
-    depths = {
-        "base": [draw.randint(1, DEEPEST) for _ in range(count)],
-        "train": [draw.randint(1, deepest(number)) for number in range(count)],
-        **held_out,
-    }
-    table = machine()
-    return {part: [_machine_row(table, part, draw, depth) for depth in wanted] for part, wanted in depths.items()}
+    sizes = {"base_validation": VALIDATION_ROWS, "validation": VALIDATION_ROWS, "test": TEST_ROWS}
+    return rows | {part: _held_out(table, part, draw, size) for part, size in sizes.items()}
+
+
+def _held_out(table: dict[str, dict[str, str]], part: str, draw: random.Random, size: int) -> list[Row]:
+    """Different problems, few of depth two, of which there are few, and equally many of every other depth."""
+    shallow, found = size // SHALLOW, {}
+    while len(found) < size:
+        number = len(found) - shallow
+        row = _machine_row(table, part, draw, 2 if number < 0 else 3 + number % (DEEPEST - 2))
+        found[row["prompt"]] = row
+    return list(found.values())
 
 
 def _machine_row(table: dict[str, dict[str, str]], part: str, draw: random.Random, depth: int) -> Row:
