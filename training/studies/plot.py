@@ -5,6 +5,7 @@
 """
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -54,11 +55,11 @@ def _panel(axes: Axes, task: TaskScores, decoding: str) -> None:
     for place, method in enumerate(shown):
         shift = 1.03 ** (place - (len(shown) - 1) / 2)
         curve = [score(task, (method, f"T{budget}"), decoding) for budget in BUDGETS]
-        style = {"capsize": 3, "markersize": 4, "elinewidth": 1, "color": COLORS[method]}
+        look: Any = {"capsize": 3, "markersize": 4, "elinewidth": 1, "color": COLORS[method]}
         values, errors = [one.value for one in curve], [one.stderr for one in curve]
-        axes.errorbar([budget * shift for budget in BUDGETS], values, errors, fmt="o-", label=title(method), **style)
+        axes.errorbar([budget * shift for budget in BUDGETS], values, errors, fmt="o-", label=title(method), **look)
         single = score(task, (method, "single"), decoding)
-        axes.errorbar([2 * shift], [single.value], [single.stderr], fmt="o", markerfacecolor="white", **style)
+        axes.errorbar([2 * shift], [single.value], [single.stderr], fmt="o", markerfacecolor="white", **look)
     axes.set_xscale("log", base=2)
     axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
     axes.minorticks_off()

@@ -116,7 +116,8 @@ def machine_rows(count: int) -> dict[str, list[Row]]:
 
 def _held_out(table: dict[str, dict[str, str]], part: str, draw: random.Random, size: int) -> list[Row]:
     """Different problems, few of depth two, of which there are few, and equally many of every other depth."""
-    shallow, found = size // SHALLOW, {}
+    shallow = size // SHALLOW
+    found: dict[str, Row] = {}
     while len(found) < size:
         number = len(found) - shallow
         row = _machine_row(table, part, draw, 2 if number < 0 else 3 + number % (DEEPEST - 2))
