@@ -43,12 +43,14 @@ class Method:
         title: in tables and figures.
         options: of the recipe.
         length: number of steps, as a multiple of the task's.
+        only: the one task that it is for, or `None`.
     """
 
     name: str
     title: str
     options: dict[str, Any]
     length: int = 1
+    only: str | None = None
 
 
 METHODS = {
@@ -58,10 +60,24 @@ METHODS = {
         Method("corrupted", "L2D, corrupted, q = 0.3, K = 4", {**_PATH, "draws": 4, "corruption_rate": 0.3}),
         Method("rollout", "L2D, rollout, R = 8, G = 4", {**_PATH, **_ROLLOUT}),
         Method("carried", "L2D, rollout + carried state", {**_PATH, **_ROLLOUT, "carried_state": True}),
+        Method(
+            "carried_long",
+            "L2D, rollout + carried state, three times the steps",
+            {**_PATH, **_ROLLOUT, "carried_state": True},
+            3,
+            "machine",
+        ),
         Method("noise_free", "control: noise-free path", {**_PATH, "noise_free": True}),
         Method("noise_free_long", "control: noise-free path, twice the steps", {**_PATH, "noise_free": True}, 2),
         Method("lora", "LoRA finetuning, r = 32", {"method": "lora_sft", "learning_rate": 3.0e-3, "lora_rank": 32}),
         Method("full", "full finetuning", {"method": "full_sft", "learning_rate": 3.0e-3}),
+        Method(
+            "full_long",
+            "full finetuning, three times the steps",
+            {"method": "full_sft", "learning_rate": 3.0e-3},
+            3,
+            "machine",
+        ),
     )
 }
 
@@ -82,7 +98,13 @@ class Run:
 
 def all_runs(tasks: tuple[str, ...] | list[str]) -> list[Run]:
     """Every run of some tasks; the seeds of a method next to each other, so that they run side by side."""
-    return [Run(task, method, seed) for task in tasks for method in METHODS for seed in SEEDS]
+    return [
+        Run(task, method.name, seed)
+        for task in tasks
+        for method in METHODS.values()
+        for seed in SEEDS
+        if method.only in (None, task)
+    ]
 
 
 def base_folder(out: Path, task: str, seed: int) -> Path:

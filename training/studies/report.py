@@ -26,7 +26,6 @@ from training.studies.plan import METHODS, SEEDS, Run, result_file, timing_file
 from training.studies.tasks import TASKS
 
 DECODINGS = ("greedy", "sampled")
-PATHS = ("plain", "corrupted", "rollout", "carried")
 SETTINGS = {
     "single": "one evaluation",
     "votes": f"one evaluation, {VOTES} votes",
@@ -45,10 +44,17 @@ COMPARISONS = (
     ("more evaluations: carried, T = 7 against one", ("carried", "T7"), ("carried", "single")),
     ("beyond the unroll: carried, T = 31 against 7", ("carried", "T31"), ("carried", "T7")),
     ("votes at one evaluation: plain", ("plain", "votes"), ("plain", "single")),
+    (
+        "corrupted at T = 15 against a noise-free path of twice the steps",
+        ("corrupted", "T15"),
+        ("noise_free_long", "single"),
+    ),
     ("carried at T = 7 against a noise-free path", ("carried", "T7"), ("noise_free", "single")),
     ("carried at T = 7 against a noise-free path of twice the steps", ("carried", "T7"), ("noise_free_long", "single")),
     ("carried at T = 7 against LoRA finetuning", ("carried", "T7"), ("lora", "plain")),
     ("carried at T = 7 against full finetuning", ("carried", "T7"), ("full", "plain")),
+    ("three times the steps: carried, T = 7 against one", ("carried_long", "T7"), ("carried_long", "single")),
+    ("three times the steps: carried at T = 7 against full finetuning", ("carried_long", "T7"), ("full_long", "plain")),
 )
 
 Problems = dict[str, list[list[float]]]
