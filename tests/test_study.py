@@ -29,7 +29,7 @@ from training.studies import compute, report
 from training.studies.evaluate import BUDGETS, best_single_time, main, measure, one_evaluation, settings
 from training.studies.plan import LAYOUT, METHODS, SEEDS, Run, all_runs, build_steps, recipes, result_file
 from training.studies.prepare import train_base, write_data
-from training.studies.tasks import CHAINS, DEEPEST, LENGTH, PARTS, TASKS, TEST_ROWS
+from training.studies.tasks import DEEPEST, IDLE, OPERATIONS, PARTS, RISING, STATES, TASKS
 
 ROWS = 400
 
@@ -50,39 +50,40 @@ def test_products_are_right(rows):
             assert 1000 <= int(first) < 10000 and 2 <= int(second) < 10
 
 
-def walk(row):
-    """The nodes from the query to the end, by following the listed pairs."""
-    *pairs, node = row["prompt"].split()
-    following = {pair[0]: pair[1] for pair in pairs}
-    assert len(following) == len(pairs) == CHAINS * LENGTH
-    assert sum(node == next_node for node, next_node in following.items()) == CHAINS
-    steps = []
-    while following[node] != node:
-        node = following[node]
-        steps.append(node)
-    return steps
+def test_machine_is_one_of_permutations(rows):
+    """The rows of the base say what every operation does: the same thing each time, and to every state another one."""
+    learned: dict[tuple[str, str], str] = {}
+    for row in rows["machine"]["base"] + rows["machine"]["base_validation"]:
+        state, operations = row["prompt"][1], row["prompt"][2:-1]
+        assert len(operations) == len(row["completion"]) == DEEPEST
+        for operation, following in zip(operations, row["completion"], strict=True):
+            assert learned.setdefault((operation, state), following) == following
+            state = following
+    for operation in OPERATIONS + IDLE:
+        assert sorted(learned[operation, state] for state in STATES) == list(STATES)
+    assert all(learned[IDLE, state] == state for state in STATES)
+    for part in ("train", "validation", "test"):
+        for row in rows["machine"][part]:
+            state, operations = row["prompt"][1], row["prompt"][2:-1]
+            for operation in operations:
+                state = learned[operation, state]
+            assert row["completion"] == state
+            assert row["depth"] == len(operations.rstrip(IDLE)) and IDLE not in operations[: row["depth"]]
 
 
-def test_chains_are_right(rows):
-    for part in PARTS:
-        for row in rows["chains"][part]:
-            steps = walk(row)
-            assert row["depth"] == len(steps)
-            assert row["completion"].split() == (steps if part.startswith("base") else steps[-1:])
-
-
-def test_chains_become_deeper(rows):
-    depths = [row["depth"] for row in rows["chains"]["train"]]
-    assert max(depths[: ROWS // 20]) == 2 and max(depths) == DEEPEST
-    assert sum(depths[: ROWS // 4]) / (ROWS // 4) < sum(depths[-ROWS // 4 :]) / (ROWS // 4) - 0.5
-    held_out = [row["depth"] for row in rows["chains"]["test"]]
-    assert {held_out.count(depth) for depth in range(1, DEEPEST + 1)} == {TEST_ROWS // DEEPEST}
+def test_machine_becomes_deeper(rows):
+    depths = [row["depth"] for row in rows["machine"]["train"]]
+    shallow, deep = (round(ROWS * part) for part in RISING)
+    assert set(depths[:shallow]) == {1, 2} and set(depths[deep:]) == set(range(1, DEEPEST + 1))
+    held_out = [row["depth"] for row in rows["machine"]["test"]]
+    assert set(held_out) == set(range(2, DEEPEST + 1))
+    assert min(held_out.count(depth) for depth in range(3, DEEPEST + 1)) > 300
 
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_splits_are_disjoint_and_large_enough(rows, task):
     prompts = {part: {row["prompt"] for row in rows[task][part]} for part in ("train", "validation", "test")}
-    assert len(prompts["test"]) >= 1000 and len(prompts["train"]) == ROWS
+    assert len(prompts["test"]) >= 1000 and len(rows[task]["train"]) == ROWS
     assert not prompts["train"] & prompts["test"] and not prompts["validation"] & prompts["test"]
     assert not {row["prompt"] for row in rows[task]["base"]} & prompts["test"]
     assert rows[task] == TASKS[task].build(ROWS)
@@ -95,8 +96,7 @@ def test_tokenizer_knows_every_word(rows, task):
         input_ids, labels = encode_rows(rows[task][part][:50], tokenizer, TASKS[task].width)
         assert not (input_ids == tokenizer.unk_token_id).any()
         for row, line in zip(rows[task][part], labels, strict=False):
-            completion = row["completion"].split() if task == "chains" else list(row["completion"])
-            assert tokenizer.convert_ids_to_tokens(line[line != -100]) == [*completion, "$"]
+            assert tokenizer.convert_ids_to_tokens(line[line != -100]) == [*row["completion"], "$"]
 
 
 # ---- plan --------------------------------------------------------------------------------------------------------
@@ -116,10 +116,12 @@ def test_steps_are_complete_and_in_order(tmp_path):
     for step in steps:
         assert set(step.needs) <= seen and step.name not in seen
         seen.add(step.name)
-    assert sum(step.name.startswith("train") for step in steps) == len(TASKS) * len(METHODS) * len(SEEDS)
-    assert sum(step.name.startswith("evaluate") for step in steps) == len(TASKS) * (len(METHODS) + 1) * len(SEEDS)
-    only = build_steps(tmp_path, ["chains"], quick=False)
-    assert {step.name for step in only} == {step.name for step in steps if "chains" in step.name}
+    runs = all_runs(list(TASKS))
+    assert len(runs) > len(TASKS) * len(SEEDS) * 6
+    assert sum(step.name.startswith("train") for step in steps) == len(runs)
+    assert sum(step.name.startswith("evaluate") for step in steps) == len(runs) + len(TASKS) * len(SEEDS)
+    only = build_steps(tmp_path, ["machine"], quick=False)
+    assert {step.name for step in only} == {step.name for step in steps if "machine" in step.name}
 
 
 def test_folder_continues_and_is_no_demo(tmp_path, capsys):
@@ -239,7 +241,7 @@ def test_checkpoint_is_evaluated_whole(tmp_path, rows, model):
 
 # ---- report ------------------------------------------------------------------------------------------------------
 
-SOLVED = {"plain": 0.7, "corrupted": 0.9, "rollout": 0.8, "carried": 0.95}
+SOLVED = {"plain": 0.7, "corrupted": 0.9, "rollout": 0.8, "carried": 0.95, "carried_long": 0.95}
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +252,7 @@ def made_up(tmp_path_factory):
     (out / "runs").mkdir()
     for method in ("base", *METHODS):
         for seed in SEEDS:
-            name = Run("chains", method, seed).name
+            name = Run("machine", method, seed).name
             (out / "runs" / name).mkdir()
             path = method in SOLVED
             wanted = (
@@ -265,17 +267,15 @@ def made_up(tmp_path_factory):
                 scores[setting] = {"greedy": greedy, "sampled": [value / 2 for value in greedy]}
             found = {"depths": depths, "scores": scores, "times": {"0.1": 0.5} if path else {}, "best_time": 0.1}
             result_file(out, name).write_text(json.dumps(found))
-            (out / "runs" / name / "train_results.json").write_text(
-                json.dumps({"train_runtime": 30.0 if method == "rollout" else 20.0})
-            )
             (out / "runs" / name / "pretraining.json").write_text(json.dumps({"steps": 100}))
+    (out / "runs" / "machine-seconds.json").write_text(json.dumps(dict.fromkeys(METHODS, 0.02) | {"rollout": 0.03}))
     return out
 
 
 def test_scores_are_means_over_seeds(made_up):
-    task = report.read_scores(made_up, "chains")
+    task = report.read_scores(made_up, "machine")
     key = ("corrupted", "T7")
-    files = [result_file(made_up, Run("chains", "corrupted", seed).name) for seed in SEEDS]
+    files = [result_file(made_up, Run("machine", "corrupted", seed).name) for seed in SEEDS]
     seeds = [json.loads(file.read_text())["scores"]["T7"]["greedy"] for file in files]
     found = report.score(task, key, "greedy")
     means = torch.tensor(seeds).double().mean(0)
@@ -285,10 +285,11 @@ def test_scores_are_means_over_seeds(made_up):
     assert found.depths == pytest.approx({1: 2 * found.value, 2: 0.0})
     assert report.score(task, key, "sampled").value == pytest.approx(found.value / 2)
     assert report.relative_time(task, "rollout") == 1.5
+    assert report.relative_time(task, "noise_free_long") == 2.0
 
 
 def test_differences_are_paired(made_up):
-    task = report.read_scores(made_up, "chains")
+    task = report.read_scores(made_up, "machine")
     key = ("carried", "T7")
     assert report.difference(task, key, key, "greedy") == (0.0, 0.0)
     value, error = report.difference(task, key, ("carried", "single"), "greedy")
@@ -300,15 +301,15 @@ def test_differences_are_paired(made_up):
 
 
 def test_report_holds_everything(made_up):
-    tasks = {"chains": report.read_scores(made_up, "chains")}
+    tasks = {"machine": report.read_scores(made_up, "machine")}
     about = {"command": "the command", "date": "2026-01-02", "commit": "abc", "machine": "2 cores"}
     text = report.markdown(tasks, about)
     assert "`the command`, 2026-01-02, commit abc, on 2 cores." in text
     assert all(METHODS[method].title in text for method in METHODS) and "one evaluation, t = 0.1 |" in text
-    found = report.score(tasks["chains"], ("carried", "T7"), "greedy")
+    found = report.score(tasks["machine"], ("carried", "T7"), "greedy")
     assert f"| {found.value:.3f} ± {found.stderr:.3f} (" in text
-    content = json.loads(json.dumps(report.results(tasks, about)))["tasks"]["chains"]
-    assert len(content["rows"]) == 2 * (1 + 4 * (len(BUDGETS) + 2) + 4)
+    content = json.loads(json.dumps(report.results(tasks, about)))["tasks"]["machine"]
+    assert len(content["rows"]) == 2 * (1 + 5 * (len(BUDGETS) + 2) + len(METHODS) - 5)
     assert len(content["comparisons"]) == 2 * len(report.COMPARISONS)
     assert report.read_scores(made_up, "products") is None
 
@@ -322,7 +323,7 @@ def test_figure_and_files_are_written(made_up):
 
 
 def test_base_is_trained_on_its_own_rows(tmp_path):
-    write_data("chains", tmp_path / "data", ROWS)
-    reached = train_base("chains", 1, tmp_path / "data", tmp_path / "base", target=0.0, log=lambda line: None)
+    write_data("machine", tmp_path / "data", ROWS)
+    reached = train_base("machine", 1, tmp_path / "data", tmp_path / "base", target=0.0, log=lambda line: None)
     assert reached == json.loads((tmp_path / "base" / "pretraining.json").read_text())
     assert reached["steps"] == 25

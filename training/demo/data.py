@@ -54,10 +54,10 @@ def build_splits(skill: str) -> dict[str, list[dict[str, str]]]:
     return rows
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer(characters: str = "0123456789+*=") -> PreTrainedTokenizerFast:
     """One token per character; adds no special tokens by itself, since `^` is written in the prompts."""
-    characters = [*_SPECIAL_TOKENS, *"0123456789+*="]
-    tokenizer = Tokenizer(models.WordLevel({c: i for i, c in enumerate(characters)}, unk_token="?"))
+    vocabulary = {character: number for number, character in enumerate([*_SPECIAL_TOKENS, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(

@@ -1,7 +1,7 @@
 """Does more compute help? Training options against each other and against controls: `make study`, or
 `python -m training.studies.compute --out FOLDER`.
 
-* `tasks`: products, and ends of chains, where depth matters; rows, splits, tokenizers
+* `tasks`: products, and a machine whose depth matters; rows, splits, tokenizers
 * `prepare`: writes the rows, trains the tiny bases
 * `plan`: methods, recipes and steps; all training through `python -m training.train`
 * `evaluate`: everything that is asked of one checkpoint: greedy and sampled exact match at all budgets, and at one

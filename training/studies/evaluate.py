@@ -106,7 +106,8 @@ def evaluate(checkpoint: Path, data: Path) -> dict[str, Any]:
     rows, chosen = read_rows(data / "test.jsonl"), read_rows(data / "validation.jsonl")
     width = max(len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) for row in rows + chosen) + 1
     test, validation = (encode_rows(part, tokenizer, width) for part in (rows, chosen))
-    single, times = float("nan"), dict[float, float]()
+    single = float("nan")
+    times: dict[float, float] = {}
     if l2d and not model.config.noise_free:
         single, times = best_single_time(model, *validation)
     scores = {}

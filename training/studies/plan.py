@@ -18,7 +18,6 @@ from training.demo.workspace import Layout
 from training.studies.tasks import TASKS
 
 SEEDS = (0, 1)
-STEPS = {"products": 2000, "chains": 2000}
 QUICK_STEPS, QUICK_ROWS = 20, 2000
 LAYOUT = Layout(
     "study", ("study.md", "study.png", "results.json", "data", "runs", "configs", "logs", "cache", "study.json")
@@ -26,12 +25,12 @@ LAYOUT = Layout(
 
 _PATH = {
     "method": "l2d",
-    "learning_rate": 3.0e-3,
     "variant": "full",
     "diffusion_dim": 64,
     "input_width": 64,
     "conditioning_width": 64,
     "frequency_width": 64,
+    "max_queries": 4096,
 }
 _ROLLOUT = {"draws": 1, "rollout_evaluations": 8, "rollout_window": 4}
 
@@ -44,12 +43,14 @@ class Method:
         title: in tables and figures.
         options: of the recipe.
         length: number of steps, as a multiple of the task's.
+        only: the one task that it is for, or `None`.
     """
 
     name: str
     title: str
     options: dict[str, Any]
     length: int = 1
+    only: str | None = None
 
 
 METHODS = {
@@ -59,10 +60,24 @@ METHODS = {
         Method("corrupted", "L2D, corrupted, q = 0.3, K = 4", {**_PATH, "draws": 4, "corruption_rate": 0.3}),
         Method("rollout", "L2D, rollout, R = 8, G = 4", {**_PATH, **_ROLLOUT}),
         Method("carried", "L2D, rollout + carried state", {**_PATH, **_ROLLOUT, "carried_state": True}),
+        Method(
+            "carried_long",
+            "L2D, rollout + carried state, three times the steps",
+            {**_PATH, **_ROLLOUT, "carried_state": True},
+            3,
+            "machine",
+        ),
         Method("noise_free", "control: noise-free path", {**_PATH, "noise_free": True}),
         Method("noise_free_long", "control: noise-free path, twice the steps", {**_PATH, "noise_free": True}, 2),
         Method("lora", "LoRA finetuning, r = 32", {"method": "lora_sft", "learning_rate": 3.0e-3, "lora_rank": 32}),
         Method("full", "full finetuning", {"method": "full_sft", "learning_rate": 3.0e-3}),
+        Method(
+            "full_long",
+            "full finetuning, three times the steps",
+            {"method": "full_sft", "learning_rate": 3.0e-3},
+            3,
+            "machine",
+        ),
     )
 }
 
@@ -83,7 +98,13 @@ class Run:
 
 def all_runs(tasks: tuple[str, ...] | list[str]) -> list[Run]:
     """Every run of some tasks; the seeds of a method next to each other, so that they run side by side."""
-    return [Run(task, method, seed) for task in tasks for method in METHODS for seed in SEEDS]
+    return [
+        Run(task, method.name, seed)
+        for task in tasks
+        for method in METHODS.values()
+        for seed in SEEDS
+        if method.only in (None, task)
+    ]
 
 
 def base_folder(out: Path, task: str, seed: int) -> Path:
@@ -99,12 +120,14 @@ def result_file(out: Path, name: str) -> Path:
 def recipe(out: Path, run: Run, quick: bool) -> dict[str, Any]:
     """The recipe of a run."""
     task, method = TASKS[run.task], METHODS[run.method]
-    own = {"noise_std": task.noise_std} if method.options["method"] == "l2d" else {}
+    own = (
+        {"learning_rate": task.learning_rate, "noise_std": task.noise_std} if method.options["method"] == "l2d" else {}
+    )
     order = {"train_sampling_strategy": "sequential"} if task.ordered else {}
     return {
         "base": str(base_folder(out, run.task, run.seed)),
         "dataset": str(out / "data" / run.task / "train.jsonl"),
-        "max_steps": (QUICK_STEPS if quick else STEPS[run.task]) * method.length,
+        "max_steps": (QUICK_STEPS if quick else task.steps) * method.length,
         "seed": run.seed,
         **TRAINING,
         **method.options,
@@ -140,7 +163,21 @@ def build_steps(out: Path, tasks: list[str], quick: bool) -> list[Step]:
             name = f"train {run.name}"
             steps.append(Step(name, command, out / "runs" / run.name, needs=(f"base {task} {run.seed}",)))
             steps.append(_evaluation(out, task, run.name, name))
+        steps.append(_timing(out, task))
     return steps
+
+
+def timing_file(out: Path, task: str) -> Path:
+    """Processor time of a training step of every method."""
+    return out / "runs" / f"{task}-seconds.json"
+
+
+def _timing(out: Path, task: str) -> Step:
+    runs = all_runs([task])
+    configs = (f"{run.method}={out / 'configs' / run.name}.yaml" for run in runs if run.seed == SEEDS[0])
+    file = timing_file(out, task)
+    command = (sys.executable, "-m", "training.studies.timing", str(file), *configs)
+    return Step(f"time {task}", command, file, needs=tuple(f"train {run.name}" for run in runs))
 
 
 def _evaluation(out: Path, task: str, name: str, needs: str) -> Step:

@@ -15,16 +15,23 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from training.studies.evaluate import BUDGETS
-from training.studies.report import DECODINGS, PATHS, TaskScores, score, title
+from training.studies.report import DECODINGS, TaskScores, score, title
 from training.studies.tasks import TASKS
 
-COLORS = {"plain": "tab:blue", "corrupted": "tab:orange", "rollout": "tab:green", "carried": "tab:red"}
+COLORS = {
+    "plain": "tab:blue",
+    "corrupted": "tab:orange",
+    "rollout": "tab:green",
+    "carried": "tab:red",
+    "carried_long": "darkred",
+}
 LINES = {
     "base": ("plain", "tab:gray", "-"),
     "noise_free": ("single", "black", ":"),
     "noise_free_long": ("single", "black", "--"),
     "lora": ("plain", "tab:purple", "--"),
     "full": ("plain", "tab:purple", ":"),
+    "full_long": ("plain", "tab:purple", "-"),
 }
 
 
@@ -40,8 +47,9 @@ def draw(tasks: dict[str, TaskScores], path: Path) -> None:
     for axes in panels[-1]:
         axes.set_xlabel("budget T: evaluations per token (open marks: one evaluation at its best time)")
         axes.xaxis.label.set_size(8)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    found = [panels[row][0].get_legend_handles_labels() for row in range(len(tasks))]
+    named = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -51,11 +59,11 @@ def _panel(axes: Axes, task: TaskScores, decoding: str) -> None:
         if (method, setting) in task.problems:
             found = score(task, (method, setting), decoding)
             axes.axhline(found.value, color=color, linestyle=style, linewidth=1, label=title(method))
-    shown = [method for method in PATHS if (method, "single") in task.problems]
+    shown = [method for method in COLORS if (method, "single") in task.problems]
     for place, method in enumerate(shown):
         shift = 1.03 ** (place - (len(shown) - 1) / 2)
         curve = [score(task, (method, f"T{budget}"), decoding) for budget in BUDGETS]
-        look: dict[str, Any] = {"capsize": 3, "markersize": 4, "elinewidth": 1, "color": COLORS[method]}
+        look: Any = {"capsize": 3, "markersize": 4, "elinewidth": 1, "color": COLORS[method]}
         values, errors = [one.value for one in curve], [one.stderr for one in curve]
         axes.errorbar([budget * shift for budget in BUDGETS], values, errors, fmt="o-", label=title(method), **look)
         single = score(task, (method, "single"), decoding)

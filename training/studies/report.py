@@ -22,11 +22,10 @@ from typing import Any
 
 from training.demo.runner import ROOT
 from training.studies.evaluate import BUDGETS, VOTES
-from training.studies.plan import METHODS, SEEDS, Run, result_file
+from training.studies.plan import METHODS, SEEDS, Run, result_file, timing_file
 from training.studies.tasks import TASKS
 
 DECODINGS = ("greedy", "sampled")
-PATHS = ("plain", "corrupted", "rollout", "carried")
 SETTINGS = {
     "single": "one evaluation",
     "votes": f"one evaluation, {VOTES} votes",
@@ -45,10 +44,17 @@ COMPARISONS = (
     ("more evaluations: carried, T = 7 against one", ("carried", "T7"), ("carried", "single")),
     ("beyond the unroll: carried, T = 31 against 7", ("carried", "T31"), ("carried", "T7")),
     ("votes at one evaluation: plain", ("plain", "votes"), ("plain", "single")),
+    (
+        "corrupted at T = 15 against a noise-free path of twice the steps",
+        ("corrupted", "T15"),
+        ("noise_free_long", "single"),
+    ),
     ("carried at T = 7 against a noise-free path", ("carried", "T7"), ("noise_free", "single")),
     ("carried at T = 7 against a noise-free path of twice the steps", ("carried", "T7"), ("noise_free_long", "single")),
     ("carried at T = 7 against LoRA finetuning", ("carried", "T7"), ("lora", "plain")),
     ("carried at T = 7 against full finetuning", ("carried", "T7"), ("full", "plain")),
+    ("three times the steps: carried, T = 7 against one", ("carried_long", "T7"), ("carried_long", "single")),
+    ("three times the steps: carried at T = 7 against full finetuning", ("carried_long", "T7"), ("full_long", "plain")),
 )
 
 Problems = dict[str, list[list[float]]]
@@ -81,14 +87,14 @@ class TaskScores:
         problems: per method and setting, decoding, seed and problem.
         depths: of the problems.
         times: method -> per seed, the time of its single evaluation.
-        seconds: method -> per seed, the duration of its training.
+        seconds: method -> processor time of its training.
         base_steps: of each seed's base.
     """
 
     problems: dict[Key, Problems]
     depths: list[int]
     times: dict[str, list[float]]
-    seconds: dict[str, list[float]]
+    seconds: dict[str, float]
     base_steps: list[int]
 
 
@@ -98,7 +104,7 @@ class TaskScores:
 def read_scores(out: Path, task: str) -> TaskScores | None:
     """What the folder holds of a task, methods of which every seed is there; `None` before its bases are evaluated."""
     problems: dict[Key, Problems] = {}
-    times, seconds, depths = {}, {}, []
+    times, depths = {}, []
     for method in ("base", *METHODS):
         names = [Run(task, method, seed).name for seed in SEEDS]
         files = [result_file(out, name) for name in names]
@@ -111,13 +117,13 @@ def read_scores(out: Path, task: str) -> TaskScores | None:
             problems[method, setting] = {decoding: [one[decoding] for one in per_seed] for decoding in DECODINGS}
         if found[0]["times"]:
             times[method] = [one["best_time"] for one in found]
-        if method != "base":
-            trained = [json.loads((out / "runs" / name / "train_results.json").read_text()) for name in names]
-            seconds[method] = [one["train_runtime"] for one in trained]
     if ("base", "plain") not in problems:
         return None
     bases = [out / "runs" / Run(task, "base", seed).name / "pretraining.json" for seed in SEEDS]
     steps = [json.loads(base.read_text(encoding="utf-8"))["steps"] for base in bases]
+    timed = timing_file(out, task)
+    per_step = json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else {}
+    seconds = {name: value * METHODS[name].length * TASKS[task].steps for name, value in per_step.items()}
     return TaskScores(problems, depths, times, seconds, steps)
 
 
@@ -200,7 +206,12 @@ def results(tasks: dict[str, TaskScores], about: dict[str, str]) -> dict[str, An
                     | {"difference": round(value, 4), "stderr": round(error, 4), "verdict": verdict(value, error)}
                 )
         own = {"problems": len(task.depths), "base_steps": task.base_steps, "single_times": task.times}
-        content["tasks"][name] = {**own, "training_seconds": task.seconds, "rows": rows, "comparisons": compared}
+        content["tasks"][name] = {
+            **own,
+            "training_seconds": {name: round(value, 1) for name, value in task.seconds.items()},
+            "rows": rows,
+            "comparisons": compared,
+        }
     return content
 
 
@@ -216,7 +227,7 @@ def markdown(tasks: dict[str, TaskScores], about: dict[str, str]) -> str:
         "Exact match on held-out problems: mean over two seeds of base and training ± standard error over problems, "
         "and in parentheses each seed. T is the budget: evaluations per token, midpoint solver; T = 1 is the base. One "
         "evaluation is at the time that did best on validation problems. Sampled: the probability that sampling at "
-        "temperature 1 gives the whole answer. Training time is relative to plain L2D.",
+        "temperature 1 gives the whole answer. Training time is processor time, relative to plain L2D.",
         "",
         "![accuracy against budget](study.png)",
         "",
@@ -271,8 +282,8 @@ def _score_lines(task: TaskScores) -> list[list[str]]:
 
 
 def relative_time(task: TaskScores, method: str) -> float:
-    """Duration of a method's training, over both seeds, divided by plain L2D's."""
-    return sum(task.seconds[method]) / sum(task.seconds["plain"])
+    """Processor time of a method's training, divided by plain L2D's."""
+    return task.seconds[method] / task.seconds["plain"]
 
 
 def _depth_lines(task: TaskScores) -> list[list[str]]:

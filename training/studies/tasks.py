@@ -2,11 +2,11 @@
 
 * `products`: a 4-digit times a 1-digit number, the answer's digits reversed, one token per character:
   `^3476*6=` -> `65802`; all 72,000 problems, split as the demo's are
-* `chains`: three chains of six nodes are listed as pairs of a node and the next one, all in random order, then a node;
-  the answer is the end of its chain: `ab fg bb ca ... c` -> `b`. The last node is its own next. Each pair is one token;
-  the depth of a problem is the number of steps from the node to the end: one pass through two layers takes few of them
-* a base of `chains` writes down every step: `c` -> `a b`. So it knows how to take one, and its first token is the end
-  only at depth 1; the path is to take all of them before the first token, on rows whose depth rises from two to five
+* `machine`: a state and five operations, each a fixed permutation of the ten states; the answer is the last state:
+  `^3cahbi=` -> `7`. The depth of a problem is the number of its operations before `i`, which does nothing
+* a base of `machine` writes down every state: `^3cahbi=` -> `80577`. So it knows how to apply one operation, and its
+  first token is the answer only at depth 1; the path is to apply all of them before the first token, on rows whose
+  depth rises from two to five
 * no prompt is in two splits: the CRC-32 of the prompt says which split it is in
 
 A row is `{"prompt", "completion", "depth"}`; the end token is added by the tokenizer's users.
@@ -15,12 +15,11 @@ A row is `{"prompt", "completion", "depth"}`; the end token is added by the toke
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from training.demo.data import build_tokenizer, split_of
@@ -31,11 +30,10 @@ PARTS = ("base", "base_validation", "train", "validation", "test")
 TEST_ROWS = 1024
 VALIDATION_ROWS = 512
 
-CHAINS, LENGTH = 3, 6
-NODES = "abcdefghijklmnopqrstuvwxyz"[: CHAINS * LENGTH]
-DEEPEST = LENGTH - 1
-RISING = (0.3, 0.6)  # part of the path's rows after which they become deeper than two, and after which all depths occur
-_SPECIAL_TOKENS = ("_", "^", "$", "?")  # padding, start, end, unknown word
+SHALLOW = 13  # one in so many held-out problems has depth two
+STATES, OPERATIONS, IDLE = "0123456789", "abcdefgh", "i"
+DEEPEST = 5
+RISING = (0.35, 0.65)  # parts of the path's rows: until the first, depths up to two; from the second on, all
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,8 @@ class Task:
         width: tokens of the longest row, with the end token.
         base_target: accuracy on the base's own rows at which its training ends.
         base_steps: after which it ends with an error otherwise.
-        noise_std: of the path.
+        steps: of a training.
+        learning_rate, noise_std: of the path.
         train_rows: rows to train base and path on; all there are if fewer.
         ordered: whether training takes the rows in their order, which is one of rising depth.
     """
@@ -62,6 +61,8 @@ class Task:
     width: int
     base_target: float
     base_steps: int
+    steps: int
+    learning_rate: float
     noise_std: float
     train_rows: int
     ordered: bool
@@ -85,12 +86,18 @@ def product_rows(count: int) -> dict[str, list[Row]]:
     return {"base": rows["train"], "base_validation": rows["validation"], **rows}
 
 
-# ---- chains ------------------------------------------------------------------------------------------------------
+# ---- machine -----------------------------------------------------------------------------------------------------
 
 
-def chain_rows(count: int) -> dict[str, list[Row]]:
-    """`count` rows for base and path each; equally many validation and test rows of every depth."""
+def machine() -> dict[str, dict[str, str]]:
+    """Operation -> state -> next state; the same machine every time."""
+    draw = random.Random(0)
+    table = {operation: dict(zip(STATES, draw.sample(STATES, len(STATES)), strict=True)) for operation in OPERATIONS}
+    return {**table, IDLE: {state: state for state in STATES}}
 
+
+def machine_rows(count: int) -> dict[str, list[Row]]:
+    """`count` rows for base and path each; validation and test rows from depth two on."""
     start, end = RISING
 
     def deepest(number: int) -> int:
@@ -98,67 +105,39 @@ def chain_rows(count: int) -> dict[str, list[Row]]:
         passed = max(0.0, (number / count - start) / (end - start))
         return min(DEEPEST, 2 + math.ceil(passed * (DEEPEST - 3) + 1e-9)) if passed else 2
 
-    draw = random.Random(0)
-    depths = {
-        "base": [draw.randint(1, DEEPEST) for _ in range(count)],
-        "train": [draw.randint(1, deepest(number)) for number in range(count)],
-        **{
-            part: [1 + number % DEEPEST for number in range(rows // DEEPEST * DEEPEST)]
-            for part, rows in (
-                ("base_validation", VALIDATION_ROWS),
-                ("validation", VALIDATION_ROWS),
-                ("test", TEST_ROWS),
-            )
-        },
+    draw, table = random.Random(0), machine()
+    rows = {
+        "base": [_machine_row(table, "base", draw, draw.randint(1, DEEPEST)) for _ in range(count)],
+        "train": [_machine_row(table, "train", draw, draw.randint(1, deepest(number))) for number in range(count)],
     }
-    return {part: list(_chains(part, wanted)) for part, wanted in depths.items()}
+    sizes = {"base_validation": VALIDATION_ROWS, "validation": VALIDATION_ROWS, "test": TEST_ROWS}
+    return rows | {part: _held_out(table, part, draw, size) for part, size in sizes.items()}
 
 
-def _chains(part: str, depths: list[int]) -> Iterator[Row]:
-    """New chains per depth, whose prompt belongs to the split; rows of a base hold every step."""
+def _held_out(table: dict[str, dict[str, str]], part: str, draw: random.Random, size: int) -> list[Row]:
+    """Different problems, few of depth two, of which there are few, and equally many of every other depth."""
+    shallow = size // SHALLOW
+    found: dict[str, Row] = {}
+    while len(found) < size:
+        number = len(found) - shallow
+        row = _machine_row(table, part, draw, 2 if number < 0 else 3 + number % (DEEPEST - 2))
+        found[row["prompt"]] = row
+    return list(found.values())
+
+
+def _machine_row(table: dict[str, dict[str, str]], part: str, draw: random.Random, depth: int) -> Row:
+    """A random problem whose prompt belongs to the part's split; rows of a base hold every state."""
     split = {"base": "train", "base_validation": "validation"}.get(part, part)
-    draw = random.Random(part)
-    for depth in depths:
-        row = chain_problem(draw, depth)
-        while split_of(row["prompt"]) != split:
-            row = chain_problem(draw, depth)
-        if part.startswith("base"):
-            row["completion"] = row["steps"]
-        del row["steps"]
-        yield row
-
-
-def chain_problem(draw: random.Random, depth: int) -> Row:
-    """Random chains of all nodes, and a node that is `depth` steps from the end of its own; with the steps taken."""
-    nodes = draw.sample(NODES, len(NODES))
-    chains = [nodes[start : start + LENGTH] for start in range(0, len(nodes), LENGTH)]
-    pairs = [
-        node + following for chain in chains for node, following in zip(chain, chain[1:] + chain[-1:], strict=True)
-    ]
-    draw.shuffle(pairs)
-    walk = chains[0][-1 - depth :]
-    return {
-        "prompt": " ".join([*pairs, walk[0]]),
-        "completion": f" {walk[-1]}",
-        "depth": depth,
-        "steps": "".join(f" {node}" for node in walk[1:]),
-    }
-
-
-def chain_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word: a node, or a pair of nodes."""
-    words = [*_SPECIAL_TOKENS, *NODES, *(node + following for node in NODES for following in NODES)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="?"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token="_",
-        bos_token="^",
-        eos_token="$",
-        unk_token="?",
-        model_max_length=64,
-        clean_up_tokenization_spaces=False,
-    )
+    while True:
+        state, operations = draw.choice(STATES), "".join(draw.choices(OPERATIONS, k=depth)).ljust(DEEPEST, IDLE)
+        prompt = f"^{state}{operations}="
+        if split_of(prompt) == split:
+            break
+    states = []
+    for operation in operations:
+        state = table[operation][state]
+        states.append(state)
+    return {"prompt": prompt, "completion": "".join(states if part.startswith("base") else states[-1:]), "depth": depth}
 
 
 # ---- all ---------------------------------------------------------------------------------------------------------
@@ -172,20 +151,24 @@ TASKS = {
         width=14,
         base_target=0.52,
         base_steps=4000,
+        steps=2000,
+        learning_rate=3.0e-3,
         noise_std=1.5,
         train_rows=60_000,
         ordered=False,
     ),
-    "chains": Task(
-        name="chains",
-        title="end of a chain, 1 to 5 steps away",
-        build=chain_rows,
-        tokenizer=chain_tokenizer,
-        width=len(NODES) + LENGTH + 1,
+    "machine": Task(
+        name="machine",
+        title="last state of a machine after 2 to 5 operations",
+        build=machine_rows,
+        tokenizer=lambda: build_tokenizer(f"{STATES}={OPERATIONS}{IDLE}"),
+        width=2 * DEEPEST + 4,
         base_target=0.97,
         base_steps=4000,
-        noise_std=1.5,
-        train_rows=256_000,
+        steps=2400,
+        learning_rate=6.0e-3,
+        noise_std=0.5,
+        train_rows=2400 * 128,
         ordered=True,
     ),
 }
