@@ -137,6 +137,9 @@ def test_step_without_its_output_has_failed(tmp_path):
 @pytest.mark.parametrize("name", ["l2d", "corrupted", "noise_free", "lora_sft", "full_sft"])
 def test_recipes_are_accepted_by_the_entry_point(tmp_path, name):
     write_recipes(tmp_path)
+    for folder in ("base", "data"):  # what the steps before leave
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data" / "products_train.jsonl").write_text("{}\n")
     recipe = read_recipe(["--config", str(tmp_path / "configs" / f"{name}.yaml")])
     assert recipe.model.method == (name if name.endswith("_sft") else "l2d")
     assert recipe.settings == recipes(tmp_path)[name] and len(recipes(tmp_path)) == 5
