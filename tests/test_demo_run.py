@@ -9,10 +9,12 @@
 import json
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from training.demo import __main__ as demo
+from training.demo.evaluate import evaluate
 from training.demo.plan import SETTINGS, build_steps, recipes, write_recipes
 from training.demo.runner import Step, StepFailed, run_steps
 from training.demo.workspace import DEMO, LOCK, open_workspace
@@ -137,6 +139,9 @@ def test_step_without_its_output_has_failed(tmp_path):
 @pytest.mark.parametrize("name", ["l2d", "corrupted", "noise_free", "lora_sft", "full_sft"])
 def test_recipes_are_accepted_by_the_entry_point(tmp_path, name):
     write_recipes(tmp_path)
+    for folder in ("base", "data"):  # what the steps before leave
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data" / "products_train.jsonl").write_text("{}\n")
     recipe = read_recipe(["--config", str(tmp_path / "configs" / f"{name}.yaml")])
     assert recipe.model.method == (name if name.endswith("_sft") else "l2d")
     assert recipe.settings == recipes(tmp_path)[name] and len(recipes(tmp_path)) == 5
@@ -144,21 +149,26 @@ def test_recipes_are_accepted_by_the_entry_point(tmp_path, name):
     assert recipe.model.noise_free == (name == "noise_free")
 
 
-def test_every_setting_is_evaluated_in_both_ways(tmp_path):
+def test_every_setting_is_evaluated_in_both_ways(tmp_path, monkeypatch, capsys):
     steps = {step.name: step for step in build_steps(tmp_path)}
     assert {need for step in steps.values() for need in step.needs} <= set(steps)
     evaluations = [step for name, step in steps.items() if name.startswith("evaluate")]
-    assert len(evaluations) == 2 * len(SETTINGS) == 30
-    assert len({step.output for step in evaluations}) == 30
+    assert len(evaluations) == len({step.output for step in evaluations}) == len(SETTINGS) == 15
+    run: list[list[str]] = []
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: run.append(sys.argv))
+    monkeypatch.setattr(sys, "argv", [])
     for folder, control in (("l2d", "once"), ("corrupted", "corrupted_once")):
-        choice, step = steps[f"choose time {folder}"], steps[f"evaluate {control} sampled"]
+        choice, step = steps[f"choose time {folder}"], steps[f"evaluate {control}"]
         assert str(tmp_path / "data" / "products_validation.jsonl") in choice.command
         assert step.needs == (choice.name,) and choice.needs == (f"train {folder}",)
         (tmp_path / f"{folder}_controls.json").write_text('{"best_time": 0.1, "model_args": "pretrained=X,seed=1"}')
-        words = " ".join(step.command())  # known once the time is chosen
-        assert "--model_args pretrained=X,seed=1 --tasks" in words
-        assert "--gen_kwargs do_sample=true,temperature=1.0" in words
-        assert "--gen_kwargs" not in steps[f"evaluate {control} greedy"].command()
+        run.clear()
+        evaluate(Path(step.command[-2]), step.command[-1])
+        assert capsys.readouterr().out.splitlines() == [f"$ {' '.join(words)}" for words in run]
+        greedy, sampled = map(" ".join, run)
+        assert "--model_args pretrained=X,seed=1 --tasks" in greedy and "--gen_kwargs" not in greedy
+        assert "--gen_kwargs do_sample=true,temperature=1.0" in sampled
+        assert all(str(step.output) in words for words in (greedy, sampled)) and greedy != sampled
 
 
 def test_refusal_is_one_line(tmp_path, monkeypatch, capsys):

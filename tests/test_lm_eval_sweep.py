@@ -185,7 +185,7 @@ def test_controls_are_settings(l2d_dir, tmp_path, controls):
 
 def test_the_leaderboard_knows_what_a_sweep_ran(l2d_dir, make_l2d, base_dir, tmp_path, controls):
     """Real runs: controls as kinds of rows, votes and carried state in the labels, and nothing missing."""
-    grid = {"diffusion_budget": [3], "votes": [1, 2]}
+    grid = {"diffusion_budget": [3], "votes": [2]}
     for name, changes in (
         ("curve", {"grid": grid, "controls": controls}),
         ("carried", {"base": False, "model_args": {"pretrained": str(make_l2d(base_dir, carried_state=True))}}),
@@ -196,12 +196,12 @@ def test_the_leaderboard_knows_what_a_sweep_ran(l2d_dir, make_l2d, base_dir, tmp
     board = write_leaderboard([tmp_path / "curve" / "out", tmp_path / "carried" / "out"], tmp_path / "report")
     assert not board.skipped
     assert [row.setting.label for row in board.rows] == [
-        *("L2D at T = 1", "L2D (lora), T = 3", "L2D (lora), T = 3, 2 votes", "L2D (lora), T = 3, carried state"),
+        *("L2D at T = 1", "L2D (lora), T = 3, 2 votes", "L2D (lora), T = 3, carried state"),
         *("control: one evaluation, t = 0.2", "control: noise-free path", "LoRA finetuning"),
     ]
     assert board.controls == {str(base_dir): ["one-evaluation", "noise-free", "lora-ft"]}
-    votes = board.rows[2].setting
+    votes = board.rows[1].setting
     assert votes.votes == 2 and votes.cost["asked"]["mean"] == 6
     page = (tmp_path / "report" / "leaderboard.html").read_text()
     assert "none missing" in page and "missing:" not in page and "Not measured here" not in page
-    assert all(f'class="level {kind}"' in page for kind in ("one-evaluation", "noise-free", "lora-ft", "base"))
+    assert all(f'class="level {kind}' in page for kind in ("one-evaluation", "noise-free", "lora-ft", "base"))

@@ -6,6 +6,7 @@ Run: `python -m pytest tests/test_training_options.py`. The loss itself is in `t
 import pytest
 import torch
 
+from l2d import L2DConfig
 from tests.test_training_trainer import batch_of, gradients, make_trainer  # noqa: F401  a fixture among them
 from tests.training_runs import (
     SMALL,
@@ -19,6 +20,7 @@ from tests.training_runs import (
     write_jsonl,
     write_recipe,
 )
+from training.card import model_card
 from training.noising import training_queries
 from training.trainer import L2DTrainer
 
@@ -134,3 +136,20 @@ def test_a_window_is_the_same_in_all_processes_and_moves(make_trainer):  # noqa:
         assert not torch.equal(first.noise, second.noise) and not torch.equal(first.time, second.time)
         places.append(first.unscored)
     assert set(places) <= set(range(5)) and len(set(places)) > 2
+
+
+@pytest.mark.parametrize(
+    ("recipe", "config", "sentence"),
+    [
+        ("corruption_rate: 0.3", {}, "of which a share of 0.3 was built from wrong tokens"),
+        ("rollout_evaluations: 8", {"carried_state": True}, "trajectories of 8 evaluations. The path carries a state"),
+        ("draws: 1", {"noise_free": True}, "A control: the path was trained without noise"),
+        ("draws: 4", {}, "## Recipe"),
+    ],
+)
+def test_the_card_tells_the_options(tmp_path, recipe, config, sentence):
+    (tmp_path / "recipe.yaml").write_text(f"method: l2d\n{recipe}\n")
+    card = model_card(str(tmp_path), "name", L2DConfig(base_name_or_path="org/base", **config), 1000)
+    assert sentence in card
+    assert ("diffusion_budget=15" in card) == ("noise_free" not in config)
+    assert ("Trained on" in card) == ("rate" in recipe or "rollout" in recipe)

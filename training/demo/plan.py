@@ -3,8 +3,8 @@
 * `recipes`: what the five trainings are told; one YAML file each
 * `SETTINGS`: which models are evaluated, and how
 * `build_steps`: data, base, five trainings (`python -m training.train`), the best time of one evaluation for the two
-  budget curves (`python -m training.controls`, on validation data), and two evaluations (`lm_eval`) per setting, one
-  greedy and one sampled at temperature 1
+  budget curves (`python -m training.controls`, on validation data), and for every setting its evaluations
+* `lm_eval_command`: one evaluation; every setting has two, one greedy and one sampled at temperature 1
 """
 
 import json
@@ -23,6 +23,7 @@ BUDGETS = (1, 3, 7, 15, 31)
 CURVES = ("l2d", "corrupted")
 CONTROLS = {"l2d": "once", "corrupted": "corrupted_once"}  # method of the one-evaluation control, by curve
 STEPS = 2000
+NOISE_FREE_STEPS = 3600  # as much computing time as plain L2D takes for its steps of two draws
 TRAINING = {
     "per_device_train_batch_size": 128,
     "lr_scheduler_type": "cosine",
@@ -85,7 +86,7 @@ SETTINGS = (
 
 
 def recipes(out: Path) -> dict[str, dict[str, Any]]:
-    """The recipes of the trainings: the same data, batches and number of steps."""
+    """The recipes of the trainings: the same data, batches and steps, for the noise-free path the same time."""
     common = {
         "base": str(out / "base"),
         "dataset": str(out / "data" / "products_train.jsonl"),
@@ -100,11 +101,11 @@ def recipes(out: Path) -> dict[str, dict[str, Any]]:
         "conditioning_width": 64,
         "frequency_width": 64,
     }
-    noised = {**path, "noise_std": 0.75, "time_power": 4.0, "draws": 4, "sampler": {"budget": 15}}
+    noised = {**path, "noise_std": 0.75, "time_power": 4.0, "draws": 2, "sampler": {"budget": 15}}
     own: dict[str, dict[str, Any]] = {
         "l2d": noised,
         "corrupted": {**noised, "corruption_rate": 0.3},
-        "noise_free": {**path, "noise_free": True},
+        "noise_free": {**path, "noise_free": True, "max_steps": NOISE_FREE_STEPS},
         "lora_sft": {"learning_rate": 3.0e-3},
         "full_sft": {"learning_rate": 3.0e-3},
     }
@@ -144,7 +145,7 @@ def build_steps(out: Path) -> list[Step]:
         command = (*python, "training.train", "--config", str(out / "configs" / f"{name}.yaml"))
         steps.append(Step(f"train {name}", command, out / name, needs=("base",)))
     steps += [_choice(out, folder) for folder in CURVES]
-    return steps + [_evaluation(out, setting, decoding) for setting in SETTINGS for decoding in DECODINGS]
+    return steps + [_evaluation(out, setting) for setting in SETTINGS]
 
 
 def chosen(out: Path, folder: str) -> dict[str, Any]:
@@ -166,26 +167,27 @@ def _choice(out: Path, folder: str) -> Step:
 
 def result_folder(out: Path, setting: Setting, decoding: str) -> Path:
     """Where `lm_eval` writes the results of one evaluation."""
-    return out / "results" / f"{setting.name}-{decoding}"
+    return out / "results" / setting.name / decoding
 
 
-def _evaluation(out: Path, setting: Setting, decoding: str) -> Step:
-    folder = result_folder(out, setting, decoding)
+def lm_eval_command(out: Path, setting: Setting, decoding: str) -> list[str]:
+    """The command line of one evaluation."""
+    return [
+        "lm_eval",
+        *setting.model(out),
+        *("--tasks", ",".join(TASKS)),
+        *("--include_path", str(ROOT / "lm_eval_ext" / "tasks" / "demo")),
+        *DECODINGS[decoding],
+        *("--batch_size", "256", "--device", "cpu"),
+        *("--output_path", str(result_folder(out, setting, decoding)), "--log_samples"),
+    ]
 
-    def command() -> tuple[str, ...]:
-        return (
-            str(Path(sys.executable).with_name("lm_eval")),
-            *setting.model(out),
-            *("--tasks", ",".join(TASKS)),
-            *("--include_path", str(ROOT / "lm_eval_ext" / "tasks" / "demo")),
-            *DECODINGS[decoding],
-            *("--batch_size", "256", "--device", "cpu"),
-            *("--output_path", str(folder), "--log_samples"),
-        )
 
+def _evaluation(out: Path, setting: Setting) -> Step:
+    command = (sys.executable, "-m", "training.demo.evaluate", str(out), setting.name)
     trained = "base" if setting.folder == "base" else f"train {setting.folder}"
     needed = f"choose time {setting.folder}" if setting.at_best_time else trained
-    return Step(f"evaluate {setting.name} {decoding}", command, folder, needs=(needed,))
+    return Step(f"evaluate {setting.name}", command, out / "results" / setting.name, needs=(needed,))
 
 
 def _base_result(base: Path) -> str:

@@ -11,7 +11,18 @@ from dataclasses import asdict, dataclass
 from math import hypot
 from pathlib import Path
 
-from training.demo.plan import BUDGETS, CONTROLS, CURVES, DECODINGS, SETTINGS, STEPS, TASKS, Setting, result_folder
+from training.demo.plan import (
+    BUDGETS,
+    CONTROLS,
+    CURVES,
+    DECODINGS,
+    NOISE_FREE_STEPS,
+    SETTINGS,
+    STEPS,
+    TASKS,
+    Setting,
+    result_folder,
+)
 
 METRIC = "exact_match"
 NAMES = {
@@ -208,8 +219,9 @@ def _noise_free(scores: Scores) -> tuple[bool, str]:
         )
     claim = "Noise and a trajectory help" if holds else "That noise and a trajectory help"
     return holds, (
-        f"{claim}: the same path without noise, evaluated once and trained on the same {STEPS:,} batches, solves "
-        f"{control.value:.3f} of the products greedily: {' and '.join(parts)}. Of the sums it solves {sums.value:.3f}."
+        f"{claim}: the same path without noise, evaluated once and trained for as long as L2D ({NOISE_FREE_STEPS:,} "
+        f"steps), solves {control.value:.3f} of the products greedily: {' and '.join(parts)}. Of the sums it solves "
+        f"{sums.value:.3f}."
     )
 
 

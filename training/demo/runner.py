@@ -34,7 +34,7 @@ class Step:
 
     Attributes:
         name: shown, and the name of its log file.
-        command: program and arguments, or a function that gives them once the steps before are complete.
+        command: program and arguments.
         output: file or folder that it leaves; removed before the command starts.
         needs: names of the steps that must be complete before.
         threads: threads that it may use; a step with two has the machine to itself.
@@ -42,7 +42,7 @@ class Step:
     """
 
     name: str
-    command: tuple[str, ...] | Callable[[], tuple[str, ...]]
+    command: tuple[str, ...]
     output: Path
     needs: tuple[str, ...] = ()
     threads: int = 1
@@ -124,13 +124,12 @@ def _start(step: Step, workspace: Workspace, environment: dict[str, str], cwd: P
     if step.output.is_dir():
         shutil.rmtree(step.output)
     step.output.unlink(missing_ok=True)
-    command = step.command() if callable(step.command) else step.command
     log = workspace.folder / "logs" / f"{step.name.replace(' ', '_')}.log"
     environment = {**environment, "OMP_NUM_THREADS": str(step.threads), "MKL_NUM_THREADS": str(step.threads)}
     with log.open("w", encoding="utf-8") as file:
-        print("$", *command, file=file, flush=True)
+        print("$", *step.command, file=file, flush=True)
         process = subprocess.Popen(
-            command,
+            step.command,
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=cwd,
