@@ -8,7 +8,6 @@
 import argparse
 import json
 import os
-import shlex
 import signal
 import sys
 import time
@@ -45,7 +44,7 @@ def main() -> None:
     write_configs(recipes(out, options.quick), out / "configs")
     steps = build_steps(out, list(TASKS), options.quick)
     run_or_exit(build_steps(out, [options.only] if options.only else list(TASKS), options.quick), workspace)
-    write_report(out)
+    write_report(out, options.quick)
     if all(workspace.complete(step.name, step.output) for step in steps):
         workspace.finish()
     print(f"\ndone in {time.monotonic() - started:.0f} s; see {out / 'study.md'}")
@@ -56,14 +55,14 @@ def _refused(message: str) -> int:
     return 2
 
 
-def write_report(out: Path) -> None:
+def write_report(out: Path, quick: bool = False) -> None:
     """Write tables, plain values and figure of all tasks that were measured."""
     from training.studies.plot import draw
     from training.studies.report import circumstances, markdown, read_scores, results
 
     found = {task: read_scores(out, task) for task in TASKS}
     tasks = {task: scores for task, scores in found.items() if scores is not None}
-    about = circumstances("python -m training.studies.compute " + shlex.join(sys.argv[1:]))
+    about = circumstances(f"python -m training.studies.compute --out {out.name}" + " --quick" * quick)
     draft = out / ".results.json"
     draft.write_text(json.dumps(results(tasks, about), indent=1) + "\n", encoding="utf-8")
     os.replace(draft, out / "results.json")
