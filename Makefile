@@ -2,7 +2,7 @@
 # make test    checks style and types and runs all tests
 # make coverage   the same tests, and which lines they run: at least 90 % of them
 # make demo    the demo, about 10 minutes on 2 cores; OUT=FOLDER for another folder, OVERWRITE=1 to replace a finished one
-# make study   the study of training options, less than an hour on 2 cores; OUT and OVERWRITE as for the demo
+# make study   the study of training options, about an hour on 2 cores; OUT and OVERWRITE as for the demo
 # make clean   removes the environment and what tools leave behind; demos stay
 # PROCESSES=  tests in one process instead of two
 # PYTHON=...   the Python that the environment is made with, 3.11 or newer

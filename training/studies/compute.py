@@ -38,7 +38,7 @@ def main() -> None:
         sys.exit(_refused(f"OUT={options.out} cannot be written to ({error}): choose another folder with OUT=."))
     except ValueError as error:
         sys.exit(_refused(str(error)))
-    print(f"study in {out}: less than an hour on 2 cores; every step's output is in logs/", flush=True)
+    print(f"study in {out}: about an hour on 2 cores; every step's output is in logs/", flush=True)
     for folder in ("data", "runs"):
         (out / folder).mkdir(exist_ok=True)
     write_configs(recipes(out, options.quick), out / "configs")
