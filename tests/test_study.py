@@ -27,7 +27,7 @@ from training.demo.workspace import DEMO, open_workspace
 from training.recipe import read_recipe
 from training.studies import compute, report
 from training.studies.evaluate import BUDGETS, best_single_time, main, measure, one_evaluation, settings
-from training.studies.plan import LAYOUT, METHODS, SEEDS, Run, all_runs, build_steps, recipes, result_file
+from training.studies.plan import LAYOUT, METHODS, SEEDS, Run, all_runs, base_folder, build_steps, recipes, result_file
 from training.studies.prepare import train_base, write_data
 from training.studies.tasks import DEEPEST, IDLE, OPERATIONS, PARTS, RISING, STATES, TASKS
 
@@ -105,6 +105,9 @@ def test_tokenizer_knows_every_word(rows, task):
 def test_recipes_are_accepted_by_the_entry_point(tmp_path):
     write_configs(recipes(tmp_path, quick=False), tmp_path / "configs")
     for run in all_runs(list(TASKS)):
+        base_folder(tmp_path, run.task, run.seed).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / run.task).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / run.task / "train.jsonl").write_text(json.dumps({"prompt": "a", "completion": "b"}))
         recipe = read_recipe(["--config", str(tmp_path / "configs" / f"{run.name}.yaml")])
         assert recipe.training.seed == run.seed
         assert recipe.training.output_dir.endswith(run.name)
