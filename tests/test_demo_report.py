@@ -88,7 +88,7 @@ def test_other_numbers_give_other_sentences(tmp_path):
     assert "NOT reproduced: at T = 1 only 16 of 18" in shown
     assert "Iterating helps L2D: " in shown and "the control is worse (-0.390 ± 0.014)" in shown
     assert "That iterating helps L2D, corrupted training: " in not_shown and not_shown.count("no evidence") == 1
-    assert "Noise and a trajectory help: " in shown and "worse than L2D at its best budget, T = 31" in shown
+    assert "trajectory help: " in not_shown and "worse than L2D at its best budget, T = 31" in not_shown
     assert "full finetuning did better" in not_shown and "LoRA and full" not in not_shown
 
 
