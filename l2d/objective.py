@@ -67,9 +67,11 @@ def _noised(
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Loss and chosen token of every query, (N,) each, once, at `x_t = (1 - t) x_0 + t z`."""
     time = flat.of(queries.time)
-    sources = flat.targets if queries.sources is None else _sources(model, state, queries, flat)
-    noise, clean = flat.of(queries.noise) * model.config.noise_std, model.path.embed_tokens(sources)
-    x = (1 - time)[:, None] * noise + time[:, None] * clean
+    if queries.sources is None:  # one embedding serves all draws of a position
+        clean = model.path.embed_tokens(queries.targets[flat.rows, flat.slots]).repeat_interleave(flat.draws, dim=0)
+    else:
+        clean = model.path.embed_tokens(_sources(model, state, queries, flat))
+    x = (1 - time)[:, None] * (flat.of(queries.noise) * model.config.noise_std) + time[:, None] * clean
     hidden, _ = model.path_hidden(state, flat.row, flat.index, x, time, flat.classes)
     return [_cross_entropy(model, hidden, flat.targets)]
 

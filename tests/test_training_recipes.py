@@ -1,11 +1,12 @@
 """The recipes of the repository, and what `--dry_run` shows. `python -m pytest tests/test_training_recipes.py`"""
 
+import dataclasses
 import re
 
 import pytest
 
 from tests.training_runs import REPOSITORY, SMALL, sums, train_here, write_jsonl, write_recipe
-from training.dry_run import Shape, estimate_memory
+from training.dry_run import Shape, estimate_flops, estimate_memory
 from training.recipe import read_recipe
 
 RECIPES = REPOSITORY / "training" / "recipes"
@@ -83,6 +84,12 @@ def test_memory_estimate_is_near_what_is_measured():
     parts = estimate_memory(shape)
     parts["logits"] /= 4  # chunks are smaller on a CPU
     assert sum(parts.values()) / 2**20 == pytest.approx(2263, rel=0.25)
+    # The main path is run once; of a rollout's evaluations those without a loss cost less.
+    plain, four, more = (
+        estimate_flops(dataclasses.replace(shape, scored=scored, unscored=unscored))
+        for scored, unscored in ((1, 0), (4, 0), (4, 2))
+    )
+    assert 2 * plain < four < 4 * plain and four < more < four + 2 * (four - plain) / 3
 
 
 def test_extends(tmp_path, base_dir):

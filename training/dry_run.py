@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from l2d.losses import CHUNK_ELEMENTS
 from training.config import L2DTrainingConfig
 from training.data import IGNORED, Unavailable
+from training.noising import window_length
 from training.recipe import Recipe
 
 ASSUMED_LENGTH, ASSUMED_RESPONSE = 700, 0.5  # mean tokens per example and share of targets, where the data are not here
@@ -49,6 +50,8 @@ class Shape:
     draws: int
     max_queries: int
     checkpointing: bool
+    scored: int = 1  # evaluations of each draw that have a loss,
+    unscored: float = 0.0  # and on average before them, for a rollout
 
 
 def dry_run(recipe: Recipe) -> None:
@@ -159,6 +162,10 @@ def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, 
     training = recipe.training
     mixed = training.bf16 or training.fp16
     l2d = recipe.model.method == "l2d"
+    rollout: dict[str, Any] = {}
+    if l2d and training.rollout_evaluations is not None:
+        window = window_length(training)
+        rollout = {"scored": window, "unscored": (training.rollout_evaluations - window) / 2}
     return Shape(
         base=(model.base if l2d else model).config.get_text_config(),
         method=recipe.model.method,
@@ -174,6 +181,7 @@ def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, 
         draws=training.draws if l2d else 1,
         max_queries=training.max_queries if "max_queries" in recipe.settings or not mixed else 4096,
         checkpointing=bool(training.activation_checkpointing),
+        **rollout,
     )
 
 
@@ -213,10 +221,12 @@ def estimate_flops(shape: Shape) -> float:
         return length * (2 * body * (1 + backward + again) + adapters) + targets * 4 * vocabulary
     body = shape.frozen - embedded
     if shape.variant == "full":
-        path = 2 * shape.trained * (3 + again)
+        forward, path = 2 * shape.trained, 2 * shape.trained * (3 + again)
     else:
+        forward = 2 * (body + shape.trained)
         path = 2 * body * (2 + again) + 2 * shape.trained * (3 + again)
-    return length * 2 * body + targets * (path + 4 * vocabulary)
+    evaluations = shape.scored * (path + 4 * vocabulary) + shape.unscored * (forward + 2 * vocabulary)
+    return length * 2 * body + targets * evaluations
 
 
 def say_memory(shape: Shape, recipe: Recipe, say: Any) -> None:
