@@ -53,7 +53,7 @@ def measure() -> dict[str, float]:
 
 
 def make_base(folder: Path, tokenizer: str) -> None:
-    """A random base of the demo's shape, with a tokenizer of one token per character (as the demo has) or one that merges."""
+    """A random base of the demo's shape. Its tokenizer has one token per character, as the demo's, or merges."""
     from tests.conftest import train_tokenizer
     from training.demo.base import build_base
     from training.demo.data import build_tokenizer

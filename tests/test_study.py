@@ -19,6 +19,7 @@ import torch
 from l2d import L2DConfig, L2DForCausalLM
 from l2d.noise import default_keys
 from tests.conftest import randomise_path
+from training.controls import BUDGETS, single_evaluation
 from training.demo.base import build_base, encode_rows
 from training.demo.data import build_tokenizer
 from training.demo.plan import write_configs
@@ -26,7 +27,7 @@ from training.demo.runner import Step, run_or_exit
 from training.demo.workspace import DEMO, open_workspace
 from training.recipe import read_recipe
 from training.studies import compute, report
-from training.studies.evaluate import BUDGETS, best_single_time, main, measure, one_evaluation, settings
+from training.studies.evaluate import main, measure, settings
 from training.studies.plan import LAYOUT, METHODS, SEEDS, Run, all_runs, base_folder, build_steps, recipes, result_file
 from training.studies.prepare import train_base, write_data
 from training.studies.tasks import DEEPEST, IDLE, OPERATIONS, PARTS, RISING, STATES, TASKS
@@ -176,7 +177,9 @@ def answered(model, sampler, **options):
     return input_ids, input_ids.where(torch.arange(input_ids.shape[1]) >= ids.shape[1], -100)
 
 
-@pytest.mark.parametrize("sampler", [{"budget": 7}, one_evaluation(0.2), one_evaluation(0.2, 3), {"budget": 1}])
+@pytest.mark.parametrize(
+    "sampler", [{"budget": 7}, single_evaluation(0.2), {**single_evaluation(0.2), "votes": 3}, {"budget": 1}]
+)
 def test_greedy_is_what_decoding_gives(model, sampler):
     input_ids, labels = answered(model, sampler)
     assert measure(model, input_ids, labels, sampler).greedy.tolist() == [False, True] * 6
@@ -207,13 +210,6 @@ def test_plain_model_is_measured_like_its_path_at_the_base(model):
     ours, theirs = measure(model, input_ids, labels, {"budget": 1}), measure(model.base, input_ids, labels)
     assert ours.greedy.tolist() == theirs.greedy.tolist()
     assert torch.allclose(ours.sampled, theirs.sampled, atol=1e-5)
-
-
-def test_best_single_time_is_the_best_one(model):
-    input_ids, labels = answered(model, one_evaluation(0.5))
-    best, found = best_single_time(model, input_ids, labels, (0.02, 0.5))
-    assert found[0.5] == 0.5 and set(found) == {0.02, 0.5}
-    assert best == max(found, key=found.get)
 
 
 def test_settings_are_what_a_model_can_follow(model):

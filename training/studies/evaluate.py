@@ -3,13 +3,10 @@
     python -m training.studies.evaluate CHECKPOINT DATA OUT.json
 
 * `measure`: per problem, whether greedy decoding gives the answer, and how likely sampling at temperature 1 is to
-* `best_single_time`: the time of one evaluation of the path that does best on validation rows
 * `settings`: what is measured of a path, carried or not, or of a noise-free one
 
-Both come from scoring the true answers: given the answer so far, decoding sees the same noise that scoring does, so an
-answer is decoded greedily if and only if each of its tokens (the end included) is the most likely one, and it is
-sampled with the product of their probabilities. That product is the expectation of sampled exact match, without the
-noise of drawing.
+Both come from scoring the true answers, as `training.controls` does. An answer is sampled with the product of its
+tokens' probabilities: that is the expectation of sampled exact match, without the noise of drawing.
 
 Legend: N problems, S positions.
 """
@@ -18,7 +15,6 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +24,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from l2d import L2DForCausalLM
 from l2d.sampler_config import NOISE_FREE_SAMPLER
+from training import controls
+from training.controls import BUDGETS, single_evaluation
 from training.demo.base import encode_rows
 from training.demo.data import read_rows
 
-BUDGETS = (1, 3, 7, 15, 31)
-TIMES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
 VOTES = 31
 BATCH = 256
 
@@ -45,11 +41,6 @@ class Measured:
     sampled: Tensor
 
 
-def one_evaluation(time: float, votes: int = 1) -> dict[str, Any]:
-    """Sampler settings of a single evaluation of the path, at `time`; the one at t = 0 before it is the base's own."""
-    return {"solver": "euler", "budget": 2, "final_time": time, "votes": votes}
-
-
 @torch.no_grad()
 def measure(
     model: PreTrainedModel, input_ids: Tensor, labels: Tensor, sampler: dict[str, Any] | None = None
@@ -60,29 +51,23 @@ def measure(
         input_ids, labels: (N, S); labels are -100 where nothing is to be scored.
         sampler: changes to an L2D checkpoint's settings; other models have none.
     """
+    wanted = labels != -100
+    if sampler is not None:
+        found = controls.measure(model, input_ids, _until_last(wanted), wanted, sampler, BATCH)
+        return Measured(found.exact.bool(), (-found.nll_sums).exp())
     greedy, sampled = [], []
-    for ids, wanted in zip(input_ids.split(BATCH), labels.split(BATCH), strict=True):
-        mask = wanted != -100
-        if sampler is None:
-            logits = model(input_ids=ids).logits[:, :-1].double()
-            right = logits.argmax(-1) == ids[:, 1:]
-            logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-            mask = mask[:, 1:]
-        else:
-            used = torch.arange(ids.shape[1]) <= torch.where(mask, torch.arange(ids.shape[1]), 0).amax(1, keepdim=True)
-            scored = model.score(ids, used.long(), continuation_mask=mask, sampler=sampler)
-            right, logprobs = scored.greedy, scored.logprobs.double()
-        greedy.append((right | ~mask).all(1))
-        sampled.append(logprobs.masked_fill(~mask, 0).sum(1).exp())
+    for ids, targets in zip(input_ids.split(BATCH), wanted[:, 1:].split(BATCH), strict=True):
+        logits = model(input_ids=ids).logits[:, :-1].double()
+        logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+        greedy.append(((logits.argmax(-1) == ids[:, 1:]) | ~targets).all(1))
+        sampled.append(logprobs.masked_fill(~targets, 0).sum(1).exp())
     return Measured(torch.cat(greedy), torch.cat(sampled))
 
 
-def best_single_time(
-    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, times: Sequence[float] = TIMES
-) -> tuple[float, dict[float, float]]:
-    """The time (of equal ones the first) at which one evaluation solves most rows greedily, and what all solve."""
-    found = {time: measure(model, input_ids, labels, one_evaluation(time)).greedy.double().mean() for time in times}
-    return max(found, key=lambda time: found[time]), {time: value.item() for time, value in found.items()}
+def _until_last(wanted: Tensor) -> Tensor:
+    """(N, S) int64 mask of everything up to the last target of each row."""
+    places = torch.arange(wanted.shape[1])
+    return (places <= torch.where(wanted, places, 0).amax(1, keepdim=True)).long()
 
 
 def settings(model: PreTrainedModel, single: float) -> dict[str, dict[str, Any] | None]:
@@ -92,8 +77,8 @@ def settings(model: PreTrainedModel, single: float) -> dict[str, dict[str, Any] 
     if model.config.noise_free:
         return {"single": dict(NOISE_FREE_SAMPLER)}
     wanted: dict[str, dict[str, Any] | None] = {f"T{budget}": {"budget": budget} for budget in BUDGETS}
-    wanted["single"] = one_evaluation(single)
-    wanted["votes"] = one_evaluation(single, VOTES)
+    wanted["single"] = single_evaluation(single)
+    wanted["votes"] = {**single_evaluation(single), "votes": VOTES}
     return wanted
 
 
@@ -106,10 +91,13 @@ def evaluate(checkpoint: Path, data: Path) -> dict[str, Any]:
     rows, chosen = read_rows(data / "test.jsonl"), read_rows(data / "validation.jsonl")
     width = max(len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) for row in rows + chosen) + 1
     test, validation = (encode_rows(part, tokenizer, width) for part in (rows, chosen))
-    single = float("nan")
-    times: dict[float, float] = {}
+    single, times = float("nan"), {}
     if l2d and not model.config.noise_free:
-        single, times = best_single_time(model, *validation)
+        ids, labels = validation
+        wanted = labels != -100
+        best, tried = controls.best_single_evaluation(model, ids, _until_last(wanted), wanted, batch_size=BATCH)
+        single = best.sampler.final_time
+        times = {one.sampler.final_time: one.exact_match[0] for one in tried}
     scores = {}
     for name, sampler in settings(model, single).items():
         found = measure(model, *test, sampler)

@@ -20,8 +20,9 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
+from training.controls import BUDGETS
 from training.demo.runner import ROOT
-from training.studies.evaluate import BUDGETS, VOTES
+from training.studies.evaluate import VOTES
 from training.studies.plan import METHODS, SEEDS, Run, result_file, timing_file
 from training.studies.tasks import TASKS
 
