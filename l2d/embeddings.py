@@ -76,6 +76,10 @@ class VocabularyEmbedding(nn.Module):
             self._cached = (key, torch.cat([self(rows) for rows in weight.split(chunk)]))
         return self._cached[1]
 
+    def forget(self) -> None:
+        """Drop the table that is kept."""
+        self._cached = None
+
 
 class InputProjection(nn.Module):
     """Noised embedding to hidden stream: variance rescaling, Linear, SiLU, Linear."""

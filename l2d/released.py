@@ -213,7 +213,6 @@ class _ReleasedField:
 
     def __init__(self, model: L2DForCausalLM, state: MainPathState, index: torch.Tensor, settings: dict[str, Any]):
         self.model, self.state, self.index = model, state, index
-        self.table = model.vocabulary_table()
         self.s = settings
         self.asked: list[float] = []
         self.temperatures: list[float] = []
@@ -226,7 +225,8 @@ class _ReleasedField:
         uniforms = None
         if self.s["choice"] == "sample" and temperature > 0:
             uniforms = torch.rand(self.index.shape, dtype=torch.float64, generator=self.s["generator"]).to(x.device)
-        clean, _ = clean_estimate(logits, self.table, self.s["choice"], temperature, self.s["normalize"], uniforms)
+        table = self.model.vocabulary_table()
+        clean, _ = clean_estimate(logits, table, self.s["choice"], temperature, self.s["normalize"], uniforms)
         token = logits.argmax(-1) if uniforms is None else draw_token(torch.softmax(logits / temperature, -1), uniforms)
         self.temperatures.append(temperature)
         self.chosen.append(token)
