@@ -8,24 +8,19 @@ equal to the sequential solver's. `--json FILE` writes the same figures.
 """
 
 import argparse
-import json
 import resource
 import statistics
 import time
-from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 from l2d import L2DForCausalLM
-from tests.benchmarks.models import SHAPES, calibrate, make_base, make_model
-
-
-def synchronize(device: str) -> None:
-    """Wait for the accelerator, if there is one."""
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+from tests.benchmarks import command
+from tests.benchmarks.command import synchronize
+from tests.benchmarks.models import calibrate, make_model
 
 
 class PlainDecoder:
@@ -104,16 +99,14 @@ def measure(model: L2DForCausalLM, prompts: torch.Tensor, arguments: argparse.Na
     }
 
 
-def main() -> None:
+def parse(options: list[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.decode", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser = command.parser("decode", __doc__, products=True)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--budget", type=int, nargs="+", default=[15])
     parser.add_argument("--solver", default="midpoint")
     parser.add_argument("--variant", choices=("lora", "full"), default="lora")
     parser.add_argument("--guidance", action="store_true", help="guidance with scale 1.5")
-    parser.add_argument("--changes", type=float, help="changes per token to scale the path to (default: at least 1)")
     parser.add_argument("--gain", type=float, help="strength of the path that an earlier run printed: no calibration")
     parser.add_argument("--no-speculation", dest="speculation", action="store_false")
     parser.add_argument("--draft-tokens", type=int, default=3, help="tokens that the base may draft ahead")
@@ -121,15 +114,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=30, help="timed tokens per row")
     parser.add_argument("--batches", type=int, help="batches of prompts, one after the other (default: 8 rows in all)")
     parser.add_argument("--check-tokens", type=int, default=8, help="tokens compared with the sequential solver")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-onednn", dest="onednn", action="store_false", help="PyTorch's own products everywhere")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.backends.mkldnn.enabled = arguments.onednn
-    base = make_base(arguments.shape, getattr(torch, arguments.dtype), arguments.device)
+    return parser.parse_args(options)
+
+
+def main(options: list[str] | None = None) -> list[dict[str, Any]]:
+    """Measure, print and write the figures, one dictionary per budget."""
+    arguments = parse(options)
+    base = command.start(arguments)
     generator = torch.Generator().manual_seed(3)
     batches = arguments.batches or -(-8 // arguments.batch_size)
     shape = (batches, arguments.batch_size, arguments.prompt)
@@ -148,8 +139,8 @@ def main() -> None:
         results.append({"budget": budget, **figures})
         print(f"T = {budget:4d}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items() if isinstance(v, float)),
               flush=True)  # fmt: skip
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**vars(arguments), "json": None, "results": results}, indent=1))
+    command.write(arguments, results=results)
+    return results
 
 
 if __name__ == "__main__":

@@ -11,19 +11,20 @@ Prints the medians, both ratios to the plain step, and how many times faster thi
 """
 
 import argparse
-import json
+import contextlib
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator
 
 import torch
 
 from l2d import L2DForCausalLM
 from l2d.budget import levels_for_budget
 from l2d.released import released_solve
-from tests.benchmarks.decode import PlainDecoder, Stopwatch, synchronize
-from tests.benchmarks.models import SHAPES, calibrate, make_base, make_model
+from tests.benchmarks import command
+from tests.benchmarks.command import synchronize
+from tests.benchmarks.decode import PlainDecoder, Stopwatch
+from tests.benchmarks.models import calibrate, make_model
 
 
 def timed(work: Callable[[], object], device: str) -> float:
@@ -49,6 +50,19 @@ def released_token(model: L2DForCausalLM, prompt: torch.Tensor, budget: int) -> 
     return solve
 
 
+@contextlib.contextmanager
+def as_released(model: L2DForCausalLM) -> Iterator[None]:
+    """Nothing is merged, packed or kept from one evaluation to the next, and all products are PyTorch's own."""
+    model.train().eval()  # takes merged deltas apart
+    hook = model.path.register_forward_pre_hook(lambda path, _: path.vocabulary.forget())
+    enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
+        hook.remove()
+
+
 def measure(model: L2DForCausalLM, prompts: torch.Tensor, arguments: argparse.Namespace) -> dict[str, float]:
     """Medians over prompts (N, 1, L): `tokens` of ours and plain steps for each, and one of the released procedure."""
     ours, steps, theirs = [], [], []
@@ -59,12 +73,8 @@ def measure(model: L2DForCausalLM, prompts: torch.Tensor, arguments: argparse.Na
         )
         ours.append(statistics.fmean(watch.tokens[3:]))  # drafted tokens come in bursts
         steps += watch.steps[3:]
-        model.train().eval()  # deltas apart again
-        enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
-        forget = model.path.register_forward_pre_hook(lambda path, _: path.vocabulary.forget())
-        theirs.append(timed(released_token(model, prompt, arguments.budget), arguments.device))
-        forget.remove()
-        torch.backends.mkldnn.enabled = enabled
+        with as_released(model):
+            theirs.append(timed(released_token(model, prompt, arguments.budget), arguments.device))
     token, step = statistics.fmean(ours), statistics.median(steps)
     released = step + statistics.median(theirs)
     return {
@@ -77,29 +87,27 @@ def measure(model: L2DForCausalLM, prompts: torch.Tensor, arguments: argparse.Na
     }
 
 
-def main() -> None:
+def parse(options: list[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.released", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser = command.parser("released", __doc__, products=True)
     parser.add_argument("--budget", type=int, default=15)
-    parser.add_argument("--changes", type=float, help="changes per token to scale the path to (default: at least 1)")
     parser.add_argument("--tokens", type=int, default=12, help="timed tokens per prompt")
     parser.add_argument("--prompts", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    base = make_base(arguments.shape, getattr(torch, arguments.dtype), arguments.device)
+    return parser.parse_args(options)
+
+
+def main(options: list[str] | None = None) -> dict[str, float]:
+    """Measure, print and write the figures."""
+    arguments = parse(options)
+    base = command.start(arguments)
     generator = torch.Generator().manual_seed(3)
     prompts = torch.randint(1, base.config.vocab_size, (arguments.prompts, 1, 64), generator=generator).to(base.device)
     model = make_model(base, "lora")
     rate = calibrate(model, arguments.changes, arguments.budget, prompts.flatten(0, 1), arguments.tokens + 3)
     figures = {"changes": rate[1], **measure(model, prompts, arguments)}
     print("  ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**vars(arguments), "json": None, **figures}, indent=1) + "\n")
+    command.write(arguments, **figures)
+    return figures
 
 
 if __name__ == "__main__":

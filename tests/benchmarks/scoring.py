@@ -6,15 +6,14 @@ Both score the same continuation positions with `L2DForCausalLM.score` (budget 1
 """
 
 import argparse
-import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
 
-from tests.benchmarks.decode import synchronize
-from tests.benchmarks.models import SHAPES, calibrate, make_base, make_model
+from tests.benchmarks import command
+from tests.benchmarks.command import synchronize
+from tests.benchmarks.models import calibrate, make_model
 
 
 def measure(model, context: int, continuation: int, arguments: argparse.Namespace) -> dict[str, float]:
@@ -38,25 +37,21 @@ def measure(model, context: int, continuation: int, arguments: argparse.Namespac
     return {"base_s": base, "l2d_s": ours, "ratio": ours / base, "rounds_per_token": float(rounds)}
 
 
-def main() -> None:
+def parse(options: list[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.scoring", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser = command.parser("scoring", __doc__, products=True)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--continuation", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--budget", type=int, default=15)
-    parser.add_argument("--changes", type=float, help="changes per token to scale the path to (default: at least 1)")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--no-onednn", dest="onednn", action="store_false", help="PyTorch's own products everywhere")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.backends.mkldnn.enabled = arguments.onednn
-    base = make_base(arguments.shape, getattr(torch, arguments.dtype), arguments.device)
+    return parser.parse_args(options)
+
+
+def main(options: list[str] | None = None) -> list[dict[str, float]]:
+    """Measure, print and write the figures, one dictionary per length of the continuation."""
+    arguments = parse(options)
+    base = command.start(arguments)
     model = make_model(base, "lora")
     rate = calibrate(model, arguments.changes, arguments.budget)
     print(f"{arguments.shape}, batch {arguments.batch_size}, {arguments.dtype}, {arguments.threads} threads, "
@@ -69,8 +64,8 @@ def main() -> None:
             f"context {arguments.context}, {continuation:3d} tokens  "
             + "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps({**vars(arguments), "json": None, "results": results}, indent=1))
+    command.write(arguments, results=results)
+    return results
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ it is resident memory above that of the imported libraries. `--no-memory` leaves
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -31,7 +30,8 @@ from torch.nn.functional import cross_entropy
 from trl import SFTConfig, SFTTrainer
 
 from l2d import L2DConfig, L2DForCausalLM
-from tests.benchmarks.models import SHAPES, make_base
+from tests.benchmarks import command
+from tests.benchmarks.models import make_base
 from tests.conftest import train_tokenizer
 from training.config import L2DTrainingConfig
 from training.trainer import L2DTrainer
@@ -149,20 +149,15 @@ def memory_in_process(way: str, options: list[str]) -> float:
 
 def parse(options: list[str]) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.training", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser = command.parser("training", __doc__)
     parser.add_argument("--response-fraction", type=float, default=0.3, help="share of each row that is response")
     parser.add_argument("--draws", type=int, default=1, help="K, draws of (time, noise) per response token")
     parser.add_argument("--variant", choices=("lora", "full"), default="lora")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens per row")
     parser.add_argument("--steps", type=int, default=3, help="timed rounds")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
-    parser.add_argument("--json", type=Path)
     return parser.parse_args(options)
 
 
@@ -191,9 +186,7 @@ def main(options: list[str] | None = None) -> dict[str, float]:
           f"{arguments.device}, {arguments.threads} threads")  # fmt: skip
     for name, value in figures.items():
         print(f"{name:24s} {value:.4g}")
-    if arguments.json:
-        settings = {name: value for name, value in vars(arguments).items() if name not in ("json", "memory_of")}
-        arguments.json.write_text(json.dumps({**settings, **figures}, indent=1))
+    command.write(arguments, **figures)
     return figures
 
 

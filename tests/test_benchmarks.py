@@ -1,0 +1,90 @@
+"""The benchmarks run and measure what they say. `python -m pytest tests/test_benchmarks.py`"""
+
+import json
+
+import pytest
+import torch
+
+from tests.benchmarks import decode, released, scoring
+from tests.benchmarks.models import make_base, make_model
+from tests.benchmarks.training import COMMON, main, make_rows, naive_loss, parse
+from tests.conftest import randomise_path, train_tokenizer
+from training.config import L2DTrainingConfig
+from training.trainer import L2DTrainer, response_positions
+
+TINY = ["--shape", "tiny", "--threads", "1"]
+
+
+def test_decoding_figures(tmp_path):
+    file = tmp_path / "figures.json"
+    options = [*TINY, "--budget", "7", "15", "--gain", "3", "--tokens", "4", "--batch-size", "2", "--batches", "1"]
+    figures = decode.main([*options, "--guidance", "--json", str(file)])
+    assert [one["budget"] for one in figures] == [7, 15] and all(one["exact"] == 1 for one in figures)
+    assert all(one["ratio"] == one["token_s"] / one["plain_step_s"] > 1 for one in figures)
+    written = json.loads(file.read_text())
+    assert written["batch_size"] == 2 and written["results"][1]["ratio"] == figures[1]["ratio"]
+
+
+def test_scoring_figures(tmp_path):
+    file = tmp_path / "figures.json"
+    options = [*TINY, "--context", "16", "--continuation", "1", "4", "--repeats", "1", "--budget", "7"]
+    figures = scoring.main([*options, "--json", str(file)])
+    assert [one["continuation"] for one in figures] == [1, 4]
+    assert all(one["rounds_per_token"] >= 1 and one["ratio"] > 0 for one in figures)
+    assert json.loads(file.read_text())["results"] == figures
+
+
+def test_released_figures(tmp_path):
+    figures = released.main([*TINY, "--tokens", "2", "--prompts", "1", "--budget", "7"])
+    assert figures["times_faster"] == pytest.approx(figures["released_ratio"] / figures["ratio"])
+
+
+def test_every_evaluation_of_the_released_procedure_makes_the_vocabulary_anew(monkeypatch):
+    """That is most of its cost; and the procedure gives the token of our sequential solver with the same noise."""
+    model = make_model(make_base("tiny", torch.float32, "cpu"), "lora", gain=3.0)
+    made = []
+    embed = type(model.path.vocabulary).forward
+    monkeypatch.setattr(type(model.path.vocabulary), "forward", lambda self, rows: made.append(1) or embed(self, rows))
+    prompt = torch.arange(1, 9)[None]
+    with released.as_released(model):
+        token = released.released_token(model, prompt, 7)()
+    assert len(made) == 6  # the last evaluation reads the output and needs none
+    state = model.main_path(prompt)
+    noise = torch.randn(1, 1, model.config.diffusion_dim, generator=torch.Generator().manual_seed(4))
+    x0 = noise * model.config.noise_std
+    solution = model.solve(state, torch.tensor([[7]]), x0, model.sampler({"budget": 7, "speculation": False}))
+    assert solution.final_logits.argmax(-1).tolist() == token.tolist()
+
+
+def test_training_figures(tmp_path):
+    """All keys, on the smallest shape; memory is measured in processes of their own and left out here."""
+    small = [*TINY, "--steps", "1", "--batch-size", "2", "--length", "32", "--draws", "2"]
+    figures = main([*small, "--no-memory", "--json", str(tmp_path / "figures.json")])
+    assert figures["speedup_over_naive"] > 0 and figures["speedup_over_sft"] > 0
+    written = json.loads((tmp_path / "figures.json").read_text())
+    assert written["draws"] == 2 and written["speedup_over_naive"] == figures["speedup_over_naive"]
+
+
+def test_the_naive_step_has_the_same_loss(tmp_path, monkeypatch):
+    """Given the same times and noise, the naive way and ours agree."""
+    from l2d import L2DConfig, L2DForCausalLM
+
+    arguments = parse(["--shape", "tiny", "--batch-size", "2", "--length", "24"])
+    base = make_base("tiny", torch.float32, "cpu")
+    model = L2DForCausalLM.from_base(base, L2DConfig(diffusion_dim=8, noise_std=2.0))
+    randomise_path(model)
+    rows = make_rows(arguments, base.config.vocab_size)
+    args = L2DTrainingConfig(**COMMON, output_dir=str(tmp_path), use_cpu=True)
+    trainer = L2DTrainer(model, args, train_dataset=rows, processing_class=train_tokenizer())
+    batch = trainer.data_collator([{**row} for row in trainer.train_dataset])
+    time, noise = torch.full((2, 23), 0.4), torch.randn(2, 23, 8)
+    monkeypatch.setattr(torch, "rand", lambda *shape, **options: time.flatten())
+    monkeypatch.setattr(torch, "randn", lambda *shape, **options: noise.flatten(0, 1))
+    naive = naive_loss(trainer, batch)
+    monkeypatch.undo()
+    index, targets = response_positions(batch["labels"])
+    queries = trainer._draw(batch, index, targets)
+    queries.time = time.gather(1, index)[None]
+    queries.noise = noise.gather(1, index[..., None].expand(-1, -1, 8))[None]
+    trainer._draw = lambda *args: queries
+    assert trainer.compute_loss(model, batch).item() == pytest.approx(naive.item(), rel=1e-5)
