@@ -64,7 +64,9 @@ class Setting:
         for option, value in self.run.items():
             if value is True:
                 words.append(f"--{option}")
-            elif value not in (False, None):
+            elif value is False and option == "fewshot_as_multiturn":
+                words += [f"--{option}", "false"]  # on by itself with a chat template
+            elif value is not None and value is not False:  # 0 is a value
                 words += [f"--{option}", json.dumps(value) if isinstance(value, dict) else _joined(value)]
         return words
 

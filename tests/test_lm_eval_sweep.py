@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lm_eval._cli import HarnessCLI
 
 from lm_eval_ext import sweep
 from lm_eval_ext.arguments import UsageError
@@ -152,6 +153,15 @@ def test_grid_and_command(l2d_dir, tmp_path):
     ]
     words = plan.settings[1].command(Path("x"))
     assert words[-5:] == ["--num_fewshot", "2", "--gen_kwargs", '{"max_gen_toks": 4}', "--apply_chat_template"]
+
+
+def test_options_that_are_0_or_false_reach_the_harness(l2d_dir, tmp_path, monkeypatch):
+    run = {"log_samples": False, "num_fewshot": 0, "seed": 0, "apply_chat_template": True, "fewshot_as_multiturn": False}
+    words = sweep.read_plan(write(tmp_path, l2d_dir, run=run)).settings[0].command(Path("x"))
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
+    given = HarnessCLI().parse_args()
+    assert (given.num_fewshot, given.seed, given.apply_chat_template) == (0, [0, 0, 0, 0], True)
+    assert given.fewshot_as_multiturn is False and not hasattr(given, "log_samples")
 
 
 @pytest.fixture
