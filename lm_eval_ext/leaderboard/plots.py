@@ -45,12 +45,10 @@ def curve_figures(board: Board, horizontal: str) -> list[Figure]:
     figures = []
     place = _budget if horizontal == "budget" else lambda setting: setting.seconds_per_token
     for task in board.tasks:
-        for decoding in dict.fromkeys(row.setting.decoding for row in board.rows):
-            rows = [
-                row
-                for row in board.rows
-                if row.setting.decoding == decoding and task in row.cells and row.cells[task].comparable
-            ]
+        measured = [row for row in board.rows if task in row.cells]
+        for decoding in dict.fromkeys(row.cells[task].decoding for row in measured):
+            cells = [(row, row.cells[task]) for row in measured]
+            rows = [row for row, cell in cells if cell.decoding == decoding and cell.comparable]
             if figure := _curve_panel(f"{task}, {decoding}", task, rows, place, horizontal):
                 figures.append(figure)
     return figures
@@ -131,7 +129,7 @@ def _lines(rows: list[Row], task: str, kinds: dict[str, str]) -> list[_Level]:
     models = Counter(kind for kind, _ in found)
     levels = []
     for (kind, _), members in found.items():
-        best = max(members, key=lambda row: row.cells[task].measure.value)
+        best = max(members, key=lambda row: _quality(row.cells[task]))
         setting, name = best.setting, KINDS[kind]
         if kind == "one-evaluation":
             name = setting.label + (f" (best of {len(members)} times)" if len(members) > 1 else "")
@@ -139,6 +137,11 @@ def _lines(rows: list[Row], task: str, kinds: dict[str, str]) -> list[_Level]:
             name += f", {setting.name}"
         levels.append(_Level(best, name, kinds[kind]))
     return levels
+
+
+def _quality(cell: Cell) -> float:
+    """The score, turned round where less is better."""
+    return cell.measure.value if cell.measure.higher_is_better else -cell.measure.value
 
 
 def _mark(row: Row, marks: dict[str, str]) -> str:
@@ -316,9 +319,9 @@ def difference_figures(board: Board) -> list[Figure]:
     """Per task and decoding, each setting's difference to its base with a 95 % interval."""
     figures = []
     for task in board.tasks:
-        for decoding in dict.fromkeys(row.setting.decoding for row in board.rows):
-            rows = [r for r in board.rows if r.setting.decoding == decoding and task in r.cells]
-            rows = [row for row in rows if row.cells[task].paired is not None]
+        paired = [row for row in board.rows if task in row.cells and row.cells[task].paired is not None]
+        for decoding in dict.fromkeys(row.cells[task].decoding for row in paired):
+            rows = [row for row in paired if row.cells[task].decoding == decoding]
             if rows:
                 figures.append(_difference_panel(f"{task}, {decoding}", task, rows))
     return figures
@@ -340,7 +343,8 @@ def _difference_panel(title: str, task: str, rows: list[Row]) -> Figure:
     for place, (row, pair) in enumerate(zip(rows, found, strict=True)):
         y = 20 + place * line
         sure = pair.p_value is not None and pair.p_value < 0.05
-        mark = "same" if not sure else "better" if pair.difference > 0 else "worse"
+        gained = (pair.difference > 0) == row.cells[task].measure.higher_is_better
+        mark = "same" if not sure else "better" if gained else "worse"
         label = row.setting.label if len(row.setting.label) < 36 else row.setting.label[:34] + "…"
         parts.append(f'<text class="label end" x="{left - 10}" y="{y + 4}">{escape(label)}</text>')
         if pair.stderr:

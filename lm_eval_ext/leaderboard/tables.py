@@ -52,7 +52,7 @@ def difference_text(cell: Cell) -> str:
 def markdown(board: Board, out: Path) -> str:
     """`leaderboard.md`: scores ± standard errors, differences to the base, notes."""
     header = ["#", "setting", "decoding", "trained", "evaluations / token", "tokens / s"]
-    header += [f"{task} ({board.usual[task]['measure']})" for task in board.tasks] + [
+    header += [_plain(f"{task} ({board.usual[task]['measure']})") for task in board.tasks] + [
         f"mean: {g}" for g in board.groups
     ]
     lines = ["# Leaderboard", "", _line(header), _line(["---"] * len(header))]
