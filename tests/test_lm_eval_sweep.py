@@ -156,7 +156,13 @@ def test_grid_and_command(l2d_dir, tmp_path):
 
 
 def test_options_that_are_0_or_false_reach_the_harness(l2d_dir, tmp_path, monkeypatch):
-    run = {"log_samples": False, "num_fewshot": 0, "seed": 0, "apply_chat_template": True, "fewshot_as_multiturn": False}
+    run = {
+        "log_samples": False,
+        "num_fewshot": 0,
+        "seed": 0,
+        "apply_chat_template": True,
+        "fewshot_as_multiturn": False,
+    }
     words = sweep.read_plan(write(tmp_path, l2d_dir, run=run)).settings[0].command(Path("x"))
     monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
     given = HarnessCLI().parse_args()
