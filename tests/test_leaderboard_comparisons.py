@@ -166,3 +166,18 @@ def test_less_may_be_better(tmp_path):
     assert 'class="difference better"' in page and 'class="dot better"' in page
     assert 'class="dot worse"' not in page
     assert unpack(page, "lambada")["rows"]["2"]["lower"] is True
+
+
+def test_labels_tell_rows_apart(tmp_path):
+    settings = [{}, {"guidance_scale": 1.5, "guidance_class": "math"}, {"solver": "dopri5"}]
+    write_run(tmp_path / "base", {"gsm8k": coins(40, 0.5, 9)})
+    for number, sampler in enumerate(settings):
+        write_run(tmp_path / str(number), {"gsm8k": coins(40, 0.5, number)}, model="l2d", l2d={"sampler": sampler})
+    labels = [row.setting.label for row in write_leaderboard([tmp_path], tmp_path / "out").rows[1:]]
+    assert set(labels) == {
+        "L2D (lora), T = 15",
+        "L2D (lora), T = 15, guidance math × 1.5",
+        "L2D (lora), dopri5, adaptive",
+    }
+    figures = (tmp_path / "out" / "leaderboard.html").read_text()
+    assert all(f">#{number} {label[:30]}" in figures for number, label in enumerate(labels, 2))

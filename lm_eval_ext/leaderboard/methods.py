@@ -36,8 +36,10 @@ KINDS = {
 }
 CONTROL_NAMES = {"one-evaluation": "one evaluation", "noise-free": "noise-free path", "lora-ft": "LoRA finetuning"}
 CONTROLS = tuple(CONTROL_NAMES)
-_TOTALS = ("generated_tokens", "scored_tokens", "solved_tokens", "capped_tokens", "seconds", "tokens_per_second")
-_TOTALS += ("asked_per_token", "computed_per_token", "rounds_per_token")
+_TOTALS = (
+    *("generated_tokens", "scored_tokens", "solved_tokens", "capped_tokens", "seconds", "tokens_per_second"),
+    *("asked_per_token", "computed_per_token", "rounds_per_token"),
+)
 _RECIPE_METHODS = {"lora_sft": "lora-ft", "full_sft": "full-ft"}
 
 
@@ -86,6 +88,8 @@ class Setting:
             parts.append(f"t = {1 if self.final_time is None else self.final_time:g}")
         elif self.kind in ("l2d-lora", "l2d-full"):
             parts.append(f"T = {self.budget}" if self.budget else f"{self.solver}, adaptive")
+        if self.guidance:
+            parts.append(f"guidance {self.guidance}")
         if self.details:
             parts.append(self.details)
         return ", ".join(parts)
@@ -156,7 +160,7 @@ def describe(run: Run) -> Setting:
         votes=_whole(sampler.get("votes")),
         seed=sampler.get("seed"),
         decoding=decoding_of(run, run.measures),
-        details=_details(ours, sampler, kind, recipe),
+        details=_details(ours, sampler, kind, adaptive, recipe),
         trained=_trained(run, model, kind),
         parameters=_whole(run.config.get("model_num_parameters")),
         cost={name: value for name, value in cost.items() if isinstance(value, dict)},
@@ -187,7 +191,7 @@ def _kind(run: Run, model: str, sampler: dict[str, Any], recipe: dict[str, str])
     return "other", None
 
 
-def _details(ours: dict[str, Any], sampler: dict[str, Any], kind: str, recipe: dict[str, str]) -> str:
+def _details(ours: dict[str, Any], sampler: dict[str, Any], kind: str, adaptive: bool, recipe: dict[str, str]) -> str:
     """How the path was trained, where a recipe tells, and what of its sampler is not the default."""
     if kind in ("base", "l2d-base", "other") or not ours:
         return ""
@@ -200,6 +204,8 @@ def _details(ours: dict[str, Any], sampler: dict[str, Any], kind: str, recipe: d
     usual |= dict(normalize_average=False, end_velocity="straight", votes=1, mc_samples=1, seed=0)
     if kind in ("one-evaluation", "noise-free"):
         usual |= {name: sampler.get(name) for name in ("solver", "final_time")}
+    if adaptive:
+        del usual["solver"]  # the label names it in place of a budget
     named = {"solver": "{}", "final_time": "to t = {}", "start_time": "from t = {}", "choice": "{}", "seed": "seed {}"}
     named |= {"choice_temperature": "τ = {}", "mc_samples": "{} noise draws", "normalize_average": "normalised"}
     named |= {"end_velocity": "end velocity {}", "votes": "{} votes"}

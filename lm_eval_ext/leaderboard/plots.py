@@ -91,7 +91,9 @@ def _curve_panel(title: str, task: str, rows: list[Row], place: Place, horizonta
     words = "evaluations per token, T" if horizontal == "budget" else "seconds per token (log scale)"
     ticks = sorted({place(row.setting) for row in points}) if horizontal == "budget" else _decades(across)
     parts = _frame(across, up, ticks, words)
-    marks = {members[-1].setting.model: f"c{number % COLOURS}" for number, members in enumerate(series.values())}
+    marks: dict[str, str] = {}  # by model, the colour of its first curve
+    for number, members in enumerate(series.values()):
+        marks.setdefault(members[-1].setting.model, f"c{number % COLOURS}")
     parts += _levels(lines, task, up, marks if len(marks) > 1 else {})
     legend = []
     for number, (name, members) in enumerate(series.items()):
@@ -307,6 +309,12 @@ def _tip(row: Row, task: str) -> str:
     return escape(f"{row.setting.label}, {row.setting.decoding}: {measure.value:.4f}{error}")
 
 
+def _short_label(row: Row) -> str:
+    """Number and label of a row; the number tells rows apart whose labels are equal or cut off."""
+    label = f"#{row.number} {row.setting.label}"
+    return label if len(label) < 36 else label[:34] + "…"
+
+
 def _svg(parts: list[str], label: str, height: float = HEIGHT, width: float = WIDTH) -> str:
     body = "".join(parts)
     return f'<svg viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{escape(label)}">{body}</svg>'
@@ -345,7 +353,7 @@ def _difference_panel(title: str, task: str, rows: list[Row]) -> Figure:
         sure = pair.p_value is not None and pair.p_value < 0.05
         gained = (pair.difference > 0) == row.cells[task].measure.higher_is_better
         mark = "same" if not sure else "better" if gained else "worse"
-        label = row.setting.label if len(row.setting.label) < 36 else row.setting.label[:34] + "…"
+        label = _short_label(row)
         parts.append(f'<text class="label end" x="{left - 10}" y="{y + 4}">{escape(label)}</text>')
         if pair.stderr:
             low, high = (across(pair.difference + side * 1.96 * pair.stderr) for side in (-1, 1))
@@ -419,7 +427,7 @@ def _ranges(decoding: str, rows: list[Row]) -> Figure:
     for place, (row, value) in enumerate(zip(rows, values, strict=True)):
         y = 20 + place * line
         median, p95, most, mean = (across(max(1, value[key])) for key in ("median", "p95", "max", "mean"))
-        label = row.setting.label if len(row.setting.label) < 36 else row.setting.label[:34] + "…"
+        label = _short_label(row)
         parts.append(f'<text class="label end" x="{left - 10}" y="{y + 4}">{escape(label)}</text>')
         parts.append(f'<path class="thin c0" d="M{median:.1f} {y}H{most:.1f}"/>')
         parts.append(f'<path class="thick c0" d="M{median:.1f} {y}H{p95:.1f}"/>')
