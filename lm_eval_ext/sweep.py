@@ -17,7 +17,8 @@
 - `run_plan`: runs what is not complete; `table`: the scores of what is
 
 A setting runs in `OUTPUT/TASK/NAME.partial`, which is renamed to `NAME` when its results are written: a folder without
-that ending is complete. It holds what `lm_eval` wrote, its output as `log.txt`, and the setting as `setting.json`.
+that ending is complete. It holds what `lm_eval` wrote, what it printed (its log goes to the terminal) as `log.txt`, and
+the setting as `setting.json`.
 """
 
 import contextlib
