@@ -118,6 +118,8 @@ def test_impossible_settings_in_a_file_change_nothing(tmp_path):
         ({"temperature": 0.7, "do_sample": False}, "greedy"),
         ({"temperature": 0.0}, "greedy"),
         ({"do_sample": True, "temperature": 1.0}, "sampled at 1"),
+        ({"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}, "sampled at 1, top_p 0.9"),
+        ({"repetition_penalty": 1.2, "top_p": 0.9, "diffusion_budget": 3}, "greedy, repetition_penalty 1.2"),
     ],
 )
 def test_decoding_is_told_as_the_harness_does(tmp_path, kwargs, decoding):

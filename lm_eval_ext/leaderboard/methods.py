@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from l2d.sampler_config import SamplerConfig
-from lm_eval_ext.arguments import SEARCH, sampler_changes
+from lm_eval_ext.arguments import SAMPLER_ARGUMENTS, SEARCH, sampler_changes
 from lm_eval_ext.leaderboard.files import Run
 from lm_eval_ext.leaderboard.schema import number
 
@@ -40,6 +40,12 @@ _TOTALS = (
     *("generated_tokens", "scored_tokens", "solved_tokens", "capped_tokens", "seconds", "tokens_per_second"),
     *("asked_per_token", "computed_per_token", "rounds_per_token"),
 )
+_OTHER_KWARGS = (
+    *("until", "do_sample", "temperature"),
+    *("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"),
+)
+_FILTERS = ("top_p", "top_k", "min_p", "typical_p")  # they change nothing in greedy decoding
+_NEUTRAL = {"top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1, "num_beams": 1, "repetition_penalty": 1}
 _RECIPE_METHODS = {"lora_sft": "lora-ft", "full_sft": "full-ft"}
 
 
@@ -49,7 +55,8 @@ class Setting:
 
     kind: a key of `KINDS`; model: folder or hub name; base: the base's, or `None` where it is not known.
     budget, solver, guidance, final_time, votes, seed: of the sampler; budget 1 and `None` for plain models.
-    decoding: "greedy", "sampled at TEMPERATURE", "scored" or several of them; details: how the path was trained and
+    decoding: "greedy", "sampled at TEMPERATURE" (with what else the generation kwargs ask for), "scored" or several of
+    them; details: how the path was trained and
     other unusual settings.
     cost: by quantity ("asked", "computed", "rounds"), the recorded statistics per token.
     tokens: generated and scored ones, `None` where nobody counted.
@@ -230,9 +237,13 @@ def _decoding(kwargs: dict[str, Any]) -> str:
     temperature, drawn = number(kwargs.get("temperature")), kwargs.get("do_sample")
     if drawn is None:
         drawn = (temperature or 0.0) > 0
-    if drawn in (True, "true", "True") and temperature != 0:
-        return f"sampled at {1.0 if temperature is None else temperature:g}"
-    return "greedy"
+    sampled = drawn in (True, "true", "True") and temperature != 0
+    words = [f"sampled at {1.0 if temperature is None else temperature:g}" if sampled else "greedy"]
+    for name, value in sorted(kwargs.items()):
+        shown_elsewhere = name in _OTHER_KWARGS or name in SAMPLER_ARGUMENTS or name == SEARCH
+        if not (shown_elsewhere or value is None or value == _NEUTRAL.get(name) or (name in _FILTERS and not sampled)):
+            words.append(f"{name} {value}")
+    return ", ".join(words)
 
 
 def _task_configs(run: Run, task: str) -> list[dict[str, Any]]:
