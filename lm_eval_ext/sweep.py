@@ -39,7 +39,7 @@ import yaml
 
 from l2d.command_line import Parser, check_folder
 from l2d.files import write_files
-from lm_eval_ext.arguments import BUDGET, UsageError, parse_arguments
+from lm_eval_ext.arguments import BUDGET, SAMPLER_ARGUMENTS, SEARCH, UsageError, parse_arguments
 from lm_eval_ext.early import check_checkpoint
 from lm_eval_ext.sweep_controls import Point, read_controls
 
@@ -114,6 +114,7 @@ def read_plan(file: str | Path) -> Plan:
     for name in run:
         if name in OWN_OPTIONS:
             raise UsageError(f"run: {name!r} is set by the sweep itself; leave it out.")
+    _check_gen_kwargs(run.get("gen_kwargs"))
     points = [*_points(shared, grid, content.get("base", False)), *read_controls(_mapping(content, "controls"), shared)]
     for point in points:
         if point.model == "l2d":
@@ -125,6 +126,16 @@ def read_plan(file: str | Path) -> Plan:
         for point in points
     ]
     return Plan(Path(output), settings)
+
+
+def _check_gen_kwargs(given: Any) -> None:
+    """Raise `UsageError` for generation kwargs that would take the place of what the settings differ in."""
+    names = given if isinstance(given, dict) else [part.partition("=")[0].strip() for part in _joined(given).split(",")]
+    for name in names:
+        if name in SAMPLER_ARGUMENTS or name == SEARCH:
+            raise UsageError(
+                f"run: gen_kwargs sets {name!r} for every setting, the base included: put it under model_args or grid."
+            )
 
 
 def _points(shared: dict[str, Any], grid: dict[str, list], base: Any) -> Iterator[Point]:
