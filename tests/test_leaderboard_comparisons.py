@@ -182,4 +182,4 @@ def test_labels_tell_rows_apart(tmp_path):
         "L2D (lora), dopri5, adaptive",
     }
     figures = (tmp_path / "out" / "leaderboard.html").read_text()
-    assert all(f">#{number} {label[:30]}" in figures for number, label in enumerate(labels, 2))
+    assert all(f">#{number} {label[:25]}" in figures for number, label in enumerate(labels, 2))

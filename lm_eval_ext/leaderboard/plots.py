@@ -96,12 +96,13 @@ def _curve_panel(title: str, task: str, rows: list[Row], place: Place, horizonta
         marks.setdefault(members[-1].setting.model, f"c{number % COLOURS}")
     parts += _levels(lines, task, up, marks if len(marks) > 1 else {})
     legend = []
+    named: list[tuple[float, float]] = []  # where budgets stand beside points
     for number, (name, members) in enumerate(series.items()):
         mark = f"c{number % COLOURS}"
         members = sorted(members, key=lambda row: _budget(row.setting) or 0)
         parts += _line(members, task, across, up, place, mark)
         if horizontal != "budget":
-            parts += _budget_names(members, task, across, up, place)
+            parts += _budget_names(members, task, across, up, place, named)
         legend.append((mark, name))
     for row in controls:
         parts += _control(row, task, across(place(row.setting)), up)
@@ -274,14 +275,16 @@ def _line(members: list[Row], task: str, across: _Axis, up: _Axis, place: Place,
     return parts
 
 
-def _budget_names(members: list[Row], task: str, across: _Axis, up: _Axis, place: Place) -> list[str]:
+def _budget_names(
+    members: list[Row], task: str, across: _Axis, up: _Axis, place: Place, named: list[tuple[float, float]]
+) -> list[str]:
+    """Budgets below the points of a curve, where none of `named` is near; adds their places to it."""
     parts: list[str] = []
-    labelled: list[tuple[float, float]] = []
     for row in members:
         x, y = across(place(row.setting)), up(row.cells[task].measure.value)
-        if any(abs(x - taken) < 30 and abs(y - other) < 14 for taken, other in labelled):
+        if any(abs(x - taken) < 30 and abs(y - other) < 14 for taken, other in named):
             continue  # it would cover another one; the point's tooltip tells
-        labelled.append((x, y))
+        named.append((x, y))
         name = f"T {row.setting.budget}" if row.setting.budget else "adaptive"
         parts.append(f'<text class="tick mid" x="{x:.1f}" y="{y + 18:.1f}">{name}</text>')
     return parts
@@ -311,8 +314,8 @@ def _tip(row: Row, task: str) -> str:
 
 def _short_label(row: Row) -> str:
     """Number and label of a row; the number tells rows apart whose labels are equal or cut off."""
-    label = f"#{row.number} {row.setting.label}"
-    return label if len(label) < 36 else label[:34] + "…"
+    label = f"#{row.number} {row.setting.label.removeprefix('control: ')}"
+    return label if len(label) <= 32 else label[:31] + "…"
 
 
 def _svg(parts: list[str], label: str, height: float = HEIGHT, width: float = WIDTH) -> str:
