@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerationMode
 
 from l2d.evaluator import SiteSolution
 from l2d.main_path import MainPathState
@@ -119,8 +120,12 @@ class DecodingLoop:
         **model_kwargs: Any,
     ) -> Any:
         """Decode from prompts (B, L) that transformers' `generate` prepared."""
-        if generation_config.num_beams != 1:
-            raise ValueError(f"num_beams={generation_config.num_beams} cannot be used: decoding is one beam.")
+        mode = generation_config.get_generation_mode()
+        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+            raise ValueError(
+                f"the settings ask for {mode.value}, but the L2D sampler decodes greedily or samples: "
+                "leave out num_beams, penalty_alpha, dola_layers and the like."
+            )
         mask = model_kwargs.get("attention_mask")
         self.mask = torch.ones_like(input_ids) if mask is None else mask
         if not bool(self.mask[:, -1].all()):

@@ -1,6 +1,7 @@
 """What `lm_eval --model l2d --model_args ...` may hold, validated before anything heavy is loaded.
 
 - `UsageError`: a user's mistake; uncaught, it ends the process with one line instead of a traceback
+- `one_line`: makes it of what a library raises
 - `parse_arguments`: model args -> `Settings` (checkpoint, base, sampler, what the harness itself takes)
 - `read_checkpoint`: the `config.json` of an L2D checkpoint, as a dictionary
 - `sampler_changes`: the sampler settings among a request's generation kwargs
@@ -9,15 +10,19 @@
 No torch is imported. `SAMPLER_ARGUMENTS` and `HARNESS_ARGUMENTS` are the tables of names.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from l2d.checkpoint_folder import looks_local, read_config_file
 from l2d.sampler_config import SamplerConfig
+
+logger = logging.getLogger(__name__)
 
 BUDGET = "diffusion_budget"
 """Name under which users set `SamplerConfig.budget`."""
@@ -38,6 +43,19 @@ class UsageError(SystemExit, ValueError):
     def __init__(self, message: str):
         super().__init__(message)
         self.code = f"l2d: {message}"
+
+
+@contextlib.contextmanager
+def one_line(prefix: str = "") -> Iterator[None]:
+    """Turn an `OSError` or `ValueError` of a library into a `UsageError`."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except (OSError, ValueError) as error:
+        logger.debug("refused", exc_info=error)
+        text = " ".join(str(error).split())
+        raise UsageError(f"{prefix}: {text}" if prefix else text) from error
 
 
 @dataclasses.dataclass(frozen=True)

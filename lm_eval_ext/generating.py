@@ -16,7 +16,7 @@ from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 from tqdm import tqdm
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from lm_eval_ext.arguments import UsageError
+from lm_eval_ext.arguments import UsageError, one_line
 from lm_eval_ext.generation_requests import (
     Claim,
     GenerationJob,
@@ -137,19 +137,19 @@ class AnswersGeneration(HFLM):
         ids = torch.tensor([[pad] * (width - len(job.tokens)) + job.tokens for job in batch], device=self.device)
         mask = torch.tensor([[0] * (width - len(job.tokens)) + [1] * len(job.tokens) for job in batch])
         likelihood = None if candidate is None else TokenLikelihood()
-        sequences, record = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask.to(self.device),
-            sampler=settings.sampler,
-            request_keys=[job.key + (b"#%d" % candidate if candidate else b"") for job in batch],
-            return_record=True,
-            max_new_tokens=settings.max_tokens,
-            pad_token_id=pad,
-            eos_token_id=self._end_tokens(),
-            stopping_criteria=StoppingCriteriaList([self._text_stop(settings, width)]),
-            logits_processor=None if likelihood is None else LogitsProcessorList([likelihood]),
-            **settings.options,
-        )
+        with one_line(f"generation settings {batch[0].gen_kwargs!r}"):
+            sequences, record = self.model.generate(
+                input_ids=ids,
+                attention_mask=mask.to(self.device),
+                sampler=settings.sampler,
+                request_keys=[job.key + (b"#%d" % candidate if candidate else b"") for job in batch],
+                return_record=True,
+                max_new_tokens=settings.max_tokens,
+                pad_token_id=pad,
+                stopping_criteria=StoppingCriteriaList([self._text_stop(settings, width)]),
+                logits_processor=None if likelihood is None else LogitsProcessorList([likelihood]),
+                **{"eos_token_id": self._end_tokens(), **settings.options},
+            )
         lengths = [len(asked) for asked in record.asked]
         sums = [0.0] * len(batch) if likelihood is None else likelihood.sums(sequences, lengths)
         answers = [row[width : width + length] for row, length in zip(sequences.tolist(), lengths, strict=True)]
@@ -183,6 +183,9 @@ class AnswersGeneration(HFLM):
     def _text(self, tokens: list[int], stops: list[str]) -> str:
         """Text of generated tokens, cut at the first stop string."""
         think_end = self.think_end_token
-        answer = after_last(tokens, think_end) if isinstance(think_end, int) else None
-        text = self.tok_decode(tokens) if answer is None else self.tok_decode(answer).lstrip()
+        if isinstance(think_end, int):
+            answer = after_last(tokens, think_end)
+            text = self.tok_decode(tokens if answer is None else answer).lstrip()
+        else:
+            text = self.tok_decode(tokens)
         return postprocess_generated_text(text, stops, think_end if isinstance(think_end, str) else None)

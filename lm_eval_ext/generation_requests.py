@@ -21,6 +21,10 @@ from lm_eval_ext.arguments import AUTO, SAMPLER_ARGUMENTS, SEARCH, UsageError, s
 from lm_eval_ext.guidance import class_of_task
 from lm_eval_ext.record import Source
 
+_OURS = (
+    *("input_ids", "inputs", "attention_mask", "sampler", "request_keys", "noise", "return_record", "pad_token_id"),
+    *("stopping_criteria", "logits_processor", "streamer", "return_dict_in_generate", "generation_config"),
+)
 Claim = tuple[str, tuple]
 """(digest of a prompt and its kwargs, place of the request among all that share it)"""
 
@@ -89,6 +93,9 @@ def parse_generation(
         if temperature <= 0:
             raise UsageError(f"temperature={temperature} cannot be sampled at: set it above 0, or do_sample=False.")
         kwargs["temperature"] = temperature
+    for name in _OURS:
+        if name in kwargs:
+            raise UsageError(f"generation setting {name!r} is set by the model class: leave it out.")
     options = {name: value for name, value in kwargs.items() if name not in SAMPLER_ARGUMENTS}
     if search is not None and search.startswith("beam") and options != {"do_sample": False}:
         raise UsageError(f"{SEARCH}={search} takes no {_named(options)}: leave it out, or use best_of_N.")

@@ -6,13 +6,12 @@
 All noise is a function of (seed, request), so that results depend neither on batch size nor on order.
 """
 
-import contextlib
 import dataclasses
 import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from l2d.config import base_config_from_dict
 from l2d.fingerprint import fingerprint
 from lm_eval_ext import compute_files
 from lm_eval_ext.argument_table import help_text
-from lm_eval_ext.arguments import AUTO, UsageError, parse_arguments
+from lm_eval_ext.arguments import AUTO, one_line, parse_arguments
 from lm_eval_ext.cache import claim_cache
 from lm_eval_ext.early import check_device
 from lm_eval_ext.generating import AnswersGeneration
@@ -95,7 +94,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
     # ---- loading -------------------------------------------------------------------------------------------------
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
-        with _one_line():
+        with one_line():
             self._config = read_config(pretrained)
 
     def _get_backend(self, *args: Any, **kwargs: Any) -> None:
@@ -123,7 +122,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
             if self._config.base_config:
                 options["config"] = base_config_from_dict(self._config.base_config)
                 options["config"]._name_or_path = base_name  # both help to choose the class
-        with _one_line(f"tokenizer={tokenizer!r} cannot be loaded"):
+        with one_line(f"tokenizer={tokenizer!r} cannot be loaded"):
             self.tokenizer = AutoTokenizer.from_pretrained(
                 tokenizer, trust_remote_code=trust_remote_code, use_fast=use_fast_tokenizer, **options
             )
@@ -148,7 +147,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
                 parallelize, "auto", max_memory_per_gpu, max_cpu_memory, offload_folder, gpus
             )
         options = {name: value for name, value in options.items() if value is not None}
-        with _one_line():
+        with one_line():
             self._model = L2DForCausalLM.from_pretrained(
                 pretrained, base=self.settings.base, dtype=get_dtype(dtype), **options
             )
@@ -289,16 +288,3 @@ def _peak_memory() -> int:
     import resource  # not on every system
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@contextlib.contextmanager
-def _one_line(prefix: str = "") -> Iterator[None]:
-    """Turn what loading raises about missing, foreign or damaged files into a `UsageError`."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except (OSError, ValueError) as error:
-        logger.debug("loading failed", exc_info=error)
-        text = " ".join(str(error).split())
-        raise UsageError(f"{prefix}: {text}" if prefix else text) from error

@@ -5,6 +5,7 @@
 """
 
 import dataclasses
+import logging
 import time
 from typing import Any
 
@@ -19,6 +20,8 @@ from l2d.noise import request_key
 from l2d.sampler_config import SamplerConfig
 from lm_eval_ext.arguments import UsageError
 from lm_eval_ext.record import QUANTITIES, Source
+
+logger = logging.getLogger(__name__)
 
 ScoringRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 """(context and continuation text, or `None` for a window of a longer text; context tokens; continuation tokens)"""
@@ -82,6 +85,12 @@ class AnswersScoring(HFLM):
     ) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy) of each continuation; only continuation positions are solved."""
         found, self._scored = self._scored, None
+        for texts, context, continuation in requests:
+            if not context or not continuation:
+                raise UsageError(
+                    f"a {'continuation' if context else 'context'} has no tokens (both: {texts!r}): "
+                    "correct the task, so that none of its contexts and choices is blank."
+                )
         if self.sampler.is_base:
             start = time.perf_counter()
             answers = super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
@@ -128,7 +137,10 @@ class AnswersScoring(HFLM):
         longest = max(len(continuation) for _, _, continuation in batch)
         if longest > self.max_length:
             raise UsageError(f"max_length={self.max_length} is below a continuation of {longest} tokens: raise it.")
-        rows = [(context + continuation)[-(self.max_length + 1) :] for _, context, continuation in batch]
+        texts = [context + continuation for _, context, continuation in batch]
+        rows = [tokens[-(self.max_length + 1) :] for tokens in texts]
+        if any(len(row) < len(tokens) for row, tokens in zip(rows, texts, strict=True)):
+            logger.warning("Contexts are cut from the left to max_length=%d.", self.max_length)
         width = max(len(row) for row in rows)
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
         place = torch.arange(width, device=self.device)

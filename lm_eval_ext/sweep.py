@@ -17,7 +17,8 @@
 - `run_plan`: runs what is not complete; `table`: the scores of what is
 
 A setting runs in `OUTPUT/TASK/NAME.partial`, which is renamed to `NAME` when its results are written: a folder without
-that ending is complete. It holds what `lm_eval` wrote, its output as `log.txt`, and the setting as `setting.json`.
+that ending is complete. It holds what `lm_eval` wrote, what it printed (its log goes to the terminal) as `log.txt`, and
+the setting as `setting.json`.
 """
 
 import contextlib
@@ -38,7 +39,7 @@ import yaml
 
 from l2d.command_line import Parser, check_folder
 from l2d.files import write_files
-from lm_eval_ext.arguments import BUDGET, UsageError, parse_arguments
+from lm_eval_ext.arguments import BUDGET, SAMPLER_ARGUMENTS, SEARCH, UsageError, parse_arguments
 from lm_eval_ext.early import check_checkpoint
 from lm_eval_ext.sweep_controls import Point, read_controls
 
@@ -64,7 +65,9 @@ class Setting:
         for option, value in self.run.items():
             if value is True:
                 words.append(f"--{option}")
-            elif value not in (False, None):
+            elif value is False and option == "fewshot_as_multiturn":
+                words += [f"--{option}", "false"]  # on by itself with a chat template
+            elif value is not None and value is not False:  # 0 is a value
                 words += [f"--{option}", json.dumps(value) if isinstance(value, dict) else _joined(value)]
         return words
 
@@ -111,6 +114,7 @@ def read_plan(file: str | Path) -> Plan:
     for name in run:
         if name in OWN_OPTIONS:
             raise UsageError(f"run: {name!r} is set by the sweep itself; leave it out.")
+    _check_gen_kwargs(run.get("gen_kwargs"))
     points = [*_points(shared, grid, content.get("base", False)), *read_controls(_mapping(content, "controls"), shared)]
     for point in points:
         if point.model == "l2d":
@@ -122,6 +126,16 @@ def read_plan(file: str | Path) -> Plan:
         for point in points
     ]
     return Plan(Path(output), settings)
+
+
+def _check_gen_kwargs(given: Any) -> None:
+    """Raise `UsageError` for generation kwargs that would take the place of what the settings differ in."""
+    names = given if isinstance(given, dict) else [part.partition("=")[0].strip() for part in _joined(given).split(",")]
+    for name in names:
+        if name in SAMPLER_ARGUMENTS or name == SEARCH:
+            raise UsageError(
+                f"run: gen_kwargs sets {name!r} for every setting, the base included: put it under model_args or grid."
+            )
 
 
 def _points(shared: dict[str, Any], grid: dict[str, list], base: Any) -> Iterator[Point]:

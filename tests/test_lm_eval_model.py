@@ -194,6 +194,26 @@ def test_thinking_is_cut_and_stops_count_after_it(lm, tokenizer):
     assert answer == long.split(tokenizer.decode([middle]))[-1].lstrip().split(long[0])[0]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "gen_kwargs"),
+    [({"think_end_token": 399}, {}), ({"think_end_token": "a"}, {}), ({}, {"eos_token_id": 7}), ({}, {"until": " "})],
+    ids=["thinking without end", "thinking text", "end token", "until"],
+)
+def test_answers_of_the_base_are_cut_as_the_harness_does(lm, base_dir, arguments, gen_kwargs):
+    theirs = HFLM(pretrained=str(base_dir), device="cpu", **arguments)
+    prompts = [*PROMPTS, " lead", "tail "]
+    wanted = theirs.generate_until(generation(prompts, **{"until": [], **gen_kwargs}))
+    ours = lm(diffusion_budget=1, **arguments).generate_until(generation(prompts, **{"until": [], **gen_kwargs}))
+    assert ours == wanted
+
+
+@pytest.mark.parametrize("budget", [1, 15])
+@pytest.mark.parametrize("texts", [("a", ""), ("  ", "b")])
+def test_what_has_no_tokens_is_not_scored(lm, budget, texts):
+    with pytest.raises(UsageError, match="has no tokens"):
+        lm(diffusion_budget=budget, add_bos_token=False).loglikelihood([Instance("loglikelihood", {}, texts, 0)])
+
+
 def test_long_prompts_are_cut_from_the_left(lm):
     short = lm(max_length=16)
     cut = short.generate_until(generation(["b c " * 30 + "x y z x y z The cat"]))
@@ -213,6 +233,9 @@ def test_long_prompts_are_cut_from_the_left(lm):
         (dict(max_length=20), "set max_gen_toks instead"),
         (dict(do_sample=True), "temperature=0.0 cannot be sampled at"),
         (dict(temperature="warm"), "could not convert string to float"),
+        (dict(diffusion_bugdet=3), "diffusion_bugdet"),
+        (dict(penalty_alpha=0.6, top_k=4), "decodes greedily or samples"),
+        (dict(pad_token_id=3), "'pad_token_id' is set by the model class"),
     ],
 )
 def test_bad_generation_kwargs(lm, gen_kwargs, sentence):

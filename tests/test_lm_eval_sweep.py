@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lm_eval._cli import HarnessCLI
 
 from lm_eval_ext import sweep
 from lm_eval_ext.arguments import UsageError
@@ -111,6 +112,9 @@ def test_a_failing_setting_does_not_stop_the_others(l2d_dir, tmp_path, monkeypat
         (dict(grid={"guidance_scale": [1.0, 1.5]}), "guidance_scale=1.5 needs a model that was trained with"),
         (dict(grid=[1]), "grid=[1] must be a mapping"),
         (dict(run={"output_path": "x"}), "run: 'output_path' is set by the sweep itself"),
+        (dict(run={"gen_kwargs": {"diffusion_budget": 3}}), "gen_kwargs sets 'diffusion_budget' for every setting"),
+        (dict(run={"gen_kwargs": "temperature=0, votes=3"}), "gen_kwargs sets 'votes' for every setting"),
+        (dict(run={"gen_kwargs": ["token_search=beam_2"]}), "gen_kwargs sets 'token_search' for every setting"),
         (dict(model_args={}), "'pretrained' is missing"),
         (dict(controls=[0.1]), "controls=[0.1] must be a mapping"),
         (dict(controls={"once": 0.1}), "controls has the key 'once', which is not known: use one_evaluation"),
@@ -152,6 +156,21 @@ def test_grid_and_command(l2d_dir, tmp_path):
     ]
     words = plan.settings[1].command(Path("x"))
     assert words[-5:] == ["--num_fewshot", "2", "--gen_kwargs", '{"max_gen_toks": 4}', "--apply_chat_template"]
+
+
+def test_options_that_are_0_or_false_reach_the_harness(l2d_dir, tmp_path, monkeypatch):
+    run = {
+        "log_samples": False,
+        "num_fewshot": 0,
+        "seed": 0,
+        "apply_chat_template": True,
+        "fewshot_as_multiturn": False,
+    }
+    words = sweep.read_plan(write(tmp_path, l2d_dir, run=run)).settings[0].command(Path("x"))
+    monkeypatch.setattr(sys, "argv", ["lm_eval", *words])
+    given = HarnessCLI().parse_args()
+    assert (given.num_fewshot, given.seed, given.apply_chat_template) == (0, [0, 0, 0, 0], True)
+    assert given.fewshot_as_multiturn is False and not hasattr(given, "log_samples")
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 from torchdiffeq import odeint
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import l2d.decoding
@@ -307,6 +307,10 @@ def test_settings_that_would_be_ignored_are_refused(model):
     ids = prompts(1)[0]
     for wrong in (dict(num_beams=2), dict(inputs_embeds=torch.zeros(1, 1, 32)), dict(past_key_values=object())):
         with pytest.raises(ValueError, match=next(iter(wrong))):
+            model.generate(ids, max_new_tokens=2, **wrong)
+    contrastive, beams = dict(penalty_alpha=0.6, top_k=4), dict(num_beams=3)
+    for wrong in (contrastive, dict(generation_config=GenerationConfig(**beams))):
+        with pytest.raises(ValueError, match="the L2D sampler decodes greedily or samples"):
             model.generate(ids, max_new_tokens=2, **wrong)
     with pytest.raises(ValueError, match="input_ids"):
         model.generate(torch.zeros(1, 0, dtype=torch.long), max_new_tokens=2)

@@ -13,8 +13,8 @@ import re
 from collections import Counter
 from typing import Any
 
-from lm_eval_ext.leaderboard.files import Measure, Run, Sample, Skipped, read_costs, read_samples
-from lm_eval_ext.leaderboard.methods import CONTROLS, KINDS, Setting, describe
+from lm_eval_ext.leaderboard.files import TOLERANCE, Measure, Run, Sample, Skipped, read_costs, read_samples
+from lm_eval_ext.leaderboard.methods import CONTROLS, KINDS, Setting, by_sampler, decoding_of, describe
 from lm_eval_ext.leaderboard.protocol import differences, protocol_of, usual_protocol
 from lm_eval_ext.leaderboard.statistics import Paired, paired_test
 
@@ -38,11 +38,12 @@ _EXACT = ("speculation", "draft_tokens")  # sampler settings that change the cos
 
 @dataclasses.dataclass
 class Cell:
-    """A score: `measure` of `task`, with the protocol that it was measured under.
+    """A score: `measure` of `task`, with the protocol that it was measured under and how it was decoded.
 
     others: the remaining numbers of that task; costs: by a document's hash, where the run recorded them.
-    reasons: why it is not comparable with the rest of the column;
-    base_reasons: why not with its base; paired: the test against the base, where both have samples.
+    reasons: why it is not comparable with the rest of the column; base_reasons: why not with its base.
+    paired: the test against the base, where both have samples; its wins are the documents that got better, which for
+    some measures is a lower score.
     """
 
     task: str
@@ -50,6 +51,7 @@ class Cell:
     others: list[Measure]
     run: Run
     protocol: dict[str, Any]
+    decoding: str
     samples: list[Sample]
     costs: dict[str, dict[str, float]]
     reasons: list[str] = dataclasses.field(default_factory=list)
@@ -114,7 +116,8 @@ def build_board(
         metrics: by task, the `metric,filter` to show in place of the first one in the results file.
         cluster_fields: names of document fields whose equal values group documents.
     """
-    rows = _rows(_resolve_bases([(run, describe(run)) for run in runs]), skipped, metrics or {}, cluster_fields)
+    described = [(part, describe(part)) for run in runs for part in by_sampler(run)]
+    rows = _rows(_resolve_bases(described), skipped, metrics or {}, cluster_fields)
     tasks = sorted(
         {task for row in rows for task in row.cells}, key=lambda task: (_GROUP_ORDER.index(group_of(task)), task)
     )
@@ -164,7 +167,7 @@ def _row_key(run: Run, setting: Setting) -> str:
     sampler = {name: value for name, value in (run.l2d.get("sampler") or {}).items() if name not in _EXACT}
     software = [run.raw.get(name) for name in ("git_hash", "lm_eval_version", "transformers_version", "max_length")]
     templates = [run.raw.get(name) for name in ("chat_template_sha", "system_instruction_sha", "fewshot_as_multiturn")]
-    own = [setting.kind, setting.decoding, setting.fingerprint, setting.world_size]
+    own = [setting.kind, setting.decoding, setting.fingerprint, setting.world_size, run.l2d.get("token_search")]
     return json.dumps([config, arguments, sampler, software, templates, own], sort_keys=True, default=str)
 
 
@@ -178,18 +181,18 @@ def _rows(
     for run, setting in described:
         gathered.setdefault(_row_key(run, setting), []).append((run, setting))
     rows = []
-    for members in gathered.values():
-        members.sort(key=lambda member: str(member[0].raw.get("date") or ""))
+    for members in [part for gathered_runs in gathered.values() for part in _by_protocol(gathered_runs, metrics)]:
         cells = {}
         for task, run in _choose_runs([run for run, _ in members], skipped).items():
             measures = run.measures[task]
-            first = next((m for m in measures if m.name == metrics.get(task)), measures[0])
+            first = _first(measures, metrics.get(task))
             samples = read_samples(run, task, first, skipped, cluster_fields)
             if samples is None:
                 continue
             others = [measure for measure in measures if measure is not first]
             costs = read_costs(run, task, skipped)
-            cells[task] = Cell(task, first, others, run, protocol_of(run, task, first), samples, costs)
+            about = (protocol_of(run, task, first), decoding_of(run, [task]))
+            cells[task] = Cell(task, first, others, run, *about, samples, costs)
         if cells:
             used = [run for run, _ in members if any(cell.run is run for cell in cells.values())]
             rows.append(Row(0, _total_cost(members), used, cells))
@@ -198,6 +201,27 @@ def _rows(
     for place, row in enumerate(rows, 1):
         row.number = place
     return rows
+
+
+def _first(measures: list[Measure], wanted: str | None) -> Measure:
+    """The number to show: the one named `wanted`, else the first of the results file."""
+    return next((measure for measure in measures if measure.name == wanted), measures[0])
+
+
+def _by_protocol(members: list[tuple[Run, Setting]], metrics: dict[str, str]) -> list[list[tuple[Run, Setting]]]:
+    """Runs of one setting, oldest first, in as few rows as put no two protocols of a task (shots, version, ...) into
+    one row."""
+    rows: list[tuple[dict[str, dict[str, Any]], list[tuple[Run, Setting]]]] = []
+    for run, setting in sorted(members, key=lambda member: str(member[0].raw.get("date") or "")):
+        own = {task: protocol_of(run, task, _first(run.measures[task], metrics.get(task))) for task in run.measures}
+        for protocols, row in rows:
+            if not any(task in protocols and differences(own[task], protocols[task]) for task in own):
+                row.append((run, setting))
+                protocols.update(own)
+                break
+        else:
+            rows.append((own, [(run, setting)]))
+    return [row for _, row in rows]
 
 
 def _choose_runs(runs: list[Run], skipped: list[Skipped]) -> dict[str, Run]:
@@ -256,7 +280,7 @@ def _compare_with_base(row: Row, rows: list[Row]) -> None:
     for task, cell in row.cells.items():
         found = []
         for other in candidates:
-            if task in other.cells:
+            if task in other.cells and other.cells[task].decoding == cell.decoding:
                 reasons = differences(cell.protocol, other.cells[task].protocol)
                 found.append((len(reasons), other.setting.kind != "base", other.number, reasons, other))
         if not found:
@@ -265,29 +289,42 @@ def _compare_with_base(row: Row, rows: list[Row]) -> None:
         *_, cell.base_reasons, base = min(found, key=lambda entry: entry[:3])
         cell.base, row.base = base.cells[task], row.base or base
         if not cell.base_reasons:
-            cell.paired = _pair(cell, base.cells[task])
+            _pair(cell, base.cells[task])
 
 
 def _is_base_of(other: Setting, setting: Setting) -> bool:
-    """Whether `other` is the base of `setting`, decoded alike: the model itself, or an L2D model on it at T = 1."""
-    if other.decoding != setting.decoding or setting.base is None:
+    """Whether `other` is the base of `setting`: the model itself, or an L2D model on it at T = 1."""
+    if setting.base is None:
         return False
     if other.kind == "l2d-base":
         return setting.kind != "l2d-base" and other.base is not None and _same_model(other.base, setting.base)
     return other.kind in ("base", "lora-ft", "full-ft") and _same_model(other.model, setting.base)
 
 
-def _pair(cell: Cell, base: Cell) -> Paired | None:
+def _pair(cell: Cell, base: Cell) -> None:
+    """Test `cell` against `base` where both have samples whose mean is the score: a perplexity, say, is none."""
     mine, theirs = by_document(cell.samples), by_document(base.samples)
     metric = cell.measure.metric
     shared = [key for key in mine if key in theirs and metric in mine[key].scores and metric in theirs[key].scores]
     if not shared:
-        return None
-    return paired_test(
+        return
+    if not (_is_mean(cell) and _is_mean(base)):
+        cell.base_reasons = ["the score is not the mean of its documents' scores"]
+        return
+    found = paired_test(
         [mine[key].scores[metric] for key in shared],
         [theirs[key].scores[metric] for key in shared],
         [mine[key].cluster for key in shared],
     )
+    if not cell.measure.higher_is_better:
+        found = dataclasses.replace(found, wins=found.losses, losses=found.wins)
+    cell.paired = found
+
+
+def _is_mean(cell: Cell) -> bool:
+    scores = [sample.scores.get(cell.measure.metric) for sample in cell.samples]
+    known = [score for score in scores if score is not None]
+    return len(known) == len(scores) and abs(sum(known) / len(known) - cell.measure.value) <= TOLERANCE
 
 
 def by_document(samples: list[Sample]) -> dict[tuple[str, int], Sample]:

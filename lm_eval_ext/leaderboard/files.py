@@ -16,7 +16,10 @@ from typing import Any
 from lm_eval_ext.leaderboard.schema import check_results, number
 
 _STAMP = re.compile(r"results_(.+)\.json")
-_TOLERANCE = 1e-6
+TOLERANCE = 1e-6
+"""Of a score against the mean of its documents' scores."""
+_LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
+"""The harness's metrics of which less is better; its older versions do not write that into the results."""
 COSTS = ("solved_tokens", "asked", "computed", "rounds", "seconds")
 """Sums over a document's requests, as the model class records them."""
 
@@ -158,7 +161,7 @@ def _read_run(file: Path) -> Run:
     stamp = _STAMP.fullmatch(file.name)
     measures, leaves = {}, {}
     for task, values in raw["results"].items():
-        found = _measures(values, raw["higher_is_better"].get(task) or {})
+        found = _measures(values, _higher(raw, task))
         if task in inner or (task in children and not found):  # part of a group, or a group without a score of its own
             continue
         measures[task], leaves[task] = found, _leaves(task, children)
@@ -167,7 +170,7 @@ def _read_run(file: Path) -> Run:
             for task in _leaves(group, children):
                 values = raw["results"].get(task)
                 if isinstance(values, dict) and not any(task in own for own in leaves.values()):
-                    measures[task] = _measures(values, raw["higher_is_better"].get(task) or {})
+                    measures[task] = _measures(values, _higher(raw, task))
                     leaves[task] = [task]
     tasks = sorted({leaf for own in leaves.values() for leaf in own}) if stamp else []
     time = stamp[1] if stamp else ""
@@ -182,6 +185,14 @@ def _leaves(task: str, children: dict[str, list[str]]) -> list[str]:
     if task not in children:
         return [task]
     return [leaf for child in children[task] if child != task for leaf in _leaves(child, children)]
+
+
+def _higher(raw: dict[str, Any], task: str) -> dict[str, Any]:
+    """By metric, whether more is better: as the results file says, else as the task's own list of metrics does."""
+    listed = (raw["configs"].get(task) or {}).get("metric_list") or []
+    own = {entry.get("metric"): entry.get("higher_is_better") for entry in listed}
+    stated = {**own, **(raw["higher_is_better"].get(task) or {})}
+    return {**dict.fromkeys(_LOWER, False), **{name: value for name, value in stated.items() if value is not None}}
 
 
 def _measures(values: dict[str, Any], higher: dict[str, Any]) -> list[Measure]:
@@ -227,7 +238,7 @@ def read_samples(
 
 def _read_file(file: Path, measure: Measure, cluster_fields: tuple[str, ...]) -> list[Sample]:
     samples = []
-    for place, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for place, line in enumerate(_lines(file), 1):
         try:
             raw = json.loads(line)
         except ValueError as error:
@@ -235,6 +246,12 @@ def _read_file(file: Path, measure: Measure, cluster_fields: tuple[str, ...]) ->
         if raw.get("filter", "none") == measure.filter:
             samples.append(_sample(raw, cluster_fields))
     return samples
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of a JSONL file. Not `splitlines`: texts hold other separators, such as U+2028, as they are."""
+    lines = file.read_text(encoding="utf-8").split("\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def _check_count(run: Run, leaf: str, samples: list[Sample]) -> None:
@@ -254,7 +271,7 @@ def _contradiction(run: Run, leaf: str, measure: Measure, samples: list[Sample])
     if stated is None or kinds.get(measure.metric) not in ("mean", "acc") or not known or len(known) < len(scores):
         return ""
     found = sum(known) / len(known)
-    if abs(found - stated) <= _TOLERANCE:
+    if abs(found - stated) <= TOLERANCE:
         return ""
     return f"contradictory: gives {measure.name} = {found:.6g} where the results file says {stated:.6g}"
 
@@ -307,7 +324,7 @@ def read_costs(run: Run, task: str, skipped: list[Skipped]) -> dict[str, dict[st
         if file is None:
             continue
         try:
-            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [json.loads(line) for line in _lines(file)]
             for line in lines:
                 cost = costs.setdefault(line["doc_hash"], dict.fromkeys(COSTS, 0))
                 for name in COSTS:

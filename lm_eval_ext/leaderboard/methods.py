@@ -1,6 +1,7 @@
 """What a run is: which method, which base it belongs to, and how it decoded.
 
-- `describe`: a run's `Setting`
+- `describe`: a run's `Setting`; `by_sampler`: a run in parts that have one each
+- `decoding_of`: how a task's answers were decoded
 - `Setting`: label, kind, base, sampler, decoding, trainable parameters, cost
 - `KINDS`: the kinds of rows with their names, controls included
 
@@ -11,11 +12,14 @@ headers of `*.safetensors` give the number of trained parameters. Everything els
 import dataclasses
 import json
 import struct
+from collections.abc import Iterable
 from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
+from l2d.sampler_config import SamplerConfig
+from lm_eval_ext.arguments import SAMPLER_ARGUMENTS, SEARCH, sampler_changes
 from lm_eval_ext.leaderboard.files import Run
 from lm_eval_ext.leaderboard.schema import number
 
@@ -32,6 +36,16 @@ KINDS = {
 }
 CONTROL_NAMES = {"one-evaluation": "one evaluation", "noise-free": "noise-free path", "lora-ft": "LoRA finetuning"}
 CONTROLS = tuple(CONTROL_NAMES)
+_TOTALS = (
+    *("generated_tokens", "scored_tokens", "solved_tokens", "capped_tokens", "seconds", "tokens_per_second"),
+    *("asked_per_token", "computed_per_token", "rounds_per_token"),
+)
+_OTHER_KWARGS = (
+    *("until", "do_sample", "temperature"),
+    *("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens", "max_length"),
+)
+_FILTERS = ("top_p", "top_k", "min_p", "typical_p")  # they change nothing in greedy decoding
+_NEUTRAL = {"top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1, "num_beams": 1, "repetition_penalty": 1}
 _RECIPE_METHODS = {"lora_sft": "lora-ft", "full_sft": "full-ft"}
 
 
@@ -41,7 +55,8 @@ class Setting:
 
     kind: a key of `KINDS`; model: folder or hub name; base: the base's, or `None` where it is not known.
     budget, solver, guidance, final_time, votes, seed: of the sampler; budget 1 and `None` for plain models.
-    decoding: "greedy", "sampled at TEMPERATURE", "scored" or several of them; details: how the path was trained and
+    decoding: "greedy", "sampled at TEMPERATURE" (with what else the generation kwargs ask for), "scored" or several of
+    them; details: how the path was trained and
     other unusual settings.
     cost: by quantity ("asked", "computed", "rounds"), the recorded statistics per token.
     tokens: generated and scored ones, `None` where nobody counted.
@@ -80,6 +95,8 @@ class Setting:
             parts.append(f"t = {1 if self.final_time is None else self.final_time:g}")
         elif self.kind in ("l2d-lora", "l2d-full"):
             parts.append(f"T = {self.budget}" if self.budget else f"{self.solver}, adaptive")
+        if self.guidance:
+            parts.append(f"guidance {self.guidance}")
         if self.details:
             parts.append(self.details)
         return ", ".join(parts)
@@ -88,6 +105,40 @@ class Setting:
     def seconds_per_token(self) -> float | None:
         """Seconds of the whole call per generated or scored token."""
         return self.seconds / self.tokens if self.seconds and self.tokens else None
+
+
+def by_sampler(run: Run) -> list[Run]:
+    """`run` in parts of one sampler each: generation kwargs may have changed it, for all of its tasks or for some."""
+    parts: dict[str, tuple[dict[str, Any], list[str]]] = {}
+    for task in run.measures:
+        used = _used_sampler(run, task)
+        parts.setdefault(json.dumps(used, sort_keys=True, default=str), (used, []))[1].append(task)
+    found = []
+    for used, tasks in parts.values():
+        ours = {**run.l2d, **used}
+        if len(parts) > 1:  # totals are of all parts together
+            ours = {name: value for name, value in ours.items() if name not in _TOTALS}
+        raw = {**run.raw, "config": {**run.config, "l2d": ours}} if used else run.raw
+        found.append(dataclasses.replace(run, raw=raw, measures={task: run.measures[task] for task in tasks}))
+    return found
+
+
+def _used_sampler(run: Run, task: str) -> dict[str, Any]:
+    """`sampler` and `token_search` with which `task` was run; empty for models of others."""
+    sampler = run.l2d.get("sampler")
+    if not isinstance(sampler, dict):
+        return {}
+    used = {"sampler": sampler, SEARCH: run.l2d.get(SEARCH)}
+    kwargs = next(iter(_generation_kwargs(run, task)), {})
+    changes = sampler_changes(kwargs)
+    if changes:
+        known = {field.name for field in dataclasses.fields(SamplerConfig)}
+        try:
+            whole = SamplerConfig().replace(**{n: v for n, v in {**sampler, **changes}.items() if n in known})
+        except (TypeError, ValueError):  # not what the model class writes
+            return used
+        used["sampler"] = {**sampler, **{name: getattr(whole, name) for name in changes}}
+    return {**used, SEARCH: kwargs.get(SEARCH, used[SEARCH])}
 
 
 def describe(run: Run) -> Setting:
@@ -115,8 +166,8 @@ def describe(run: Run) -> Setting:
         final_time=number(sampler.get("final_time")),
         votes=_whole(sampler.get("votes")),
         seed=sampler.get("seed"),
-        decoding=_decoding(run),
-        details=_details(ours, sampler, kind, recipe),
+        decoding=decoding_of(run, run.measures),
+        details=_details(ours, sampler, kind, adaptive, recipe),
         trained=_trained(run, model, kind),
         parameters=_whole(run.config.get("model_num_parameters")),
         cost={name: value for name, value in cost.items() if isinstance(value, dict)},
@@ -147,7 +198,7 @@ def _kind(run: Run, model: str, sampler: dict[str, Any], recipe: dict[str, str])
     return "other", None
 
 
-def _details(ours: dict[str, Any], sampler: dict[str, Any], kind: str, recipe: dict[str, str]) -> str:
+def _details(ours: dict[str, Any], sampler: dict[str, Any], kind: str, adaptive: bool, recipe: dict[str, str]) -> str:
     """How the path was trained, where a recipe tells, and what of its sampler is not the default."""
     if kind in ("base", "l2d-base", "other") or not ours:
         return ""
@@ -160,29 +211,52 @@ def _details(ours: dict[str, Any], sampler: dict[str, Any], kind: str, recipe: d
     usual |= dict(normalize_average=False, end_velocity="straight", votes=1, mc_samples=1, seed=0)
     if kind in ("one-evaluation", "noise-free"):
         usual |= {name: sampler.get(name) for name in ("solver", "final_time")}
+    if adaptive:
+        del usual["solver"]  # the label names it in place of a budget
     named = {"solver": "{}", "final_time": "to t = {}", "start_time": "from t = {}", "choice": "{}", "seed": "seed {}"}
     named |= {"choice_temperature": "τ = {}", "mc_samples": "{} noise draws", "normalize_average": "normalised"}
     named |= {"end_velocity": "end velocity {}", "votes": "{} votes"}
     unusual = [name for name, value in usual.items() if name in sampler and sampler[name] != value]
-    return ", ".join([*trained, *(named[name].format(sampler[name]) for name in unusual)])
+    search = [str(ours[SEARCH])] if ours.get(SEARCH) not in (None, "none") else []
+    return ", ".join([*trained, *(named[name].format(sampler[name]) for name in unusual), *search])
 
 
-def _decoding(run: Run) -> str:
+def decoding_of(run: Run, tasks: Iterable[str]) -> str:
+    """How `tasks` were decoded: "greedy", "sampled at TEMPERATURE", "scored", or several of them; "?" if unknown."""
     found = set()
-    overrides = run.config.get("gen_kwargs")
-    for config in run.raw["configs"].values():
-        if not isinstance(config, dict):
-            continue
-        if config.get("output_type") != "generate_until":
-            found.add("scored")
-            continue
-        kwargs = {**(config.get("generation_kwargs") or {}), **(overrides if isinstance(overrides, dict) else {})}
-        if kwargs.get("do_sample") in (True, "true", "True") and number(kwargs.get("temperature", 1.0)) != 0:
-            temperature = number(kwargs.get("temperature"))
-            found.add(f"sampled at {1.0 if temperature is None else temperature:g}")
-        else:
-            found.add("greedy")
+    for task in tasks:
+        for config in _task_configs(run, task):
+            if config.get("output_type") != "generate_until":
+                found.add("scored")
+        found |= {_decoding(kwargs) for kwargs in _generation_kwargs(run, task)}
     return " + ".join(sorted(found)) or "?"
+
+
+def _decoding(kwargs: dict[str, Any]) -> str:
+    """Of one set of generation kwargs, by the harness's rule: a temperature alone means sampling."""
+    temperature, drawn = number(kwargs.get("temperature")), kwargs.get("do_sample")
+    if drawn is None:
+        drawn = (temperature or 0.0) > 0
+    sampled = drawn in (True, "true", "True") and temperature != 0
+    words = [f"sampled at {1.0 if temperature is None else temperature:g}" if sampled else "greedy"]
+    for name, value in sorted(kwargs.items()):
+        shown_elsewhere = name in _OTHER_KWARGS or name in SAMPLER_ARGUMENTS or name == SEARCH
+        if not (shown_elsewhere or value is None or value == _NEUTRAL.get(name) or (name in _FILTERS and not sampled)):
+            words.append(f"{name} {value}")
+    return ", ".join(words)
+
+
+def _task_configs(run: Run, task: str) -> list[dict[str, Any]]:
+    found = (run.raw["configs"].get(leaf) for leaf in run.leaves[task])
+    return [config for config in found if isinstance(config, dict)]
+
+
+def _generation_kwargs(run: Run, task: str) -> list[dict[str, Any]]:
+    """Generation kwargs of `task`, or of the tasks of a group, with those of the command line; none where it scores."""
+    given = run.config.get("gen_kwargs")
+    overrides = given if isinstance(given, dict) else {}
+    configs = [config for config in _task_configs(run, task) if config.get("output_type") == "generate_until"]
+    return [{**(config.get("generation_kwargs") or {}), **overrides} for config in configs]
 
 
 def _whole(value: Any) -> int | None:

@@ -82,9 +82,9 @@
     return unpacked.get(task);
   };
   const KINDS = [["gained", "better than base"], ["lost", "worse than base"], ["changed", "other answer, same score"], ["same", "same answer"], ["wrong", "score 0"], ["right", "score above 0"]];
-  const kindOf = (mine, base) => {
+  const kindOf = (mine, base, lower) => {
     if (!base) return mine[2] > 0 ? "right" : "wrong";
-    if (mine[2] !== base[2]) return mine[2] > base[2] ? "gained" : "lost";
+    if (mine[2] !== base[2]) return (mine[2] > base[2]) !== lower ? "gained" : "lost";
     return mine[1] !== base[1] ? "changed" : "same";
   };
   const costText = (cost) => cost ? `${cost.solved_tokens} tokens, ${cost.asked} evaluations asked, ${cost.computed} computed, ${cost.rounds} rounds, ${cost.seconds.toFixed(3)} s` : "";
@@ -126,13 +126,13 @@
   };
   const openSamples = async (task, number) => {
     const content = await unpack(task);
-    const { base, answers } = content.rows[number];
+    const { base, lower, answers } = content.rows[number];
     const theirs = new Map(base === null || !content.rows[base] ? [] : content.rows[base].answers.map((answer) => [answer[0], answer]));
     const order = KINDS.map(([kind]) => kind);
     const labels = [base === null ? "" : `base #${base}`, `#${number}`];
     current = answers.map((mine) => {
       const other = theirs.get(mine[0]);
-      return { mine, base: other, kind: kindOf(mine, other), text: content.documents[mine[0]], labels };
+      return { mine, base: other, kind: kindOf(mine, other, lower), text: content.documents[mine[0]], labels };
     });
     current.sort((a, b) => order.indexOf(a.kind) - order.indexOf(b.kind) || a.mine[0] - b.mine[0]);
     $("drill-title").textContent = `${names[number]} on ${task}`;

@@ -91,7 +91,7 @@ def _task_head(board: Board, task: str) -> dict[str, Any]:
     if usual["n"] is not None:
         parts.append(f"n = {usual['n']:,}")
     if usual["shots"] is not None:
-        parts.append(f"{usual['shots']}-shot")
+        parts.append(f"{usual['shots']}\N{NON-BREAKING HYPHEN}shot")
     if usual["version"] is not None:
         parts.append(f"version {usual['version']}")
     if usual["limit"] is not None:

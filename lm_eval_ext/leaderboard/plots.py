@@ -45,12 +45,10 @@ def curve_figures(board: Board, horizontal: str) -> list[Figure]:
     figures = []
     place = _budget if horizontal == "budget" else lambda setting: setting.seconds_per_token
     for task in board.tasks:
-        for decoding in dict.fromkeys(row.setting.decoding for row in board.rows):
-            rows = [
-                row
-                for row in board.rows
-                if row.setting.decoding == decoding and task in row.cells and row.cells[task].comparable
-            ]
+        measured = [row for row in board.rows if task in row.cells]
+        for decoding in dict.fromkeys(row.cells[task].decoding for row in measured):
+            cells = [(row, row.cells[task]) for row in measured]
+            rows = [row for row, cell in cells if cell.decoding == decoding and cell.comparable]
             if figure := _curve_panel(f"{task}, {decoding}", task, rows, place, horizontal):
                 figures.append(figure)
     return figures
@@ -93,15 +91,18 @@ def _curve_panel(title: str, task: str, rows: list[Row], place: Place, horizonta
     words = "evaluations per token, T" if horizontal == "budget" else "seconds per token (log scale)"
     ticks = sorted({place(row.setting) for row in points}) if horizontal == "budget" else _decades(across)
     parts = _frame(across, up, ticks, words)
-    marks = {members[-1].setting.model: f"c{number % COLOURS}" for number, members in enumerate(series.values())}
+    marks: dict[str, str] = {}  # by model, the colour of its first curve
+    for number, members in enumerate(series.values()):
+        marks.setdefault(members[-1].setting.model, f"c{number % COLOURS}")
     parts += _levels(lines, task, up, marks if len(marks) > 1 else {})
     legend = []
+    named: list[tuple[float, float]] = []  # where budgets stand beside points
     for number, (name, members) in enumerate(series.items()):
         mark = f"c{number % COLOURS}"
         members = sorted(members, key=lambda row: _budget(row.setting) or 0)
         parts += _line(members, task, across, up, place, mark)
         if horizontal != "budget":
-            parts += _budget_names(members, task, across, up, place)
+            parts += _budget_names(members, task, across, up, place, named)
         legend.append((mark, name))
     for row in controls:
         parts += _control(row, task, across(place(row.setting)), up)
@@ -131,7 +132,7 @@ def _lines(rows: list[Row], task: str, kinds: dict[str, str]) -> list[_Level]:
     models = Counter(kind for kind, _ in found)
     levels = []
     for (kind, _), members in found.items():
-        best = max(members, key=lambda row: row.cells[task].measure.value)
+        best = max(members, key=lambda row: _quality(row.cells[task]))
         setting, name = best.setting, KINDS[kind]
         if kind == "one-evaluation":
             name = setting.label + (f" (best of {len(members)} times)" if len(members) > 1 else "")
@@ -139,6 +140,11 @@ def _lines(rows: list[Row], task: str, kinds: dict[str, str]) -> list[_Level]:
             name += f", {setting.name}"
         levels.append(_Level(best, name, kinds[kind]))
     return levels
+
+
+def _quality(cell: Cell) -> float:
+    """The score, turned round where less is better."""
+    return cell.measure.value if cell.measure.higher_is_better else -cell.measure.value
 
 
 def _mark(row: Row, marks: dict[str, str]) -> str:
@@ -269,14 +275,16 @@ def _line(members: list[Row], task: str, across: _Axis, up: _Axis, place: Place,
     return parts
 
 
-def _budget_names(members: list[Row], task: str, across: _Axis, up: _Axis, place: Place) -> list[str]:
+def _budget_names(
+    members: list[Row], task: str, across: _Axis, up: _Axis, place: Place, named: list[tuple[float, float]]
+) -> list[str]:
+    """Budgets below the points of a curve, where none of `named` is near; adds their places to it."""
     parts: list[str] = []
-    labelled: list[tuple[float, float]] = []
     for row in members:
         x, y = across(place(row.setting)), up(row.cells[task].measure.value)
-        if any(abs(x - taken) < 30 and abs(y - other) < 14 for taken, other in labelled):
+        if any(abs(x - taken) < 30 and abs(y - other) < 14 for taken, other in named):
             continue  # it would cover another one; the point's tooltip tells
-        labelled.append((x, y))
+        named.append((x, y))
         name = f"T {row.setting.budget}" if row.setting.budget else "adaptive"
         parts.append(f'<text class="tick mid" x="{x:.1f}" y="{y + 18:.1f}">{name}</text>')
     return parts
@@ -304,6 +312,12 @@ def _tip(row: Row, task: str) -> str:
     return escape(f"{row.setting.label}, {row.setting.decoding}: {measure.value:.4f}{error}")
 
 
+def _short_label(row: Row) -> str:
+    """Number and label of a row; the number tells rows apart whose labels are equal or cut off."""
+    label = f"#{row.number} {row.setting.label.removeprefix('control: ')}"
+    return label if len(label) <= 32 else label[:31] + "…"
+
+
 def _svg(parts: list[str], label: str, height: float = HEIGHT, width: float = WIDTH) -> str:
     body = "".join(parts)
     return f'<svg viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{escape(label)}">{body}</svg>'
@@ -316,9 +330,9 @@ def difference_figures(board: Board) -> list[Figure]:
     """Per task and decoding, each setting's difference to its base with a 95 % interval."""
     figures = []
     for task in board.tasks:
-        for decoding in dict.fromkeys(row.setting.decoding for row in board.rows):
-            rows = [r for r in board.rows if r.setting.decoding == decoding and task in r.cells]
-            rows = [row for row in rows if row.cells[task].paired is not None]
+        paired = [row for row in board.rows if task in row.cells and row.cells[task].paired is not None]
+        for decoding in dict.fromkeys(row.cells[task].decoding for row in paired):
+            rows = [row for row in paired if row.cells[task].decoding == decoding]
             if rows:
                 figures.append(_difference_panel(f"{task}, {decoding}", task, rows))
     return figures
@@ -340,8 +354,9 @@ def _difference_panel(title: str, task: str, rows: list[Row]) -> Figure:
     for place, (row, pair) in enumerate(zip(rows, found, strict=True)):
         y = 20 + place * line
         sure = pair.p_value is not None and pair.p_value < 0.05
-        mark = "same" if not sure else "better" if pair.difference > 0 else "worse"
-        label = row.setting.label if len(row.setting.label) < 36 else row.setting.label[:34] + "…"
+        gained = (pair.difference > 0) == row.cells[task].measure.higher_is_better
+        mark = "same" if not sure else "better" if gained else "worse"
+        label = _short_label(row)
         parts.append(f'<text class="label end" x="{left - 10}" y="{y + 4}">{escape(label)}</text>')
         if pair.stderr:
             low, high = (across(pair.difference + side * 1.96 * pair.stderr) for side in (-1, 1))
@@ -415,7 +430,7 @@ def _ranges(decoding: str, rows: list[Row]) -> Figure:
     for place, (row, value) in enumerate(zip(rows, values, strict=True)):
         y = 20 + place * line
         median, p95, most, mean = (across(max(1, value[key])) for key in ("median", "p95", "max", "mean"))
-        label = row.setting.label if len(row.setting.label) < 36 else row.setting.label[:34] + "…"
+        label = _short_label(row)
         parts.append(f'<text class="label end" x="{left - 10}" y="{y + 4}">{escape(label)}</text>')
         parts.append(f'<path class="thin c0" d="M{median:.1f} {y}H{most:.1f}"/>')
         parts.append(f'<path class="thick c0" d="M{median:.1f} {y}H{p95:.1f}"/>')

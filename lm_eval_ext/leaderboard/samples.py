@@ -16,10 +16,10 @@ from lm_eval_ext.leaderboard.files import COSTS
 
 
 def pack_samples(board: Board) -> dict[str, str]:
-    """By task, `{"documents": [[prompt, target]...], "rows": {number: {"base": number, "answers": [...]}}}`, packed.
+    """By task, `{"documents": [[prompt, target]...], "rows": {number: row}}`, packed.
 
-    An answer is `[document, answer, score, cost]`; cost is an object of `files.COSTS` where the
-    run recorded it, else `null`.
+    A row is `{"base": number, "lower": whether less is better, "answers": [...]}`; an answer is
+    `[document, answer, score, cost]`; cost is an object of `files.COSTS` where the run recorded it, else `null`.
     """
     packed = {}
     for task in board.tasks:
@@ -45,7 +45,7 @@ def _task_content(board: Board, task: str) -> dict[str, Any]:
                 texts.append([sample.prompt, sample.target])
             answers.append([place, sample.answer, sample.scores.get(cell.measure.metric), _cost(cell, sample)])
         base = next((r.number for r in board.rows if cell.base is not None and r.cells.get(task) is cell.base), None)
-        rows[row.number] = {"base": base, "answers": answers}
+        rows[row.number] = {"base": base, "lower": not cell.measure.higher_is_better, "answers": answers}
     return {"documents": texts, "rows": rows}
 
 

@@ -52,7 +52,7 @@ def difference_text(cell: Cell) -> str:
 def markdown(board: Board, out: Path) -> str:
     """`leaderboard.md`: scores ± standard errors, differences to the base, notes."""
     header = ["#", "setting", "decoding", "trained", "evaluations / token", "tokens / s"]
-    header += [f"{task} ({board.usual[task]['measure']})" for task in board.tasks] + [
+    header += [_plain(f"{task} ({board.usual[task]['measure']})") for task in board.tasks] + [
         f"mean: {g}" for g in board.groups
     ]
     lines = ["# Leaderboard", "", _line(header), _line(["---"] * len(header))]
@@ -80,7 +80,7 @@ def markdown(board: Board, out: Path) -> str:
 def _cells(row: Row, board: Board, out: Path) -> list[str]:
     s = row.setting
     cost, speed = s.cost.get("computed") or {}, s.tokens / s.seconds if s.tokens and s.seconds else None
-    texts = [str(row.number), f"{_plain(s.label)} ({_plain(s.name)})", s.decoding]
+    texts = [str(row.number), f"{_plain(s.label)} ({_plain(s.name)})", _plain(s.decoding)]
     texts.append("" if s.trained is None else f"{s.trained:,}")
     texts.append(f"{cost['mean']:.1f}, p95 {cost['p95']}" if cost.get("mean") is not None else "")
     texts.append("" if speed is None else f"{speed:.1f}")

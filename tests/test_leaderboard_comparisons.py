@@ -1,0 +1,185 @@
+"""What the leaderboard puts into one row and what it compares: shots, versions, decodings, samplers, directions.
+
+Run: `python -m pytest tests/test_leaderboard_comparisons.py` (about 3 seconds)
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from lm_eval_ext.leaderboard.__main__ import write_leaderboard
+from tests.test_leaderboard import by_label, coins, unpack, write_run
+
+
+def edit(file: Path, change) -> None:
+    """Let `change` work on the parsed results file."""
+    raw = json.loads(file.read_text())
+    change(raw)
+    file.write_text(json.dumps(raw))
+
+
+def edit_samples(folder: Path, change) -> None:
+    """Let `change` work on every sample below `folder`."""
+    for file in folder.rglob("samples_*"):
+        lines = [json.loads(line) for line in file.read_text().split("\n") if line]
+        for place, line in enumerate(lines):
+            change(place, line)
+        file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"n-shot": {"gsm8k": 5}}, "shots 5 instead of 0"),
+        ({"versions": {"gsm8k": 3.0}}, "task version 3 instead of 1"),
+        ({"task_hashes": {"gsm8k": "other"}}, "other prompts or documents"),
+    ],
+)
+def test_one_setting_under_two_protocols_is_two_rows(tmp_path, changes, words):
+    for name, seed in (("a", 0), ("b", 1), ("c", 2)):
+        write_run(tmp_path / name, {"gsm8k": coins(40, 0.5, seed)}, model=f"m{seed}")
+    write_run(tmp_path / "again", {"gsm8k": coins(40, 0.8, 3)}, model="m0", **changes)
+    board = write_leaderboard([tmp_path], tmp_path / "out")
+    assert not board.skipped
+    rows = [row for row in board.rows if row.setting.name == "m0"]
+    assert sorted((row.cells["gsm8k"].reasons for row in rows), key=len) == [[], [words]]
+
+
+def test_calls_of_one_setting_on_several_tasks_are_one_row_whatever_their_shots(tmp_path):
+    for task, shots in (("gsm8k", 5), ("math", 4)):
+        write_run(tmp_path / task, {task: coins(40, 0.5, shots)}, **{"n-shot": {task: shots}})
+    (row,) = write_leaderboard([tmp_path], tmp_path / "out").rows
+    assert {task: cell.protocol["shots"] for task, cell in row.cells.items()} == {"gsm8k": 5, "math": 4}
+
+
+def test_a_base_measured_in_other_calls_is_found_by_the_decoding_of_the_task(tmp_path):
+    def score(raw):
+        raw["configs"]["arc"] = {**raw["configs"]["arc"], "output_type": "multiple_choice"}
+
+    write_run(tmp_path / "base1", {"gsm8k": coins(40, 0.4, 0)})
+    edit(write_run(tmp_path / "base2", {"arc": coins(40, 0.4, 1)}), score)
+    both = {"gsm8k": coins(40, 0.7, 2), "arc": coins(40, 0.7, 3)}
+    edit(write_run(tmp_path / "l2d", both, model="l2d", l2d={}), score)
+    board = write_leaderboard([tmp_path], tmp_path / "out")
+    cells = by_label(board)["L2D (lora), T = 15"].cells
+    assert all(cell.paired is not None and not cell.base_reasons for cell in cells.values())
+    titles = (tmp_path / "out" / "leaderboard.html").read_text()
+    assert "gsm8k, greedy<" in titles and "arc, scored<" in titles
+
+
+def test_line_separators_in_answers_are_text(tmp_path):
+    write_run(tmp_path / "run", {"gsm8k": coins(40, 0.5, 0)})
+    edit_samples(tmp_path, lambda place, line: line.update(filtered_resps=["a\u2028b\x85c\u2029"]))
+    board = write_leaderboard([tmp_path], tmp_path / "out")
+    assert not board.skipped
+    assert len(board.rows[0].cells["gsm8k"].samples) == 40
+
+
+# ---- what the row's sampler was ------------------------------------------------------------------------------------
+
+
+def test_generation_kwargs_change_the_sampler_that_a_row_shows(tmp_path):
+    def change(raw):
+        raw["config"]["gen_kwargs"] = {"diffusion_budget": 3, "token_search": "best_of_8"}
+
+    edit(write_run(tmp_path / "run", {"gsm8k": coins(40, 0.5, 0)}, model="l2d", l2d={}), change)
+    (row,) = write_leaderboard([tmp_path], tmp_path / "out").rows
+    assert (row.setting.budget, row.setting.label) == (3, "L2D (lora), T = 3, best_of_8")
+    assert row.setting.tokens == 1000
+
+
+def test_a_task_with_a_sampler_of_its_own_is_a_row_of_its_own(tmp_path):
+    def change(raw):
+        kwargs = raw["configs"]["math"]["generation_kwargs"]
+        raw["configs"]["math"] = {**raw["configs"]["math"], "generation_kwargs": {**kwargs, "diffusion_budget": 7}}
+
+    tasks = {"gsm8k": coins(40, 0.5, 0), "math": coins(40, 0.5, 1)}
+    edit(write_run(tmp_path / "run", tasks, model="l2d", l2d={}), change)
+    rows = write_leaderboard([tmp_path], tmp_path / "out").rows
+    assert {row.setting.budget: list(row.cells) for row in rows} == {15: ["gsm8k"], 7: ["math"]}
+    assert all(row.setting.tokens is None and not row.setting.cost for row in rows)  # known of both together
+
+
+def test_impossible_settings_in_a_file_change_nothing(tmp_path):
+    def change(raw):
+        raw["config"]["gen_kwargs"] = {"diffusion_budget": "many", "solver": ["x"]}
+
+    edit(write_run(tmp_path / "run", {"gsm8k": coins(40, 0.5, 0)}, model="l2d", l2d={}), change)
+    (row,) = write_leaderboard([tmp_path], tmp_path / "out").rows
+    assert row.setting.budget == 15
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "decoding"),
+    [
+        ({"temperature": 0.7}, "sampled at 0.7"),  # the harness samples where a temperature stands alone
+        ({"temperature": 0.7, "do_sample": False}, "greedy"),
+        ({"temperature": 0.0}, "greedy"),
+        ({"do_sample": True, "temperature": 1.0}, "sampled at 1"),
+        ({"do_sample": True, "temperature": 1.0, "top_p": 0.9, "top_k": 0}, "sampled at 1, top_p 0.9"),
+        ({"repetition_penalty": 1.2, "top_p": 0.9, "diffusion_budget": 3}, "greedy, repetition_penalty 1.2"),
+    ],
+)
+def test_decoding_is_told_as_the_harness_does(tmp_path, kwargs, decoding):
+    def change(raw):
+        raw["configs"]["gsm8k"]["generation_kwargs"] = {"until": [], **kwargs}
+
+    edit(write_run(tmp_path / "run", {"gsm8k": coins(40, 0.5, 0)}), change)
+    (row,) = write_leaderboard([tmp_path], tmp_path / "out").rows
+    assert row.setting.decoding == decoding
+
+
+# ---- measures ------------------------------------------------------------------------------------------------------
+
+
+def write_scored(folder: Path, name: str, metric: str, scores: list[float], value: float, **entry) -> None:
+    """A run whose one metric is `metric` with the score `value`; `scores` are those of its documents."""
+
+    def change(raw):
+        raw["results"]["lambada"] = {f"{metric},none": value, f"{metric}_stderr,none": 0.1}
+        raw["configs"]["lambada"]["metric_list"] = [{"metric": metric, **entry}]
+        del raw["higher_is_better"]  # older versions of the harness write none
+
+    l2d = None if name == "base" else {}
+    edit(write_run(folder / name, {"lambada": scores}, model=name, l2d=l2d), change)
+    edit_samples(folder / name, lambda _, line: line.update({metric: line["exact_match"], "metrics": [metric]}))
+
+
+def test_a_perplexity_is_not_tested_by_the_mean_of_its_documents(tmp_path):
+    for name, scores in (("base", [-2.0, -3.0, -2.5]), ("l2d", [-1.9, -2.8, -2.4])):
+        write_scored(tmp_path, name, "perplexity", scores, math.exp(-sum(scores) / 3), aggregation="perplexity")
+    board = write_leaderboard([tmp_path], tmp_path / "out")
+    cell = board.rows[-1].cells["lambada"]
+    assert cell.paired is None
+    assert cell.base_reasons == ["the score is not the mean of its documents' scores"]
+    assert cell.measure.higher_is_better is False
+
+
+def test_less_may_be_better(tmp_path):
+    base, better = [0.5, 0.75, 0.5, 0.25] * 9, [0.25, 0.5, 0.25, 0.25] * 9
+    for name, scores in (("base", base), ("l2d", better)):
+        write_scored(tmp_path, name, "error", scores, sum(scores) / len(scores), higher_is_better=False)
+    board = write_leaderboard([tmp_path], tmp_path / "out")
+    pair = board.rows[-1].cells["lambada"].paired
+    assert (pair.wins, pair.losses, pair.ties) == (27, 0, 9) and pair.difference < 0
+    page = (tmp_path / "out" / "leaderboard.html").read_text()
+    assert 'class="difference better"' in page and 'class="dot better"' in page
+    assert 'class="dot worse"' not in page
+    assert unpack(page, "lambada")["rows"]["2"]["lower"] is True
+
+
+def test_labels_tell_rows_apart(tmp_path):
+    settings = [{}, {"guidance_scale": 1.5, "guidance_class": "math"}, {"solver": "dopri5"}]
+    write_run(tmp_path / "base", {"gsm8k": coins(40, 0.5, 9)})
+    for number, sampler in enumerate(settings):
+        write_run(tmp_path / str(number), {"gsm8k": coins(40, 0.5, number)}, model="l2d", l2d={"sampler": sampler})
+    labels = [row.setting.label for row in write_leaderboard([tmp_path], tmp_path / "out").rows[1:]]
+    assert set(labels) == {
+        "L2D (lora), T = 15",
+        "L2D (lora), T = 15, guidance math × 1.5",
+        "L2D (lora), dopri5, adaptive",
+    }
+    figures = (tmp_path / "out" / "leaderboard.html").read_text()
+    assert all(f">#{number} {label[:25]}" in figures for number, label in enumerate(labels, 2))
