@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from l2d.losses import CHUNK_ELEMENTS
 from training.config import L2DTrainingConfig
+from training.console import say
 from training.data import IGNORED, Unavailable
 from training.noising import window_length
 from training.recipe import Recipe
@@ -56,13 +57,11 @@ class Shape:
 
 def dry_run(recipe: Recipe) -> None:
     """Print parameters, memory, three examples and the schedule. Raises `ValueError` as a real run would."""
-    from training.train import say
-
     model = build_on_meta(recipe)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     say(f"{recipe.model.method}: {trained:,} trained parameters, {frozen:,} frozen")
-    encoded = read_data(recipe, say)
+    encoded = read_data(recipe)
     examples, length, response = ASSUMED_LENGTH, ASSUMED_LENGTH, ASSUMED_RESPONSE
     if encoded is None:
         examples = (recipe.data.expected_examples or [None])[0]
@@ -70,8 +69,8 @@ def dry_run(recipe: Recipe) -> None:
     else:
         examples, length, response = describe(encoded)
     shape = shape_of(recipe, model, trained, frozen, length, response)
-    say_memory(shape, recipe, say)
-    say_schedule(recipe.training, examples, shape, say)
+    say_memory(shape, recipe)
+    say_schedule(recipe.training, examples, shape)
 
 
 # ---- model and data ----------------------------------------------------------------------------------------------
@@ -96,8 +95,6 @@ def base_configuration(recipe: Recipe) -> PreTrainedConfig:
 
 def build_on_meta(recipe: Recipe) -> PreTrainedModel:
     """The model that would be trained, with a base that has shapes and no weights."""
-    from training.train import lora_config
-
     config = base_configuration(recipe)
     if config.model_type == "l2d":
         raise ValueError(f"base={recipe.model.base!r} is an L2D checkpoint: name the model that it was trained on.")
@@ -111,11 +108,11 @@ def build_on_meta(recipe: Recipe) -> PreTrainedModel:
     if recipe.model.method == "lora_sft":
         from peft import get_peft_model
 
-        return get_peft_model(base, lora_config(recipe.model))
+        return get_peft_model(base, recipe.model.lora_config())
     return base
 
 
-def read_data(recipe: Recipe, say: Any) -> Any:
+def read_data(recipe: Recipe) -> Any:
     """The encoded training examples, after printing three of them; `None`, with a note, if they are not at hand."""
     from training.data import encode, load_examples, load_tokenizer
 
@@ -229,7 +226,7 @@ def estimate_flops(shape: Shape) -> float:
     return length * 2 * body + targets * evaluations
 
 
-def say_memory(shape: Shape, recipe: Recipe, say: Any) -> None:
+def say_memory(shape: Shape, recipe: Recipe) -> None:
     """Print the memory of one device, and with the trained state sharded over eight."""
     parts = estimate_memory(shape)
     total = sum(parts.values())
@@ -239,7 +236,7 @@ def say_memory(shape: Shape, recipe: Recipe, say: Any) -> None:
     say(f"  {total / GIB:7.1f} GiB  in all; {sharded / GIB:.1f} GiB with the trained state sharded over 8 devices")
 
 
-def say_schedule(training: L2DTrainingConfig, examples: int | None, shape: Shape, say: Any) -> None:
+def say_schedule(training: L2DTrainingConfig, examples: int | None, shape: Shape) -> None:
     """Print steps, warm-up and learning rates, and the time that eight H100 would take."""
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     steps = training.max_steps
