@@ -94,7 +94,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from l2d import L2DConfig, L2DForCausalLM
 from l2d.diffusion_path import NoisedTargets
 from tests.conftest import SIZES, randomise_path
-from training.trainer import split_queries
+from training.pieces import split_queries
 
 dist.init_process_group("gloo")
 

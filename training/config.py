@@ -195,7 +195,7 @@ class L2DTrainingConfig(SFTConfig):
     max_queries: int | None = field(
         default=None,
         metadata={"help": "Queries (position and draw) that go through the path at a time, forward and backward. "
-                  "Default: 4096, on a CPU 512. Changes memory and speed, not the result."},
+                  "Default: 4096, on a CPU 512 to 2048 by the model's size. Changes memory and speed, not the result."},
     )  # fmt: skip
     time_power: float = field(default=1.0, metadata={"help": "Times are u ** time_power with u uniform."})
     corruption_rate: float = field(
@@ -282,13 +282,10 @@ class L2DTrainingConfig(SFTConfig):
                 f"{launched} processes were launched and {self.world_size} would train together: "
                 "start them with accelerate launch or torchrun."
             )
-        if self.max_queries is None:
-            self.max_queries = 512 if self.use_cpu else 4096
         at_least("eval_samples", self.eval_samples, 0)
-        counts = ("draws", "eval_draws", "time_bins", "max_queries", "eval_budget_examples", "eval_sample_tokens")
-        for name in counts:
+        for name in ("draws", "eval_draws", "time_bins", "eval_budget_examples", "eval_sample_tokens"):
             at_least(name, getattr(self, name), 1)
-        for name in ("rollout_evaluations", "rollout_window"):
+        for name in ("rollout_evaluations", "rollout_window", "max_queries"):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
         if self.max_length is not None:

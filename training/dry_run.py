@@ -24,6 +24,7 @@ from training.config import L2DTrainingConfig
 from training.console import say
 from training.data import IGNORED, Unavailable
 from training.noising import window_length
+from training.pieces import default_queries, layer_bytes
 from training.recipe import Recipe
 
 ASSUMED_LENGTH, ASSUMED_RESPONSE = 700, 0.5  # mean tokens per example and share of targets, where the data are not here
@@ -163,20 +164,21 @@ def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, 
     if l2d and training.rollout_evaluations is not None:
         window = window_length(training)
         rollout = {"scored": window, "unscored": (training.rollout_evaluations - window) / 2}
+    base, stream_bytes = (model.base if l2d else model).config.get_text_config(), 2 if mixed else 4
     return Shape(
-        base=(model.base if l2d else model).config.get_text_config(),
+        base=base,
         method=recipe.model.method,
         variant=recipe.model.variant,
         trained=trained,
         frozen=frozen,
         frozen_bytes=4 if recipe.model.dtype == "float32" or (recipe.model.dtype is None and not mixed) else 2,
-        stream_bytes=2 if mixed else 4,
+        stream_bytes=stream_bytes,
         rows=training.per_device_train_batch_size,
         length=training.max_length or length,
         mean_length=length,
         response=response,
         draws=training.draws if l2d else 1,
-        max_queries=training.max_queries if "max_queries" in recipe.settings or not mixed else 4096,
+        max_queries=training.max_queries or default_queries(base, stream_bytes, "cuda" if mixed else "cpu"),
         checkpointing=bool(training.activation_checkpointing),
         **rollout,
     )
@@ -185,15 +187,13 @@ def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, 
 def estimate_memory(shape: Shape) -> dict[str, float]:
     """Bytes per device by what they are for, where nothing is sharded."""
     base, s = shape.base, shape.stream_bytes
-    layers, hidden, inner = base.num_hidden_layers, base.hidden_size, base.intermediate_size
+    layers, hidden = base.num_hidden_layers, base.hidden_size
     head = getattr(base, "head_dim", None) or hidden // base.num_attention_heads
-    attention, kept = base.num_attention_heads * head, base.num_key_value_heads * head
-    tokens = shape.rows * shape.length
-    block = s * (6 * hidden + 2 * attention + 4 * inner) + 8 * hidden  # what one layer keeps per position
+    kept, tokens = base.num_key_value_heads * head, shape.rows * shape.length
+    block = layer_bytes(base, s, modulated=shape.method == "l2d")
     parts: dict[str, float] = {"frozen weights": shape.frozen * shape.frozen_bytes, _STATE: shape.trained * 16}
     if shape.method == "l2d":
         queries = min(math.ceil(tokens * shape.response) * shape.draws, shape.max_queries)
-        block += 24 * hidden  # scales, shifts and gates in float32
         per_layer = hidden * s if shape.checkpointing else block
         parts["keys and values of the main path"] = 2 * layers * kept * tokens * s
         parts["activations"] = queries * (layers * per_layer + (block if shape.checkpointing else 0))

@@ -1,7 +1,6 @@
 """`L2DTrainer`: TRL's `SFTTrainer` with the diffusion loss.
 
 - `response_positions`: labels -> positions whose next token is a target
-- `split_queries`: pieces that go through the path one after the other
 - `L2DTrainer.compute_loss`: draws times and noise there, asks the diffusion path, averages over targets and draws
 - `L2DTrainer.evaluation_loop`: the same loss on held-out data, also by bin of time, with noise seeded per example
 
@@ -28,6 +27,7 @@ from training.card import model_card
 from training.checks import check_objective, refuse_ignored_by_l2d
 from training.config import L2DTrainingConfig
 from training.noising import evaluation_queries, training_queries, window_length
+from training.pieces import default_queries, split_queries
 from training.saving import SafeCheckpoints
 
 
@@ -54,6 +54,9 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         backend = take_compile(args)
         own_collator = kwargs.get("data_collator") is None
         super().__init__(model=model, args=args, **kwargs)
+        if args.max_queries is None:
+            mixed = args.bf16 or args.fp16
+            args.max_queries = default_queries(model.base.config.get_text_config(), 2 if mixed else 4, args.device.type)
         self._sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.is_fsdp_enabled and self.accelerator.mixed_precision != "no":
             # Accelerate's own policy would round the trained weights before they are used; autocast does not.
@@ -295,24 +298,6 @@ def compile_path(model: L2DForCausalLM, backend: str) -> None:
     """
     for layer in model.path.layers:
         layer.twin.transform = torch.compile(layer.twin.transform, dynamic=True, backend=backend)
-
-
-def split_queries(queries: NoisedTargets, most: int) -> list[NoisedTargets]:
-    """Pieces of at most `most` scored queries each: some draws of all positions, or one draw of some positions."""
-    valid = queries.index >= 0
-    count, draws = int(valid.sum()), queries.noise.shape[0]
-    most = max(1, most * draws // queries.scored_time.shape[0])
-    if count * draws <= most:
-        return [queries]
-    groups = torch.arange(draws).split(max(1, most // max(count, 1)))
-    number = valid.flatten().cumsum(0).view_as(valid) - 1  # of each position among the valid ones
-    pieces = []
-    for group in groups:
-        draw = slice(int(group[0]), int(group[-1]) + 1)
-        for start in range(0, count, most):
-            wanted = valid & (number >= start) & (number < start + most)
-            pieces.append(queries.select(queries.index.masked_fill(~wanted, -1), draw))
-    return pieces
 
 
 def sums_by_bin(output: L2DTrainingOutput, time: torch.Tensor, bins: int) -> torch.Tensor:
