@@ -147,7 +147,8 @@ def refuse_ignored_by_l2d(training: L2DTrainingConfig) -> None:
     }
     for name, on in switched_on.items():
         if on:
-            raise ValueError(f"{name}={getattr(training, name)} cannot be followed by method l2d: leave it out.")
+            also = " (gradient_checkpointing_kwargs)" if name == "activation_checkpointing_kwargs" else ""
+            raise ValueError(f"{name}{also}={getattr(training, name)} cannot be followed by method l2d: leave it out.")
     if (training.eval_budgets or training.eval_samples) and sharded():
         raise ValueError("eval_budgets and eval_samples need the whole model on every device: not with sharding.")
 
