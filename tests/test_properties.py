@@ -26,7 +26,8 @@ from lm_eval_ext.arguments import ARGUMENTS, BUDGET, SAMPLER_ARGUMENTS, UsageErr
 from lm_eval_ext.generating import AnswersGeneration
 from lm_eval_ext.stopping import TextStop
 from tests.conftest import TRAINING_TEXT, train_tokenizer
-from training.trainer import response_positions, split_queries
+from training.pieces import split_queries
+from training.trainer import response_positions
 
 TOKENIZER = train_tokenizer()
 SEEDS = st.integers(0, 2**31)

@@ -74,6 +74,8 @@ def test_recipes_in_the_repository(path):
     assert read_recipe(["--config", str(path)]).training.output_dir
 
 
+BEST = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps",
+        "save_steps": 1, "eval_holdout": 2}  # fmt: skip
 REFUSED = {
     "unknown": ({"learning_rat": 1e-4}, "did you mean 'learning_rate'"),
     "method": ({"method": "dpo"}, "l2d, lora_sft, full_sft"),
@@ -122,6 +124,43 @@ REFUSED = {
     "draws without noise": ({"noise_free": True, "draws": 4}, "draws=4 has no effect"),
     "budget without noise": ({"noise_free": True, "eval_budgets": [15], "eval_holdout": 2}, "use diffusion_budget=2"),
     "options of a baseline": ({"method": "lora_sft", "rollout_evaluations": 8}, "ignored by method lora_sft"),
+    "optimizer's words": ({"optim_args": "foo"}, "optim_args='foo' must be name=value"),
+    "optimizer's unknown": ({"optim_args": "foo=1"}, "foo=1 would change nothing for optim=adamw_torch"),
+    "optimizer's value": ({"optim": "sgd", "optim_args": "momentum=a"}, "optim_args='momentum=a' cannot be followed"),
+    "optimizer's modules": ({"optim_target_modules": "all-linear"}, "optim_target_modules would be ignored by optim="),
+    "optimizer that is not there": ({"optim": "lomo"}, "optim=lomo with optim_args=None cannot be followed"),
+    "schedule without its end": ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+    "schedule above its start": (
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": 1.0}},
+        "lr_end (1.0) must be smaller",
+    ),
+    "schedule of words": ({"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "a"}}, "'power': 'a'"),
+    "logger that is not there": ({"report_to": "flyte"}, "report_to=flyte cannot be followed"),
+    "compiler": ({"torch_compile": True, "torch_compile_backend": "gcc"}, "torch_compile_backend='gcc'"),
+    "compiler's mode": ({"torch_compile_mode": "max-autotune"}, "torch_compile_mode=max-autotune"),
+    "half precision on a CPU": ({"fp16": True}, "fp16=True would be ignored on a CPU"),
+    "best of nothing": ({"load_best_model_at_end": True}, "load_best_model_at_end would be ignored"),
+    "best by nothing": ({**BEST, "metric_for_best_model": "acc"}, "metric_for_best_model='acc' is not measured"),
+    "best by another budget": (
+        {**BEST, "metric_for_best_model": "accuracy_budget_3", "eval_budgets": [7]},
+        "accuracy, accuracy_budget_7",
+    ),
+    "two batch sizes": ({"auto_find_batch_size": True, "total_batch_size": 8}, "keep one of them"),
+    "split batches": ({"accelerator_config": {"split_batches": True}, "total_batch_size": 8}, "splits batches"),
+    "accelerator": ({"accelerator_config": {"splitbatches": True}}, "accelerator_config='splitbatches'"),
+    "nothing to resume": ({"save_only_model": True, "resume_from_checkpoint": "auto"}, "save_only_model"),
+    "labels": ({"label_names": ["answer"]}, "label_names would be ignored"),
+    "predictions": ({"include_for_metrics": ["loss"]}, "include_for_metrics would be ignored"),
+    "another SIGTERM": ({"enable_jit_checkpoint": True}, "enable_jit_checkpoint would be ignored"),
+    "strategy of no packing": ({"packing_strategy": "wrapped"}, "packing_strategy would be ignored: set packing too"),
+    "dropout of no class": ({"guidance_dropout": 0.1}, "guidance_dropout would be ignored: set guidance_classes"),
+    "tokens of no sample": ({"eval_sample_tokens": 9}, "eval_sample_tokens would be ignored"),
+    "workers of nothing": ({"dataloader_persistent_workers": True}, "set dataloader_num_workers too"),
+    "revision of a folder": ({"base_revision": "main"}, "base_revision='main' means nothing for a folder"),
+    "batch larger than the data": (
+        {"dataloader_drop_last": True, "per_device_train_batch_size": 64},
+        "leaves nothing of 12 examples",
+    ),
     "sampler": ({"sampler": {"budget": 4}}, "diffusion_budget=4"),
     "sampler name": ({"sampler": {"bugdet": 3}}, "did you mean 'budget'"),
 }
@@ -151,6 +190,26 @@ def test_refused_on_the_command_line(recipe, arguments, words):
     path = str(recipe())
     with pytest.raises(ValueError, match=words):
         read_recipe([path if word == "RECIPE" else word for word in arguments])
+
+
+def test_what_optimizers_and_schedules_take(recipe):
+    """Nothing that can be followed is refused."""
+    for settings in (
+        {"optim": "sgd", "optim_args": "momentum=0.9, nesterov=true"},
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 1}},
+        {"lr_scheduler_type": "cosine"},
+        {"optim": "adafactor", "report_to": "tensorboard"},
+        {**BEST, "metric_for_best_model": "accuracy_budget_3", "eval_budgets": [3]},
+    ):
+        read_recipe(["--config", str(recipe(**settings))])
+
+
+@pytest.mark.parametrize(
+    ("metric", "greater"), [("loss", False), ("loss_t_0.00_0.25", False), ("accuracy", True), ("eval_loss", False)]
+)
+def test_the_best_loss_is_the_lowest(recipe, metric, greater):
+    read = read_recipe(["--config", str(recipe(**BEST, metric_for_best_model=metric))])
+    assert read.training.greater_is_better is greater
 
 
 def test_twice_or_no_mapping(recipe, tmp_path):

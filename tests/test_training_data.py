@@ -198,3 +198,65 @@ def test_empty_or_unusable(tmp_path):
     (tmp_path / "broken.jsonl").write_text("{not json")
     with pytest.raises(ValueError, match="cannot be read"):
         load_examples(DataArguments(dataset=str(tmp_path / "broken.jsonl")), None, 0)
+
+
+PAIR = {"prompt": "2 + 2 =", "completion": " 4"}
+REFUSED = {
+    "text for messages": ([{"messages": "hello"}], {}, {}, "messages must be lists of turns.*'hello'"),
+    "turns without roles": ([{"messages": [{"content": "a"}]}], {}, {}, "messages must be lists of turns"),
+    "text to unroll": ([{"messages": "hello"}], {"unroll": True}, {}, "messages must be lists of turns"),
+    "text and turns": ([{"prompt": TALK[:1], "completion": "5"}], {}, {}, "must both be texts or both be lists"),
+    "turns and text": ([{"prompt": "a", "completion": TALK[1:2]}], {}, {}, "must both be texts or both be lists"),
+    "tools": ([{"messages": TALK, "tools": "none"}], {}, {}, "tools='none' of an example is not JSON"),
+    "open brace": ([PAIR], {"columns": {"prompt": "{prompt"}}, {}, "'{prompt' is no text with columns in braces"),
+    "two kinds": (
+        [PAIR | {"messages": TALK}], {"columns": {"messages": "messages", "prompt": "prompt"}}, {}, "keep one"
+    ),
+    "completions of a conversation": ([{"messages": TALK}], {}, {"completion_only_loss": False}, "assistant_only_loss"),
+    "all too long": ([PAIR], {}, {"too_long": "drop", "max_length": 3}, "every train example is longer than"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "options", "settings", "words"), REFUSED.values(), ids=REFUSED)
+def test_data_that_cannot_be_read_end_in_a_sentence(chat, training, tmp_path, rows, options, settings, words):
+    path = write_jsonl(tmp_path / "data.jsonl", rows * 3)
+    args = training(**settings)
+    with pytest.raises(ValueError, match=words):
+        examples, _ = load_examples(DataArguments(dataset=str(path), **options), None, seed=0)
+        encode(examples, chat, args, args.max_length or 64, "train")
+
+
+def test_what_a_template_refuses_ends_in_a_sentence(chat, training):
+    """Templates raise errors of their own, for example about the order of roles."""
+    chat.chat_template = "{{ raise_exception('roles must alternate') }}" + TEMPLATE
+    rows = datasets.Dataset.from_list([{"messages": TALK}])
+    with pytest.raises(ValueError, match="the chat template cannot render .*roles must alternate"):
+        encode(rows, chat, training(), 64, "train")
+
+
+def test_a_column_that_only_sounds_like_ours(tokenizer, training, tmp_path):
+    """`guidance_class` of the data means nothing where the recipe names no classes."""
+    path = write_jsonl(tmp_path / "data.jsonl", [PAIR | {"guidance_class": "math"}] * 3)
+    examples, _ = load_examples(DataArguments(dataset=str(path)), None, seed=0)
+    encoded, _ = encode(examples, tokenizer, training(), 64, "train")
+    assert encoded.column_names == ["input_ids", "labels"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"columns": {"messages": "talk"}}, {"columns": {"messages": "talk"}, "unroll": True}]
+)
+def test_messages_are_used_where_they_are_asked_for(chat, training, tmp_path, options):
+    """Also in data that have a prompt and a completion besides; empty conversations have no response."""
+    path = write_jsonl(tmp_path / "data.jsonl", [PAIR | {"talk": TALK}, PAIR | {"talk": None}])
+    examples, _ = load_examples(DataArguments(dataset=str(path), **options), None, seed=0)
+    encoded, _ = encode(examples, chat, training(), 64, "train")
+    found = [targets(chat, row) for row in encoded]
+    assert found == (["5</s>", "9 cats</s>"] if "unroll" in options else ["5</s>9 cats</s>"])
+
+
+def test_completions_alone_if_both_are_said(chat, training):
+    rows = datasets.Dataset.from_list([{"prompt": TALK[:3], "completion": TALK[3:]}])
+    settings = training(assistant_only_loss=False, completion_only_loss=True)
+    assert targets(chat, encode(rows, chat, settings, 64, "train")[0][0]) == "9 cats</s>"
+    every = encode(rows, chat, training(assistant_only_loss=False), 64, "train")[0][0]
+    assert every["labels"] == every["input_ids"]

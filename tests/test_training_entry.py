@@ -212,6 +212,22 @@ def test_unusable_bases(recipe, tmp_path, base_dir, l2d_dir, capsys):
         assert "could not be loaded" in refused(capsys, recipe(method=method, base=tmp_path / "hollow"))
 
 
+@pytest.mark.parametrize("method", ["l2d", "full_sft"])
+def test_a_run_that_diverged_leaves_no_model(recipe, tmp_path, capsys, monkeypatch, method):
+    """Weights that are no numbers end the run in one line, with status 1."""
+    import torch.optim
+
+    def broken(self, closure=None):
+        for group in self.param_groups:
+            group["params"][0].data.fill_(float("nan"))
+
+    monkeypatch.setattr(torch.optim.SGD, "step", broken)
+    with pytest.raises(SystemExit) as exit:
+        train_here(recipe(method=method, optim="sgd"))
+    assert exit.value.code == 1 and "error: training diverged" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_limits_of_the_base(recipe, tmp_path, capsys):
     assert "use at most 4096" in refused(capsys, recipe(max_length=5000))
     data = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "7" * 5000, "completion": "8"}])

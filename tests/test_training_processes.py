@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
+from l2d import L2DForCausalLM
 from tests.training_runs import (
+    BASELINE,
     REPOSITORY,
     SMALL,
     _run,
@@ -15,10 +17,12 @@ from tests.training_runs import (
     same_bits,
     sums,
     train_here,
+    train_in_process,
     weights,
     write_jsonl,
     write_recipe,
 )
+from training.recipe import read_recipe
 
 CONFIGS = REPOSITORY / "training" / "accelerate_configs"
 SAME_NOISE = """
@@ -90,7 +94,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from l2d import L2DConfig, L2DForCausalLM
 from l2d.diffusion_path import NoisedTargets
 from tests.conftest import SIZES, randomise_path
-from training.trainer import split_queries
+from training.pieces import split_queries
 
 dist.init_process_group("gloo")
 
@@ -135,6 +139,112 @@ def test_sharded_gradients_are_the_whole_models(tmp_path):
     done = _run([*launcher, str(script)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "equal lora\nequal full\n" in done.stdout
+
+
+# Accelerate takes FSDP for accelerators only; on CPUs its own state says so, and all that follows works on them.
+ON_CPUS = """
+import sys
+from accelerate import state
+from accelerate.utils import DistributedType
+from tests.conftest import randomise_path
+from training import train
+from training.trainer import L2DTrainer
+
+make, build = state.AcceleratorState.__init__, train.build_trainer
+
+def sharded_state(self, *args, fsdp_plugin=None, **kwargs):
+    make(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU and fsdp_plugin is not None:
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+def build_trainer(job):
+    trainer = build(job)
+    if hasattr(trainer, "evaluation_queries"):
+        randomise_path(trainer.model)
+        trainer.args.max_queries = 3 if trainer.is_fsdp_enabled else 512  # sharded ones take all at once
+    train.say(f"sharded: {trainer.is_fsdp_enabled}")
+    return trainer
+
+L2DTrainer._draw = lambda self, inputs, index, targets: self.evaluation_queries(inputs)
+state.AcceleratorState.__init__, train.build_trainer = sharded_state, build_trainer
+train.main(sys.argv[1:])
+"""
+
+
+def on_cpus(folder, name):
+    """A launch configuration of ours, for two processes."""
+    path = folder / f"{name}.yaml"
+    text = (CONFIGS / f"{name}.yaml").read_text().replace("num_processes: 8", "num_processes: 2")
+    path.write_text(text + "main_process_port: 0\n")
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["l2d", "lora_sft"])
+def test_sharded_training_equals_one_process(tmp_path, settings, method):
+    """`fsdp2.yaml` through accelerate, in bfloat16, with evaluation and checkpoints: the same losses and weights."""
+    if method == "l2d":
+        config, settings = on_cpus(tmp_path, "fsdp2"), {**settings, "variant": "lora", "dtype": "bfloat16"}
+    else:
+        config = on_cpus(tmp_path, "fsdp2_baselines")
+        settings = {**BASELINE, **{name: settings[name] for name in ("base", "dataset", "eval_holdout")}}
+    settings |= {"method": method, "lora_rank": 2, "bf16": method == "l2d"}
+    settings |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3}
+    script = tmp_path / "on_cpus.py"
+    script.write_text(ON_CPUS)
+    two = settings | {"output_dir": tmp_path / "two", "save_strategy": "steps", "save_steps": 2}
+    path = write_recipe(tmp_path / "two.yaml", **two)
+    done = launch_two(["--config", str(path)], script, config)
+    assert done.returncode == 0 and "sharded: True" in done.stdout, done.stderr[-3000:]
+    one = settings | {"output_dir": tmp_path / "one", "gradient_accumulation_steps": 2}
+    alone = train_in_process(["--config", str(write_recipe(tmp_path / "one.yaml", **one))], code=ON_CPUS)
+    assert alone.returncode == 0 and "sharded: False" in alone.stdout, alone.stderr[-3000:]
+    assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), abs=1e-5)
+    if method == "l2d":  # TRL's own is a mean over batches; here other batches only round otherwise
+        assert logged(tmp_path / "two", "eval_loss") == pytest.approx(logged(tmp_path / "one", "eval_loss"), abs=2e-3)
+    whole = weights(tmp_path / "two")
+    assert whole.keys() == weights(tmp_path / "one").keys()
+    for name, tensor in weights(tmp_path / "one").items():
+        torch.testing.assert_close(whole[name], tensor, rtol=1e-3, atol=5e-5)
+    if method == "l2d":
+        assert not any("base" in name for name in whole)
+        L2DForCausalLM.from_pretrained(tmp_path / "two")
+        middle = str(tmp_path / "two" / "checkpoint-2")
+        done = launch_two(["--config", str(path), "--resume_from_checkpoint", middle], script, config)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert same_bits(whole, weights(tmp_path / "two"))
+
+
+SHARDED_ENVIRONMENT = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "words"),
+    [
+        ({}, {}, None),
+        ({}, {"max_queries": 5}, "max_queries would be ignored with sharding"),
+        ({}, {"eval_samples": 2}, "need the whole model"),
+        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {}, "fsdp_state_dict_type would leave no model"),
+        ({"FSDP_RESHARD_AFTER_FORWARD": "true"}, {}, "fsdp_reshard_after_forward=true does not go with method l2d"),
+        ({"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}, {}, "set it to NO_WRAP"),
+        ({"FSDP_VERSION": "1"}, {}, "set it to 2"),
+    ],
+)
+def test_what_sharding_cannot_do_is_refused(tmp_path, settings, monkeypatch, environment, given, words):
+    for name, value in {**SHARDED_ENVIRONMENT, **environment}.items():
+        monkeypatch.setenv(name, value)
+    path = write_recipe(tmp_path / "recipe.yaml", **settings, output_dir=tmp_path / "out", **given)
+    if words is None:
+        read_recipe(["--config", str(path)])
+        return
+    with pytest.raises(ValueError, match=words):
+        read_recipe(["--config", str(path)])
 
 
 def test_accelerate_configs_are_readable():

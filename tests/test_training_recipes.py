@@ -4,9 +4,11 @@ import dataclasses
 import re
 
 import pytest
+from transformers import AutoConfig
 
 from tests.training_runs import REPOSITORY, SMALL, sums, train_here, write_jsonl, write_recipe
 from training.dry_run import Shape, estimate_flops, estimate_memory
+from training.pieces import default_queries, layer_bytes
 from training.recipe import read_recipe
 
 RECIPES = REPOSITORY / "training" / "recipes"
@@ -124,3 +126,21 @@ def test_total_batch_size(tmp_path, base_dir, monkeypatch):
         read_recipe(["--config", str(path), "--total_batch_size", "30"])
     with pytest.raises(ValueError, match="keep one"):
         read_recipe(["--config", str(path), "--gradient_accumulation_steps", "2"])
+
+
+@pytest.mark.parametrize(
+    ("shape", "device", "queries"),
+    [
+        ((64, 128, 2, 4), "cpu", 2048),  # the demo's: 12 kB a query
+        ((256, 1024, 8, 8), "cpu", 1024),
+        ((576, 1536, 30, 9), "cpu", 512),  # 1.8 MB a query
+        ((576, 1536, 30, 9), "cuda", 4096),
+    ],
+)
+def test_queries_at_a_time(shape, device, queries):
+    """As many as before for large models, more for small ones, which hold no more than 256 MiB."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    base = AutoConfig.for_model("llama", **dict(zip(names, shape, strict=True)))
+    assert default_queries(base, 4, device) == queries
+    held = queries * base.num_hidden_layers * layer_bytes(base, 4, modulated=True)
+    assert held <= 2**28 or queries == 512 or device == "cuda"

@@ -1,6 +1,7 @@
 """A killed run that is resumed equals an unbroken one, bit for bit. `python -m pytest tests/test_training_resume.py`"""
 
 import json
+import signal
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from tests.training_runs import (
     write_jsonl,
     write_recipe,
 )
+from training.saving import StopOnSignal
 
 
 @pytest.fixture
@@ -122,3 +124,13 @@ def test_noise_goes_on(tmp_path, base_dir, monkeypatch):
     train_here(path, "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-3"))
     assert len(whole) == 6 and len({tuple(noise.tolist()) for noise in whole}) == 6
     assert torch.equal(torch.stack(drawn), torch.stack(whole[3:]))
+
+
+def test_a_training_that_begins_twice_gives_the_signal_back():
+    """As it does with `auto_find_batch_size`, in one command: afterwards SIGTERM does what it did before."""
+    before, stop = signal.getsignal(signal.SIGTERM), StopOnSignal(None)
+    stop.on_train_begin()
+    stop.on_train_begin()
+    assert signal.getsignal(signal.SIGTERM) == stop._ask
+    stop.on_train_end()
+    assert signal.getsignal(signal.SIGTERM) == before

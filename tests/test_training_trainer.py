@@ -13,12 +13,12 @@ from tests.training_runs import sums
 from training.config import L2DTrainingConfig
 from training.data import encode
 from training.noising import keyed_generator
+from training.pieces import split_queries
 from training.trainer import (
     L2DTrainer,
     classes_at,
     metrics_by_bin,
     response_positions,
-    split_queries,
     sums_by_bin,
 )
 

@@ -111,9 +111,11 @@ def train_in_process(arguments: list[str], code: str | None = None, **kwargs: An
     return _run([sys.executable, *start, *arguments], **kwargs)
 
 
-def launch_two(arguments: list[str], script: Path | None = None, **kwargs: Any) -> subprocess.CompletedProcess:
+def launch_two(
+    arguments: list[str], script: Path | None = None, config: Path | None = None, **kwargs: Any
+) -> subprocess.CompletedProcess:
     """The same with `accelerate launch` and two gloo processes; `script` runs instead of the entry point."""
-    config = REPOSITORY / "training" / "accelerate_configs" / "cpu_2.yaml"
+    config = config or REPOSITORY / "training" / "accelerate_configs" / "cpu_2.yaml"
     target = ["-m", "training.train"] if script is None else [str(script)]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     return _run([*launcher, *target, *arguments], **kwargs)

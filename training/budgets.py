@@ -9,21 +9,19 @@ Both use the first evaluation examples and noise that depends on these alone, so
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import torch
+from trl import SFTTrainer
 
 from training.data import IGNORED
-
-if TYPE_CHECKING:
-    from training.trainer import L2DTrainer
 
 _BATCH = 8
 
 
 @torch.no_grad()
-def budget_accuracy(trainer: "L2DTrainer", examples: datasets.Dataset, prefix: str) -> dict[str, float]:
+def budget_accuracy(trainer: SFTTrainer, examples: datasets.Dataset, prefix: str) -> dict[str, float]:
     """Accuracy over the response tokens of the first examples, whose true text comes before each, by budget."""
     args, budgets = trainer.args, trainer.args.eval_budgets or []
     mine = range(args.process_index, min(args.eval_budget_examples, len(examples)), args.world_size)
@@ -59,7 +57,7 @@ def padded(
 
 
 @torch.no_grad()
-def write_samples(trainer: "L2DTrainer", examples: datasets.Dataset) -> None:
+def write_samples(trainer: SFTTrainer, examples: datasets.Dataset) -> None:
     """Append one line per example: step, prompt, true response, and what the base and the sampler generate."""
     args, tokenizer = trainer.args, trainer.processing_class
     if not args.eval_samples or not trainer.is_world_process_zero():

@@ -3,11 +3,12 @@
 - `ModelArguments`: the method, the base, and the shape of the diffusion path
 - `DataArguments`: where the examples come from and which columns hold what
 - `L2DTrainingConfig`: TRL's `SFTConfig` with the options of diffusion training and a few other defaults
-- `check_recipe`: what must hold between them; every option that would be ignored is refused
+- `one_of`, `at_least`, `check_file`, `mapping`: single values
+
+`checks` has what must hold between them.
 """
 
 import dataclasses
-import inspect
 import json
 import os
 import typing
@@ -15,40 +16,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
-from transformers.trainer_utils import SchedulerType
+from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTConfig
 
-from l2d.checkpoint_folder import looks_local
 from l2d.config import L2DConfig
-from training.noising import check_objective
 
 FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 METHODS = ("l2d", "lora_sft", "full_sft")
-
-_PATH_ONLY = {
+L2D_SETTINGS = (
     "variant", "diffusion_dim", "noise_std", "input_width", "conditioning_width", "frequency_width", "min_noise",
-    "guidance_classes", "carried_state", "noise_free", "sampler",
-}  # fmt: skip
-L2D_SETTINGS = _PATH_ONLY | {"base_revision", "lora_rank", "lora_alpha"}  # what ModelArguments hands to L2DConfig
-L2D_ONLY = _PATH_ONLY | {
-    "guidance_column", "guidance_class", "guidance_map",
-    "draws", "max_queries", "time_power", "corruption_rate", "corruption_base_share", "rollout_evaluations",
-    "rollout_window", "guidance_dropout", "eval_draws", "time_bins", "eval_budgets",
-    "eval_budget_examples", "eval_samples", "eval_sample_tokens",
-}  # fmt: skip
-LORA_SFT_ONLY = {"lora_target_modules"}
-ALWAYS_IGNORED = {
-    "model_init_kwargs": "use base_revision, dtype and attn_implementation",
-    "dataset_text_field": "text without a response has nothing to train on; use columns to name prompt and completion",
-    "dataset_kwargs": "the examples are prepared before the trainer sees them",
-    "truncation_mode": "use too_long: truncate",
-    "pad_token": "set it in the base's tokenizer",
-    "do_train": "training is what this command does",
-    "do_eval": "use eval_strategy, or give eval data for one evaluation at the end",
-    "do_predict": "evaluate the checkpoint with lm_eval",
-}
+    "guidance_classes", "carried_state", "noise_free", "sampler", "base_revision", "lora_rank", "lora_alpha",
+)  # what ModelArguments hands to L2DConfig  # fmt: skip
 
 
 @dataclass
@@ -111,6 +89,19 @@ class ModelArguments:
             raise ValueError(f"base_config={self.base_config!r} does not exist: give a JSON file, or leave it out.")
         if self.base is not None and os.path.isdir(self.base):
             self.base = os.path.abspath(self.base)
+
+    def lora_config(self) -> Any:
+        """PEFT's configuration for `lora_sft`, `None` for other methods."""
+        if self.method != "lora_sft":
+            return None
+        from peft import LoraConfig  # late: a second
+
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=self.lora_rank,
+            lora_alpha=self.lora_alpha,
+            target_modules=self.lora_target_modules or "all-linear",
+        )
 
     def l2d_config(self) -> L2DConfig:
         """The configuration of the model to be trained; raises `ValueError` for impossible values."""
@@ -197,13 +188,14 @@ class L2DTrainingConfig(SFTConfig):
 
     if TYPE_CHECKING:  # theirs, which `__post_init__` settles
         bf16: bool | None
+        greater_is_better: bool | None
         gradient_accumulation_steps: int
 
     draws: int = field(default=1, metadata={"help": "Draws of (time, noise) per response position and step."})
     max_queries: int | None = field(
         default=None,
         metadata={"help": "Queries (position and draw) that go through the path at a time, forward and backward. "
-                  "Default: 4096, on a CPU 512. Changes memory and speed, not the result."},
+                  "Default: 4096, on a CPU 512 to 2048 by the model's size. Changes memory and speed, not the result."},
     )  # fmt: skip
     time_power: float = field(default=1.0, metadata={"help": "Times are u ** time_power with u uniform."})
     corruption_rate: float = field(
@@ -275,6 +267,13 @@ class L2DTrainingConfig(SFTConfig):
             self.dataloader_pin_memory = False
         if self.bf16 and self.fp16:
             raise ValueError("bf16=True and fp16=True exclude each other: keep one of them.")
+        if self.fp16 and self.use_cpu:
+            raise ValueError("fp16=True would be ignored on a CPU: use bf16, or leave it out.")
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = "loss" not in self.metric_for_best_model  # also for the loss of a bin of time
+        known = tuple(part.name for part in dataclasses.fields(AcceleratorConfig))
+        for name in self.accelerator_config if isinstance(self.accelerator_config, dict) else ():
+            one_of("accelerator_config", name, known)
         self._follow_total_batch_size()
         super().__post_init__()
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -283,13 +282,10 @@ class L2DTrainingConfig(SFTConfig):
                 f"{launched} processes were launched and {self.world_size} would train together: "
                 "start them with accelerate launch or torchrun."
             )
-        if self.max_queries is None:
-            self.max_queries = 512 if self.use_cpu else 4096
         at_least("eval_samples", self.eval_samples, 0)
-        counts = ("draws", "eval_draws", "time_bins", "max_queries", "eval_budget_examples", "eval_sample_tokens")
-        for name in counts:
+        for name in ("draws", "eval_draws", "time_bins", "eval_budget_examples", "eval_sample_tokens"):
             at_least(name, getattr(self, name), 1)
-        for name in ("rollout_evaluations", "rollout_window"):
+        for name in ("rollout_evaluations", "rollout_window", "max_queries"):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
         if self.max_length is not None:
@@ -318,17 +314,8 @@ class L2DTrainingConfig(SFTConfig):
         at_least("dataloader_num_workers", self.dataloader_num_workers, 0)
         if self.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: set it above 0, or leave it out to train num_train_epochs.")
-        known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(self.lr_scheduler_type)]).parameters
-        for name in mapping("lr_scheduler_kwargs", self.lr_scheduler_kwargs) or {}:
-            if name not in known:
-                raise ValueError(
-                    f"lr_scheduler_kwargs has {name!r}, which {self.lr_scheduler_type} does not take: choose from "
-                    f"{', '.join(known)}."
-                )
         if self.max_steps <= 0 and not 0 < self.num_train_epochs < float("inf"):
             raise ValueError(f"num_train_epochs={self.num_train_epochs} must be a number above 0, or set max_steps.")
-        for name in self.report_to:
-            one_of("report_to", name, ("none", *INTEGRATION_TO_CALLBACK))
 
     def _follow_total_batch_size(self) -> None:
         if self.total_batch_size is None:
@@ -343,97 +330,6 @@ class L2DTrainingConfig(SFTConfig):
                 "take at once: change it, or per_device_train_batch_size."
             )
         self.gradient_accumulation_steps = self.total_batch_size // at_once
-
-
-def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTrainingConfig, given: set[str]) -> None:
-    """Refuse recipes that name what is not there or say something that would be ignored.
-
-    Args:
-        given: names of the options that the recipe or the command line sets.
-
-    Raises `ValueError` with one sentence.
-    """
-    for name, remedy in ALWAYS_IGNORED.items():
-        if name in given:
-            raise ValueError(f"{name} would be ignored: {remedy}.")
-    foreign = set() if model.method == "l2d" else L2D_ONLY
-    foreign = foreign | (set() if model.method == "lora_sft" else LORA_SFT_ONLY)
-    if model.method == "full_sft" or (model.method == "l2d" and model.variant == "full"):
-        foreign = foreign | {"lora_rank", "lora_alpha"}
-    if ignored := sorted(foreign & given):
-        kind = "variant full" if model.method == "l2d" else f"method {model.method}"
-        raise ValueError(f"{', '.join(ignored)} would be ignored by {kind}: leave out, or choose another method.")
-    base = model.base or ""
-    if looks_local(base) and not os.path.isdir(base) and model.base_config is None:
-        raise ValueError(f"base={model.base!r} is not a folder: give the folder or the hub name of the base model.")
-    for name in ("dataset", "eval_dataset"):
-        check_file(name, getattr(data, name))
-    if data.dataset_config and os.path.isfile(data.dataset or ""):
-        raise ValueError(f"dataset_config={data.dataset_config} means nothing for a file: leave it out.")
-    if training.chat_template_path and not os.path.isfile(training.chat_template_path):
-        raise ValueError(f"chat_template_path={training.chat_template_path!r} must be a Jinja file that exists.")
-    if not data.has_eval and (training.eval_strategy != "no" or training.eval_on_start):
-        raise ValueError("eval_strategy asks for evaluation, and there are no data: set eval_split or eval_holdout.")
-    if model.method == "l2d":
-        refuse_ignored_by_l2d(training)
-        _check_guidance(model, data)
-        _check_packing(model, training)
-        config = model.l2d_config()
-        check_objective(config, training)
-        if "corruption_base_share" in given and not training.corruption_rate:
-            raise ValueError("corruption_base_share would be ignored: set corruption_rate too, or leave it out.")
-        for budget in training.eval_budgets or []:
-            config.check_sampler(config.default_sampler(budget=budget))
-        if (training.eval_budgets or training.eval_samples) and not data.has_eval:
-            raise ValueError("eval_budgets and eval_samples need evaluation data: set eval_split or eval_holdout.")
-
-
-def refuse_ignored_by_l2d(training: SFTConfig) -> None:
-    """Refuse trainer options that `L2DTrainer` would not follow, with a `ValueError` that names the flag."""
-    switched_on = {
-        "label_smoothing_factor": training.label_smoothing_factor != 0,
-        "loss_type": training.loss_type != "nll",
-        "neftune_noise_alpha": training.neftune_noise_alpha is not None,
-        "activation_offloading": training.activation_offloading,
-        "use_liger_kernel": training.use_liger_kernel,
-        "router_aux_loss_coef": training.router_aux_loss_coef is not None,
-        "eval_packing": bool(training.eval_packing),
-        "activation_checkpointing_kwargs": bool(training.activation_checkpointing_kwargs),
-        "bf16_full_eval": training.bf16_full_eval,
-        "fp16_full_eval": training.fp16_full_eval,
-    }
-    for name, on in switched_on.items():
-        if on:
-            raise ValueError(f"{name}={getattr(training, name)} cannot be followed by method l2d: leave it out.")
-
-
-def _check_packing(model: ModelArguments, training: L2DTrainingConfig) -> None:
-    if not training.packing:
-        return
-    if training.max_length is None:
-        raise ValueError("packing=True fills rows up to max_length, which is not set: set it.")
-    if training.packing_strategy not in ("bfd", "bfd_split"):
-        raise ValueError(
-            f"packing_strategy={training.packing_strategy!r} lets one example see another: choose bfd for method l2d."
-        )
-    if model.guidance_classes:
-        raise ValueError("packing=True keeps no class per example: use padding_free: true with guidance_classes.")
-
-
-def _check_guidance(model: ModelArguments, data: DataArguments) -> None:
-    classes = model.guidance_classes or []
-    source = data.guidance_column or data.guidance_class is not None
-    if source and not classes:
-        raise ValueError("guidance_column and guidance_class need guidance_classes: list the names of the classes.")
-    if classes and not source:
-        raise ValueError(
-            f"guidance_classes={classes} needs guidance_column or guidance_class: say which applies where."
-        )
-    mapped = mapping("guidance_map", data.guidance_map) or {}
-    named = list(mapped.values()) if data.guidance_class is None else [data.guidance_class]
-    for name in named:
-        if name not in classes:
-            raise ValueError(f"guidance class {name!r} is not among guidance_classes={classes}: add it, or correct it.")
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -21,11 +21,12 @@ from typing import Any
 
 import datasets
 import transformers
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_training_chat_template, maybe_convert_to_chatml
 
 from training.config import FILE_TYPES, DataArguments, L2DTrainingConfig, ModelArguments, check_file, mapping
-from training.mixture import class_name, join, leave_out, unroll
+from training.mixture import as_turns, class_name, join, leave_out, unroll
 
 IGNORED = -100  # label of a token that is no target
 _KEPT = ("prompt", "completion", "messages", "tools", "guidance_class")
@@ -148,6 +149,8 @@ def _name_columns(
         if column not in available:
             raise ValueError(f"guidance_column={column!r} is not in the data: {', '.join(available)}.")
     known = {*available, *columns}
+    if "messages" in columns and {"prompt", "completion"} & columns.keys():
+        raise ValueError("columns makes both messages and prompt or completion, of which one is used: keep one.")
     if not {"prompt", "completion"} <= known and "messages" not in known:
         raise ValueError(
             f"the data have the columns {', '.join(available)}: set columns, so that prompt and completion, or "
@@ -166,7 +169,11 @@ def _name_columns(
             num_proc=processes,
             desc="Naming columns",
         )
-    unused = ("messages",) if {"prompt", "completion"} <= known else ("prompt", "completion")
+    conversations = "messages" in known and (
+        data.unroll or "messages" in columns or not {"prompt", "completion"} <= known
+    )
+    unused = {"prompt", "completion"} if conversations else {"messages"}
+    unused |= set() if guidance_classes else {"guidance_class"}  # a column of that name is the data's own
     return dataset.select_columns([name for name in _KEPT if name in dataset.column_names and name not in unused])
 
 
@@ -176,7 +183,10 @@ def _fields(source: Any) -> list[str]:
         raise ValueError(f"columns: {source!r} must be a column's name or a text with columns in braces.")
     if "{" not in source:
         return [source]
-    return [name for _, name, _, _ in string.Formatter().parse(source) if name is not None]
+    try:
+        return [name for _, name, _, _ in string.Formatter().parse(source) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"columns: {source!r} is no text with columns in braces ({error}): close them.") from error
 
 
 def _named(example: dict[str, Any], columns: dict, classes, sources, translate, constant) -> dict[str, Any]:
@@ -248,13 +258,19 @@ def encode(
             "assistant_only_loss=True is for conversations (messages), and these are prompts and completions: leave it "
             "out, only completions are trained on."
         )
+    if "messages" in examples.column_names and training.completion_only_loss is not None:
+        raise ValueError(
+            f"completion_only_loss={training.completion_only_loss} is for prompts and completions, and these are "
+            "conversations (messages): use assistant_only_loss, or leave it out."
+        )
+    every_turn = chat and training.assistant_only_loss is False and training.completion_only_loss is None
     encoded = examples.map(
         _encode_example,
         fn_kwargs={
             "tokenizer": tokenizer,
             "template": _chat_template(tokenizer, mark) if chat else None,
             "mark_assistant": mark,
-            "whole": training.completion_only_loss is False or (chat and training.assistant_only_loss is False),
+            "whole": training.completion_only_loss is False or every_turn,
         },
         remove_columns=[column for column in examples.column_names if column != "guidance_class"],
         num_proc=training.dataset_num_proc,
@@ -262,6 +278,11 @@ def encode(
     )
     encoded, too_long = _limit_length(encoded, training, limit, name)
     keep = [row for row, count in enumerate(encoded["targets"]) if count]
+    if not keep and too_long == len(examples):
+        raise ValueError(
+            f"every {name} example is longer than max_length={limit}, and no response remains with "
+            f"too_long={training.too_long}: raise max_length."
+        )
     if not keep:
         raise ValueError(
             f"no {name} example has a response to train on: check that completions, or assistant turns, are not empty."
@@ -306,6 +327,11 @@ def _counted(tokens: list[int], labels: list[int]) -> dict[str, Any]:
 def _encode_pair(example, tokenizer, template: str | None, whole: bool) -> tuple[list[int], list[int], bool]:
     """Token ids, labels, and whether the prompt ends inside a token."""
     prompt, completion = _text(example["prompt"]), _text(example["completion"])
+    if type(prompt) is not type(completion):
+        raise ValueError(
+            f"prompt and completion must both be texts or both be lists of messages, and in one example they are "
+            f"{prompt!r:.60} and {completion!r:.60}: see columns."
+        )
     if isinstance(prompt, str):
         tokens = tokenizer(prompt + completion)["input_ids"]
         if not tokens or tokens[-1] != tokenizer.eos_token_id:
@@ -349,16 +375,27 @@ def _encode_conversation(example, tokenizer, template, mark_assistant: bool) -> 
     return tokens, [token if on else IGNORED for token, on in zip(tokens, mask, strict=True)]
 
 
-def _turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return maybe_convert_to_chatml({"messages": messages})["messages"]
+def _turns(messages: Any) -> list[dict[str, Any]]:
+    """The turns of a conversation with `role` and `content`; raises `ValueError` if they are something else."""
+    turns = as_turns(messages)
+    return maybe_convert_to_chatml({"messages": turns})["messages"] if turns else []
 
 
 def _render(tokenizer, turns: list[dict[str, Any]], template: str | None, example: dict[str, Any], **options: Any):
     tools = example.get("tools")
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    return tokenizer.apply_chat_template(
-        turns, tools=tools, chat_template=template, tokenize=True, return_dict=True, **options
-    )
+    try:
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    except json.JSONDecodeError as error:
+        raise ValueError(f"tools={tools!r:.60} of an example is not JSON ({error}): correct the column.") from error
+    try:
+        return tokenizer.apply_chat_template(
+            turns, tools=tools, chat_template=template, tokenize=True, return_dict=True, **options
+        )
+    except (TemplateError, TypeError, KeyError) as error:  # a role that it does not know, contents that are no texts
+        raise ValueError(
+            f"the chat template cannot render the messages {turns!r:.100} ({error}): leave such examples out, or set "
+            "chat_template_path."
+        ) from error
 
 
 def _limit_length(

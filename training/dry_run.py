@@ -21,8 +21,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from l2d.losses import CHUNK_ELEMENTS
 from training.config import L2DTrainingConfig
+from training.console import say
 from training.data import IGNORED, Unavailable
 from training.noising import window_length
+from training.pieces import default_queries, layer_bytes
 from training.recipe import Recipe
 
 ASSUMED_LENGTH, ASSUMED_RESPONSE = 700, 0.5  # mean tokens per example and share of targets, where the data are not here
@@ -56,13 +58,11 @@ class Shape:
 
 def dry_run(recipe: Recipe) -> None:
     """Print parameters, memory, three examples and the schedule. Raises `ValueError` as a real run would."""
-    from training.train import say
-
     model = build_on_meta(recipe)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
     say(f"{recipe.model.method}: {trained:,} trained parameters, {frozen:,} frozen")
-    encoded = read_data(recipe, say)
+    encoded = read_data(recipe)
     examples, length, response = ASSUMED_LENGTH, ASSUMED_LENGTH, ASSUMED_RESPONSE
     if encoded is None:
         examples = (recipe.data.expected_examples or [None])[0]
@@ -70,8 +70,8 @@ def dry_run(recipe: Recipe) -> None:
     else:
         examples, length, response = describe(encoded)
     shape = shape_of(recipe, model, trained, frozen, length, response)
-    say_memory(shape, recipe, say)
-    say_schedule(recipe.training, examples, shape, say)
+    say_memory(shape, recipe)
+    say_schedule(recipe.training, examples, shape)
 
 
 # ---- model and data ----------------------------------------------------------------------------------------------
@@ -96,8 +96,6 @@ def base_configuration(recipe: Recipe) -> PreTrainedConfig:
 
 def build_on_meta(recipe: Recipe) -> PreTrainedModel:
     """The model that would be trained, with a base that has shapes and no weights."""
-    from training.train import lora_config
-
     config = base_configuration(recipe)
     if config.model_type == "l2d":
         raise ValueError(f"base={recipe.model.base!r} is an L2D checkpoint: name the model that it was trained on.")
@@ -111,11 +109,11 @@ def build_on_meta(recipe: Recipe) -> PreTrainedModel:
     if recipe.model.method == "lora_sft":
         from peft import get_peft_model
 
-        return get_peft_model(base, lora_config(recipe.model))
+        return get_peft_model(base, recipe.model.lora_config())
     return base
 
 
-def read_data(recipe: Recipe, say: Any) -> Any:
+def read_data(recipe: Recipe) -> Any:
     """The encoded training examples, after printing three of them; `None`, with a note, if they are not at hand."""
     from training.data import encode, load_examples, load_tokenizer
 
@@ -166,20 +164,21 @@ def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, 
     if l2d and training.rollout_evaluations is not None:
         window = window_length(training)
         rollout = {"scored": window, "unscored": (training.rollout_evaluations - window) / 2}
+    base, stream_bytes = (model.base if l2d else model).config.get_text_config(), 2 if mixed else 4
     return Shape(
-        base=(model.base if l2d else model).config.get_text_config(),
+        base=base,
         method=recipe.model.method,
         variant=recipe.model.variant,
         trained=trained,
         frozen=frozen,
         frozen_bytes=4 if recipe.model.dtype == "float32" or (recipe.model.dtype is None and not mixed) else 2,
-        stream_bytes=2 if mixed else 4,
+        stream_bytes=stream_bytes,
         rows=training.per_device_train_batch_size,
         length=training.max_length or length,
         mean_length=length,
         response=response,
         draws=training.draws if l2d else 1,
-        max_queries=training.max_queries if "max_queries" in recipe.settings or not mixed else 4096,
+        max_queries=training.max_queries or default_queries(base, stream_bytes, "cuda" if mixed else "cpu"),
         checkpointing=bool(training.activation_checkpointing),
         **rollout,
     )
@@ -188,15 +187,13 @@ def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, 
 def estimate_memory(shape: Shape) -> dict[str, float]:
     """Bytes per device by what they are for, where nothing is sharded."""
     base, s = shape.base, shape.stream_bytes
-    layers, hidden, inner = base.num_hidden_layers, base.hidden_size, base.intermediate_size
+    layers, hidden = base.num_hidden_layers, base.hidden_size
     head = getattr(base, "head_dim", None) or hidden // base.num_attention_heads
-    attention, kept = base.num_attention_heads * head, base.num_key_value_heads * head
-    tokens = shape.rows * shape.length
-    block = s * (6 * hidden + 2 * attention + 4 * inner) + 8 * hidden  # what one layer keeps per position
+    kept, tokens = base.num_key_value_heads * head, shape.rows * shape.length
+    block = layer_bytes(base, s, modulated=shape.method == "l2d")
     parts: dict[str, float] = {"frozen weights": shape.frozen * shape.frozen_bytes, _STATE: shape.trained * 16}
     if shape.method == "l2d":
         queries = min(math.ceil(tokens * shape.response) * shape.draws, shape.max_queries)
-        block += 24 * hidden  # scales, shifts and gates in float32
         per_layer = hidden * s if shape.checkpointing else block
         parts["keys and values of the main path"] = 2 * layers * kept * tokens * s
         parts["activations"] = queries * (layers * per_layer + (block if shape.checkpointing else 0))
@@ -229,7 +226,7 @@ def estimate_flops(shape: Shape) -> float:
     return length * 2 * body + targets * evaluations
 
 
-def say_memory(shape: Shape, recipe: Recipe, say: Any) -> None:
+def say_memory(shape: Shape, recipe: Recipe) -> None:
     """Print the memory of one device, and with the trained state sharded over eight."""
     parts = estimate_memory(shape)
     total = sum(parts.values())
@@ -239,7 +236,7 @@ def say_memory(shape: Shape, recipe: Recipe, say: Any) -> None:
     say(f"  {total / GIB:7.1f} GiB  in all; {sharded / GIB:.1f} GiB with the trained state sharded over 8 devices")
 
 
-def say_schedule(training: L2DTrainingConfig, examples: int | None, shape: Shape, say: Any) -> None:
+def say_schedule(training: L2DTrainingConfig, examples: int | None, shape: Shape) -> None:
     """Print steps, warm-up and learning rates, and the time that eight H100 would take."""
     batch = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     steps = training.max_steps

@@ -2,6 +2,7 @@
 
 - `join`: subsets to one table that says where each row came from
 - `leave_out`: rows of excluded categories
+- `as_turns`: the turns of a conversation, checked
 - `unroll`: one example per assistant turn, with the whole conversation before it as its prompt
 - `class_name`: the guidance class of a row, from its subset or its category
 """
@@ -67,7 +68,8 @@ def unroll(dataset: datasets.Dataset, processes: int | None) -> datasets.Dataset
 def _unrolled(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     others = [name for name in batch if name != "messages"]
     rows: dict[str, list[Any]] = {name: [] for name in ["prompt", "completion", *others]}
-    for number, messages in enumerate(batch["messages"]):
+    for number, found in enumerate(batch["messages"]):
+        messages = as_turns(found)
         for place, turn in enumerate(messages):
             role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
             if role not in ("assistant", "gpt") or place == 0 or not content:
@@ -77,6 +79,21 @@ def _unrolled(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
             for name in others:
                 rows[name].append(batch[name][number])
     return rows
+
+
+def as_turns(messages: Any) -> list[dict[str, Any]]:
+    """The turns of a conversation, none for nothing; raises `ValueError` for what is no list of turns."""
+    turns = [] if messages is None else messages
+    named = isinstance(turns, list) and all(
+        isinstance(turn, dict) and ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys())
+        for turn in turns
+    )
+    if not named:
+        raise ValueError(
+            f"messages must be lists of turns with role and content, and an example holds {messages!r:.80}: correct "
+            "them, or set columns."
+        )
+    return turns
 
 
 def class_name(example: dict[str, Any], columns: list[str], translate: dict[str, str] | None) -> str | None:

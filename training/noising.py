@@ -2,63 +2,28 @@
 
 - `training_queries`: as published, corrupted (`corruption_rate`), rolled out (`rollout_evaluations`), or noise-free
 - `evaluation_queries`: stratified times, and noise that belongs to an example
-- `check_objective`: combinations that make no sense
 
 Legend: B rows, Q targets per row, K draws, R evaluations of a whole rollout, J those up to the end of the window.
 """
 
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from l2d.config import L2DConfig
 from l2d.diffusion_path import NoisedTargets
-
-if TYPE_CHECKING:
-    from training.config import L2DTrainingConfig
+from training.config import L2DTrainingConfig
 
 
-def check_objective(config: L2DConfig, args: "L2DTrainingConfig") -> None:
-    """Refuse options that contradict each other or would have no effect, with a one-sentence `ValueError`."""
-    rollout, window = args.rollout_evaluations, args.rollout_window
-    if window is not None and rollout is None:
-        raise ValueError(f"rollout_window={window} would be ignored: set rollout_evaluations too, or leave it out.")
-    if window is not None and rollout is not None and window > rollout:
-        raise ValueError(f"rollout_window={window} must be at most rollout_evaluations={rollout}.")
-    if args.corruption_rate and rollout is not None:
-        raise ValueError(
-            f"corruption_rate={args.corruption_rate} changes the tokens that x_t is built from, and a rollout builds "
-            "it from the path's own: leave corruption_rate or rollout_evaluations out."
-        )
-    if config.carried_state and rollout is None:
-        raise ValueError("carried_state=True is trained over several evaluations: set rollout_evaluations, e.g. to 8.")
-    if rollout is not None and args.time_power != 1:
-        raise ValueError(f"time_power={args.time_power} would be ignored by a rollout, whose times are stratified.")
-    if not config.noise_free:
-        return
-    useless = {
-        "corruption_rate": args.corruption_rate != 0,
-        "rollout_evaluations": rollout is not None,
-        "draws": args.draws != 1,
-        "eval_draws": args.eval_draws != 1,
-        "time_power": args.time_power != 1,
-        "min_noise": config.min_noise != 0,
-    }
-    for name, given in useless.items():
-        if given:
-            value = config.min_noise if name == "min_noise" else getattr(args, name)
-            raise ValueError(f"{name}={value} has no effect on a path without noise: leave it out, or noise_free.")
-
-
-def window_length(args: "L2DTrainingConfig") -> int:
+def window_length(args: L2DTrainingConfig) -> int:
     """Evaluations of a rollout that have a loss: `rollout_window`, by default 4, or all where there are fewer."""
     return args.rollout_window or min(4, args.rollout_evaluations)
 
 
 def training_queries(
     config: L2DConfig,
-    args: "L2DTrainingConfig",
+    args: L2DTrainingConfig,
     index: torch.Tensor,
     targets: torch.Tensor,
     classes: torch.Tensor | None,
@@ -94,7 +59,7 @@ def training_queries(
 
 def evaluation_queries(
     config: L2DConfig,
-    args: "L2DTrainingConfig",
+    args: L2DTrainingConfig,
     index: torch.Tensor,
     targets: torch.Tensor,
     classes: torch.Tensor | None,
@@ -125,7 +90,7 @@ def evaluation_queries(
     return NoisedTargets(index, targets, time.to(index.device), noise.to(index.device), classes, unscored=unscored)
 
 
-def _times(uniform: torch.Tensor, config: L2DConfig, args: "L2DTrainingConfig") -> torch.Tensor:
+def _times(uniform: torch.Tensor, config: L2DConfig, args: L2DTrainingConfig) -> torch.Tensor:
     if config.noise_free:
         return torch.ones_like(uniform)
     return uniform**args.time_power * (1 - config.min_noise)

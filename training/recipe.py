@@ -51,7 +51,8 @@ def read_recipe(arguments: list[str]) -> Recipe:
 
     from trl import TrlParser
 
-    from training.config import DataArguments, L2DTrainingConfig, ModelArguments, check_recipe, option_types
+    from training.checks import check_recipe
+    from training.config import DataArguments, L2DTrainingConfig, ModelArguments, option_types
 
     class Parser(TrlParser):
         def error(self, message: str) -> typing.NoReturn:

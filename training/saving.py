@@ -195,7 +195,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """From here on there is something to lose. Signals reach the main thread only."""
-        if threading.current_thread() is threading.main_thread():
+        if self.before is None and threading.current_thread() is threading.main_thread():
             self.before = signal.signal(signal.SIGTERM, self._ask)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:

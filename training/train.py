@@ -26,11 +26,9 @@ from typing import Any
 import yaml
 
 from training.checkpoints import check_output_dir, choose_checkpoint, clear_output_dir, clear_unfinished
+from training.console import PROCESSES, RANK, end, say
 from training.recipe import Recipe, read_recipe
 from training.writing import Interrupted, writing
-
-RANK = int(os.environ.get("RANK", "0"))
-PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclasses.dataclass
@@ -66,13 +64,6 @@ def main(arguments: list[str] | None = None) -> None:
         end(error, 1)
 
 
-def end(error: Exception, status: int) -> None:
-    """Say in one line, once for all processes, why the command ends here."""
-    if RANK == 0:
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(status)
-
-
 @contextlib.contextmanager
 def no_collection() -> Iterator[None]:
     """No looking for garbage: while libraries are imported there is none, and the search takes a fifth of the time."""
@@ -102,6 +93,12 @@ def prepare(recipe: Recipe) -> Job:
             evaluation, summary = encode(evaluation, tokenizer, training, limit, "eval")
             say(summary)
     say_expected(data, train, evaluation)
+    at_once = training.per_device_train_batch_size * training.world_size
+    if training.dataloader_drop_last and not training.packing and len(train) < at_once:
+        raise ValueError(
+            f"dataloader_drop_last leaves nothing of {len(train)} examples, fewer than the {at_once} of a batch: leave "
+            "it out, or lower per_device_train_batch_size."
+        )
     # The examples are encoded and of the right length: the trainer is to take them as they are.
     training.assistant_only_loss, training.chat_template_path = False, None
     training.max_length = limit if training.packing else None
@@ -172,24 +169,10 @@ def build_trainer(job: Job) -> Any:
         base = load_base(model.base, **options)
         from training.saving import BaselineTrainer
 
-        trainer = BaselineTrainer(model=base, peft_config=lora_config(model), **common)
+        trainer = BaselineTrainer(model=base, peft_config=model.lora_config(), **common)
     if RANK == 0:
         (clear_output_dir if training.overwrite_output_dir else clear_unfinished)(training.output_dir)
     return trainer
-
-
-def lora_config(model: Any) -> Any:
-    """PEFT's configuration for `lora_sft`, `None` for `full_sft`."""
-    if model.method != "lora_sft":
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        task_type="CAUSAL_LM",
-        r=model.lora_rank,
-        lora_alpha=model.lora_alpha,
-        target_modules=model.lora_target_modules or "all-linear",
-    )
 
 
 def run(trainer: Any, job: Job) -> None:
@@ -206,9 +189,23 @@ def run(trainer: Any, job: Job) -> None:
         )
         trainer.end()
         return
+    check_finite(trainer)
     with writing(job.recipe.training.output_dir):
         leave_results(trainer, job, metrics)
     trainer.end()
+
+
+def check_finite(trainer: Any) -> None:
+    """Raise `Interrupted` if training diverged: weights that are no numbers are not saved as a model."""
+    import torch
+
+    trained = [p.to_local() if hasattr(p, "to_local") else p for p in trainer.model.parameters() if p.requires_grad]
+    wrong = sum((~torch.isfinite(p)).any().float() for p in trained)
+    if trainer.accelerator.reduce(torch.as_tensor(wrong, device=trainer.args.device), "sum").item():
+        raise Interrupted(
+            "training diverged, its weights are not finite and no model is saved: lower learning_rate, or use "
+            "resume_from_checkpoint with a checkpoint from before."
+        )
 
 
 def leave_results(trainer: Any, job: Job, metrics: dict[str, float]) -> None:
@@ -245,12 +242,6 @@ def save(trainer: Any, job: Job) -> None:
     if job.recipe.training.push_to_hub:
         trainer.push_to_hub()
     say(f"saved to {folder}")
-
-
-def say(line: str | None) -> None:
-    """Print a line, once for all processes."""
-    if line and RANK == 0:
-        print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,20 @@
 """`L2DTrainer`: TRL's `SFTTrainer` with the diffusion loss.
 
 - `response_positions`: labels -> positions whose next token is a target
-- `split_queries`: pieces that go through the path one after the other
 - `L2DTrainer.compute_loss`: draws times and noise there, asks the diffusion path, averages over targets and draws
 - `L2DTrainer.evaluation_loop`: the same loss on held-out data, also by bin of time, with noise seeded per example
 
 Legend: B rows, S positions, Q targets per row, K draws, d diffusion dimension, T time bins.
 """
 
+import contextlib
 import dataclasses
 import os
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import SFTTrainer
@@ -23,8 +24,10 @@ from l2d.diffusion_path import NoisedTargets
 from l2d.modeling import L2DForCausalLM, L2DTrainingOutput
 from training.budgets import budget_accuracy, write_samples
 from training.card import model_card
-from training.config import L2DTrainingConfig, refuse_ignored_by_l2d
-from training.noising import check_objective, evaluation_queries, training_queries, window_length
+from training.checks import check_objective, refuse_ignored_by_l2d
+from training.config import L2DTrainingConfig
+from training.noising import evaluation_queries, training_queries, window_length
+from training.pieces import default_queries, split_queries
 from training.saving import SafeCheckpoints
 
 
@@ -48,12 +51,16 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         check_objective(model.config, args)
         if args.rollout_evaluations is not None or model.config.noise_free:
             model.path.vocabulary.requires_grad_(False)  # no gradient would reach it
-        sampling = bool(args.eval_budgets or args.eval_samples)
-        if sampling and os.environ.get("ACCELERATE_USE_FSDP", os.environ.get("ACCELERATE_USE_DEEPSPEED")) == "true":
-            raise ValueError("eval_budgets and eval_samples need the whole model on every device: not with sharding.")
         backend = take_compile(args)
         own_collator = kwargs.get("data_collator") is None
         super().__init__(model=model, args=args, **kwargs)
+        if args.max_queries is None:
+            mixed = args.bf16 or args.fp16
+            args.max_queries = default_queries(model.base.config.get_text_config(), 2 if mixed else 4, args.device.type)
+        self._sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.is_fsdp_enabled and self.accelerator.mixed_precision != "no":
+            # Accelerate's own policy would round the trained weights before they are used; autocast does not.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
         # TRL replaces `forward` by one that computes a cross-entropy of its own; ours comes from the diffusion path.
         self.model.__dict__.pop("forward", None)
         # So that `num_items_in_batch` is counted at all, over labels[:, 1:], which are the targets.
@@ -77,7 +84,8 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         """Mean cross-entropy over targets and draws, of the whole accumulated batch in all processes.
 
         In training, all but the last `max_queries` queries are also taken through the backward pass here, a piece at a
-        time: queries are independent given the main path, so nothing is computed twice and little is kept.
+        time: queries are independent given the main path, so nothing is computed twice and little is kept. Not so with
+        sharded weights, which are gathered for every pass: processes would need the same number of pieces.
         """
         index, targets = response_positions(inputs["labels"])
         queries = self._draw(inputs, index, targets)
@@ -86,8 +94,8 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         scale = 1 / (count.clamp(min=1) * self.args.draws * scored)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             scale = scale * self.accelerator.num_processes  # the count is over all processes; DDP averages gradients
-        in_pieces = torch.is_grad_enabled() and num_items_in_batch is not None and not self.is_deepspeed_enabled
-        pieces = split_queries(queries, self.args.max_queries) if in_pieces else [queries]
+        in_pieces = torch.is_grad_enabled() and num_items_in_batch is not None
+        pieces = self._pieces(queries) if in_pieces else [queries]
         state, done = None, torch.zeros((), device=index.device)
         for piece in pieces[:-1]:
             with self.accelerator.no_sync(model):
@@ -95,6 +103,9 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
                 self.accelerator.backward(loss)
             done += loss.detach()
         return self._piece_loss(model, inputs, pieces[-1], state, scale)[0] + done
+
+    def _pieces(self, queries: NoisedTargets) -> list[NoisedTargets]:
+        return [queries] if self._sharded else split_queries(queries, self.args.max_queries)
 
     def _piece_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], queries: NoisedTargets, state: Any, scale: torch.Tensor
@@ -114,6 +125,10 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
             queries=queries,
             state=state,
         )
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
+        """Autocast for models that are sharded by FSDP; accelerate does it for all others."""
+        return self.accelerator.autocast() if self.is_fsdp_enabled else contextlib.nullcontext()
 
     def _draw(self, inputs: dict[str, torch.Tensor], index: torch.Tensor, targets: torch.Tensor) -> NoisedTargets:
         """Fresh times, noise and class dropout: a function of seed, process, step and batch within the step.
@@ -156,7 +171,7 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             sums, state = torch.zeros(()), None
-            for piece in split_queries(self.evaluation_queries(inputs), self.args.max_queries):
+            for piece in self._pieces(self.evaluation_queries(inputs)):
                 output = self._ask(model, inputs, piece, state)
                 state = output.state
                 sums = sums + sums_by_bin(output, piece.scored_time, self.args.time_bins)  # (B, T, 3)
@@ -283,24 +298,6 @@ def compile_path(model: L2DForCausalLM, backend: str) -> None:
     """
     for layer in model.path.layers:
         layer.twin.transform = torch.compile(layer.twin.transform, dynamic=True, backend=backend)
-
-
-def split_queries(queries: NoisedTargets, most: int) -> list[NoisedTargets]:
-    """Pieces of at most `most` scored queries each: some draws of all positions, or one draw of some positions."""
-    valid = queries.index >= 0
-    count, draws = int(valid.sum()), queries.noise.shape[0]
-    most = max(1, most * draws // queries.scored_time.shape[0])
-    if count * draws <= most:
-        return [queries]
-    groups = torch.arange(draws).split(max(1, most // max(count, 1)))
-    number = valid.flatten().cumsum(0).view_as(valid) - 1  # of each position among the valid ones
-    pieces = []
-    for group in groups:
-        draw = slice(int(group[0]), int(group[-1]) + 1)
-        for start in range(0, count, most):
-            wanted = valid & (number >= start) & (number < start + most)
-            pieces.append(queries.select(queries.index.masked_fill(~wanted, -1), draw))
-    return pieces
 
 
 def sums_by_bin(output: L2DTrainingOutput, time: torch.Tensor, bins: int) -> torch.Tensor:

@@ -1,0 +1,337 @@
+"""What must hold between the options of a recipe: what would be ignored, or fail later, is refused at once.
+
+- `check_recipe`: all of it
+- `refuse_ignored_by_l2d`, `check_objective`: what `L2DTrainer` checks too
+- `check_schedule`, `check_optimizer`, `check_best_model`, `check_sharding`, `check_packages`: what would fail later
+
+Each raises `ValueError` with one sentence that names the option.
+"""
+
+import copy
+import inspect
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
+from transformers.trainer_utils import SchedulerType
+
+from l2d.checkpoint_folder import looks_local
+from l2d.config import L2DConfig
+from training.checkpoints import NO_RESUME
+from training.config import DataArguments, L2DTrainingConfig, ModelArguments, check_file, mapping, one_of
+
+_PATH_ONLY = {
+    "variant", "diffusion_dim", "noise_std", "input_width", "conditioning_width", "frequency_width", "min_noise",
+    "guidance_classes", "carried_state", "noise_free", "sampler",
+}  # fmt: skip
+L2D_ONLY = _PATH_ONLY | {
+    "guidance_column", "guidance_class", "guidance_map",
+    "draws", "max_queries", "time_power", "corruption_rate", "corruption_base_share", "rollout_evaluations",
+    "rollout_window", "guidance_dropout", "eval_draws", "time_bins", "eval_budgets",
+    "eval_budget_examples", "eval_samples", "eval_sample_tokens",
+}  # fmt: skip
+LORA_SFT_ONLY = {"lora_target_modules"}
+_NO_METRICS = "evaluation measures losses and accuracies, and keeps no predictions"
+ALWAYS_IGNORED = {
+    "model_init_kwargs": "use base_revision, dtype and attn_implementation",
+    "dataset_text_field": "text without a response has nothing to train on; use columns to name prompt and completion",
+    "dataset_kwargs": "the examples are prepared before the trainer sees them",
+    "truncation_mode": "use too_long: truncate",
+    "pad_token": "set it in the base's tokenizer",
+    "do_train": "training is what this command does",
+    "do_eval": "use eval_strategy, or give eval data for one evaluation at the end",
+    "do_predict": "evaluate the checkpoint with lm_eval",
+    "label_names": "the labels are made here",
+    "include_for_metrics": _NO_METRICS,
+    "batch_eval_metrics": _NO_METRICS,
+    "prediction_loss_only": _NO_METRICS,
+    "eval_do_concat_batches": _NO_METRICS,
+    "eval_accumulation_steps": _NO_METRICS,
+    "enable_jit_checkpoint": "SIGTERM makes a run save a checkpoint anyway",
+}
+NEEDS = {  # what has no effect without another option
+    "corruption_base_share": "corruption_rate",
+    "guidance_dropout": "guidance_classes",
+    "eval_budget_examples": "eval_budgets",
+    "eval_sample_tokens": "eval_samples",
+    "packing_strategy": "packing",
+    "liger_kernel_config": "use_liger_kernel",
+    "dataloader_persistent_workers": "dataloader_num_workers",
+}
+
+
+def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTrainingConfig, given: set[str]) -> None:
+    """Refuse recipes that name what is not there or say something that would be ignored.
+
+    Args:
+        given: names of the options that the recipe or the command line sets.
+
+    Raises `ValueError` with one sentence.
+    """
+    for name, remedy in ALWAYS_IGNORED.items():
+        if name in given:
+            raise ValueError(f"{name} would be ignored: {remedy}.")
+    _refuse_foreign(model, given)
+    options = {**vars(model), **vars(data), **vars(training)}
+    for name, other in NEEDS.items():
+        if name in given and options[name] and not options[other]:
+            raise ValueError(f"{name} would be ignored: set {other} too, or leave it out.")
+    _check_data(model, data, training)
+    if model.method == "l2d":
+        _check_l2d(model, data, training)
+    check_schedule(training, given)
+    check_optimizer(training, given)
+    check_best_model(model.method, training)
+    check_sharding(model.method, given)
+    check_packages(training)
+
+
+def _refuse_foreign(model: ModelArguments, given: set[str]) -> None:
+    """Options of another method or variant."""
+    foreign = set() if model.method == "l2d" else L2D_ONLY
+    foreign = foreign | (set() if model.method == "lora_sft" else LORA_SFT_ONLY)
+    if model.method == "full_sft" or (model.method == "l2d" and model.variant == "full"):
+        foreign = foreign | {"lora_rank", "lora_alpha"}
+    if ignored := sorted(foreign & given):
+        kind = "variant full" if model.method == "l2d" else f"method {model.method}"
+        raise ValueError(f"{', '.join(ignored)} would be ignored by {kind}: leave out, or choose another method.")
+
+
+def _check_data(model: ModelArguments, data: DataArguments, training: L2DTrainingConfig) -> None:
+    """Base and data: what is named must be there."""
+    base = model.base or ""
+    if looks_local(base) and not os.path.isdir(base) and model.base_config is None:
+        raise ValueError(f"base={model.base!r} is not a folder: give the folder or the hub name of the base model.")
+    if model.base_revision is not None and os.path.isdir(base):
+        raise ValueError(f"base_revision={model.base_revision!r} means nothing for a folder: leave it out.")
+    for name in ("dataset", "eval_dataset"):
+        check_file(name, getattr(data, name))
+    if data.dataset_config and os.path.isfile(data.dataset or ""):
+        raise ValueError(f"dataset_config={data.dataset_config} means nothing for a file: leave it out.")
+    if training.chat_template_path and not os.path.isfile(training.chat_template_path):
+        raise ValueError(f"chat_template_path={training.chat_template_path!r} must be a Jinja file that exists.")
+    if not data.has_eval and (training.eval_strategy != "no" or training.eval_on_start):
+        raise ValueError("eval_strategy asks for evaluation, and there are no data: set eval_split or eval_holdout.")
+
+
+def _check_l2d(model: ModelArguments, data: DataArguments, training: L2DTrainingConfig) -> None:
+    refuse_ignored_by_l2d(training)
+    _check_guidance(model, data)
+    _check_packing(model, training)
+    config = model.l2d_config()
+    check_objective(config, training)
+    for budget in training.eval_budgets or []:
+        config.check_sampler(config.default_sampler(budget=budget))
+    if (training.eval_budgets or training.eval_samples) and not data.has_eval:
+        raise ValueError("eval_budgets and eval_samples need evaluation data: set eval_split or eval_holdout.")
+
+
+def refuse_ignored_by_l2d(training: L2DTrainingConfig) -> None:
+    """Refuse trainer options that `L2DTrainer` would not follow, with a `ValueError` that names the flag."""
+    switched_on = {
+        "label_smoothing_factor": training.label_smoothing_factor != 0,
+        "loss_type": training.loss_type != "nll",
+        "neftune_noise_alpha": training.neftune_noise_alpha is not None,
+        "activation_offloading": training.activation_offloading,
+        "use_liger_kernel": training.use_liger_kernel,
+        "router_aux_loss_coef": training.router_aux_loss_coef is not None,
+        "eval_packing": bool(training.eval_packing),
+        "activation_checkpointing_kwargs": bool(training.activation_checkpointing_kwargs),
+        "torch_compile_mode": training.torch_compile_mode is not None,
+        "bf16_full_eval": training.bf16_full_eval,
+        "fp16_full_eval": training.fp16_full_eval,
+    }
+    for name, on in switched_on.items():
+        if on:
+            also = " (gradient_checkpointing_kwargs)" if name == "activation_checkpointing_kwargs" else ""
+            raise ValueError(f"{name}{also}={getattr(training, name)} cannot be followed by method l2d: leave it out.")
+    if (training.eval_budgets or training.eval_samples) and sharded():
+        raise ValueError("eval_budgets and eval_samples need the whole model on every device: not with sharding.")
+
+
+def _check_packing(model: ModelArguments, training: L2DTrainingConfig) -> None:
+    if not training.packing:
+        return
+    if training.max_length is None:
+        raise ValueError("packing=True fills rows up to max_length, which is not set: set it.")
+    if training.packing_strategy not in ("bfd", "bfd_split"):
+        raise ValueError(
+            f"packing_strategy={training.packing_strategy!r} lets one example see another: choose bfd for method l2d."
+        )
+    if model.guidance_classes:
+        raise ValueError("packing=True keeps no class per example: use padding_free: true with guidance_classes.")
+
+
+def _check_guidance(model: ModelArguments, data: DataArguments) -> None:
+    classes = model.guidance_classes or []
+    source = data.guidance_column or data.guidance_class is not None
+    if source and not classes:
+        raise ValueError("guidance_column and guidance_class need guidance_classes: list the names of the classes.")
+    if classes and not source:
+        raise ValueError(
+            f"guidance_classes={classes} needs guidance_column or guidance_class: say which applies where."
+        )
+    mapped = mapping("guidance_map", data.guidance_map) or {}
+    named = list(mapped.values()) if data.guidance_class is None else [data.guidance_class]
+    for name in named:
+        if name not in classes:
+            raise ValueError(f"guidance class {name!r} is not among guidance_classes={classes}: add it, or correct it.")
+
+
+def check_objective(config: L2DConfig, args: L2DTrainingConfig) -> None:
+    """Refuse options that contradict each other or would have no effect, with a one-sentence `ValueError`."""
+    rollout, window = args.rollout_evaluations, args.rollout_window
+    if window is not None and rollout is None:
+        raise ValueError(f"rollout_window={window} would be ignored: set rollout_evaluations too, or leave it out.")
+    if window is not None and rollout is not None and window > rollout:
+        raise ValueError(f"rollout_window={window} must be at most rollout_evaluations={rollout}.")
+    if args.corruption_rate and rollout is not None:
+        raise ValueError(
+            f"corruption_rate={args.corruption_rate} changes the tokens that x_t is built from, and a rollout builds "
+            "it from the path's own: leave corruption_rate or rollout_evaluations out."
+        )
+    if config.carried_state and rollout is None:
+        raise ValueError("carried_state=True is trained over several evaluations: set rollout_evaluations, e.g. to 8.")
+    if rollout is not None and args.time_power != 1:
+        raise ValueError(f"time_power={args.time_power} would be ignored by a rollout, whose times are stratified.")
+    if not config.noise_free:
+        return
+    useless = {
+        "corruption_rate": args.corruption_rate != 0,
+        "rollout_evaluations": rollout is not None,
+        "draws": args.draws != 1,
+        "eval_draws": args.eval_draws != 1,
+        "time_power": args.time_power != 1,
+        "min_noise": config.min_noise != 0,
+    }
+    for name, given in useless.items():
+        if given:
+            value = config.min_noise if name == "min_noise" else getattr(args, name)
+            raise ValueError(f"{name}={value} has no effect on a path without noise: leave it out, or noise_free.")
+
+
+# ---- what the trainer would find out later -----------------------------------------------------------------------
+
+
+def check_schedule(training: L2DTrainingConfig, given: set[str]) -> None:
+    """The schedule of the learning rate can be made, and batches stay as large as they were asked for."""
+    if training.auto_find_batch_size and training.total_batch_size is not None:
+        raise ValueError("auto_find_batch_size changes the batch, and total_batch_size fixes it: keep one of them.")
+    if training.save_only_model and training.resume_from_checkpoint not in NO_RESUME:
+        raise ValueError("save_only_model saves nothing to resume from: leave it or resume_from_checkpoint out.")
+    if training.accelerator_config.split_batches and training.total_batch_size is not None:
+        raise ValueError("accelerator_config splits batches, and total_batch_size counts whole ones: keep one of them.")
+    kind = SchedulerType(training.lr_scheduler_type)
+    options = mapping("lr_scheduler_kwargs", training.lr_scheduler_kwargs)
+    known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
+    for name in options or {}:
+        if name not in known:
+            raise ValueError(
+                f"lr_scheduler_kwargs has {name!r}, which {kind.value} does not take: choose from {', '.join(known)}."
+            )
+    if not {"lr_scheduler_type", "lr_scheduler_kwargs"} & given:
+        return
+
+    def make() -> None:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
+        scheduler = get_scheduler(kind, optimizer, 10, 100, scheduler_specific_kwargs=options)
+        for factor in getattr(scheduler, "lr_lambdas", []):
+            if not all(math.isfinite(factor(step)) for step in (0, 10, 50, 99)):
+                raise ValueError("its learning rates are not finite")
+
+    _try(make, f"lr_scheduler_type={kind.value} with lr_scheduler_kwargs={options}")
+
+
+def check_optimizer(training: L2DTrainingConfig, given: set[str]) -> None:
+    """`optim` is installed, and follows every one of `optim_args` and `optim_target_modules`."""
+    if not {"optim", "optim_args", "optim_target_modules"} & given:
+        return
+    name = str(getattr(training.optim, "value", training.optim))
+    if training.optim_target_modules is not None and not name.startswith(("galore", "apollo")):
+        raise ValueError(f"optim_target_modules would be ignored by optim={name}: leave it out.")
+    pairs = [pair.split("=") for pair in (training.optim_args or "").replace(" ", "").split(",") if pair]
+    if any(len(pair) != 2 or not all(pair) for pair in pairs):
+        raise ValueError(
+            f"optim_args={training.optim_args!r} must be name=value, with commas between several, e.g. momentum=0.9."
+        )
+    if training.optim_target_modules is not None:  # needs the model itself
+        return
+    found = _optimizer(training, pairs)
+    for pair in pairs:
+        if _optimizer(training, [other for other in pairs if other != pair]) == found:
+            raise ValueError(f"optim_args: {'='.join(pair)} would change nothing for optim={name}: leave it out.")
+
+
+def _optimizer(training: L2DTrainingConfig, pairs: list[list[str]]) -> Any:
+    """The optimizer's class and arguments that the trainer would choose, with these `optim_args`."""
+    from transformers import Trainer  # late: half a second
+
+    written = ",".join("=".join(pair) for pair in pairs)
+    args = copy.copy(training)
+    args.optim_args = written or None
+    return _try(
+        lambda: Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1)),
+        f"optim={getattr(training.optim, 'value', training.optim)} with optim_args={training.optim_args!r}",
+    )
+
+
+def _try(make: Callable[[], Any], what: str) -> Any:
+    """What `make` gives; `ValueError` if it fails for any reason, which lies in the options."""
+    try:
+        return make()
+    except Exception as error:
+        raise ValueError(f"{what} cannot be followed: {str(error).rstrip('.')}.") from error
+
+
+def check_packages(training: L2DTrainingConfig) -> None:
+    """The packages behind `report_to` are installed, and torch knows `torch_compile_backend`."""
+    for name in training.report_to:
+        one_of("report_to", name, ("none", *INTEGRATION_TO_CALLBACK))
+        if name != "none":
+            _try(INTEGRATION_TO_CALLBACK[name], f"report_to={name}")
+    if training.torch_compile:
+        known = torch.compiler.list_backends(exclude_tags=())
+        one_of("torch_compile_backend", training.torch_compile_backend, tuple(known))
+
+
+def check_best_model(method: str, training: L2DTrainingConfig) -> None:
+    """`load_best_model_at_end` has something to choose from, and `metric_for_best_model` is measured."""
+    if training.load_best_model_at_end and training.eval_strategy == "no":
+        raise ValueError("load_best_model_at_end would be ignored: set eval_strategy and save_strategy too.")
+    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    if method != "l2d" or metric in ("loss", "accuracy") or metric.startswith(("loss_t_", "accuracy_t_")):
+        return
+    budgets = [f"accuracy_budget_{budget}" for budget in training.eval_budgets or []]
+    if metric not in budgets:
+        raise ValueError(
+            f"metric_for_best_model={training.metric_for_best_model!r} is not measured: choose one of "
+            f"{', '.join(['loss', 'accuracy', *budgets])}, or one of a bin of time, such as loss_t_0.00_0.25."
+        )
+
+
+def sharded() -> bool:
+    """Whether `accelerate launch` was asked to shard the model."""
+    return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+
+
+def check_sharding(method: str, given: set[str]) -> None:
+    """What the launcher asks for is what the method can do."""
+    if asked := sorted({"fsdp", "fsdp_config", "deepspeed"} & given):
+        raise ValueError(
+            f"{asked[0]} is the launcher's: leave it out and use accelerate launch --config_file with one of "
+            "training/accelerate_configs."
+        )
+    if method == "l2d" and sharded() and "max_queries" in given:
+        raise ValueError("max_queries would be ignored with sharding, where all queries go at once: leave it out.")
+    if os.environ.get("ACCELERATE_USE_FSDP") != "true":
+        return
+    if os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT") != "FULL_STATE_DICT":
+        raise ValueError("fsdp_state_dict_type would leave no model in output_dir: set it to FULL_STATE_DICT.")
+    wanted = {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+    for name, value in wanted.items():
+        if method == "l2d" and os.environ.get(name) != value:
+            raise ValueError(f"{name.lower()}={os.environ.get(name)} does not go with method l2d: set it to {value}.")
