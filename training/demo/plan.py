@@ -96,7 +96,6 @@ def recipes(out: Path) -> dict[str, dict[str, Any]]:
     path = {
         "learning_rate": 6.0e-3,
         "variant": "full",
-        "max_queries": 512,  # the figures are of this; the default, 2048 for models this small, is faster
         "diffusion_dim": 64,
         "input_width": 64,
         "conditioning_width": 64,
