@@ -25,6 +25,9 @@ FILES = {
     "heirless.yaml": "extends: 3\n",
     "circle.yaml": "extends: circle.yaml\n",
     "used/notes.txt": "mine\n",
+    "list.json": "[]",
+    "flow.json": '{"flow_kwargs": {}}',
+    "kinds.json": '{"flow_kwargs": {"noise_rescaling": []}}',
     "results/results_2026-01-01T00-00-00.json": "{",
     "sweep.yaml": "output: swept\ntasks: [gsm8k]\nmodel_args: {pretrained: l2d}\ngrid: {diffusion_budget: [3, 14]}\n",
     "sweep_key.yaml": "output: swept\ntask: [gsm8k]\nmodel_args: {pretrained: l2d}\n",
@@ -186,7 +189,12 @@ CASES = [
     Case("training.demo --out data.jsonl", "data.jsonl is a file", "choose a folder"),
     Case("l2d.released base", "target", "--help"),
     Case("l2d.released base used --settings recipe.yaml", "target='used'", "name a new folder"),
-    Case("l2d.released base new --settings gone.json", "gone.json", "--help"),
+    Case("l2d.released base new --settings gone.json", "settings='gone.json'", "give a JSON file"),
+    Case("l2d.released base new --settings list.json", "settings='list.json'", "a mapping with flow_kwargs"),
+    Case("l2d.released base new --settings kinds.json --base base", "settings='kinds.json'", "of the wrong kind"),
+    Case(
+        "l2d.released base new --settings flow.json --base l2d", "base='l2d'", "name the model that it was trained on"
+    ),
     # trace and chat
     Case("l2d", "trace | chat", "--help"),
     Case("l2d trac l2d", "'trac'", "'trace', 'chat'"),
