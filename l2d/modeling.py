@@ -45,9 +45,9 @@ class L2DTrainingOutput(ModelOutput):
     the same inputs.
     """
 
-    nll: torch.Tensor | None = None
-    correct: torch.Tensor | None = None
-    valid: torch.Tensor | None = None
+    nll: Any = None
+    correct: Any = None
+    valid: Any = None
     state: MainPathState | None = None
 
 

@@ -130,17 +130,22 @@ def _score_sites(
     output: ScoreOutput,
 ) -> None:
     tokens = input_ids[rows, places]
-    found = []
-    for draw in range(sampler.scored_draws):
-        sites = make_sites(model, sampler, rows, places - 1, places.tolist(), [noises[r] for r in rows.tolist()], draw)
-        solved = solve_sites(model, state, sites, sampler, sampler.class_index(model.config.guidance_classes))
-        logprobs = torch.log_softmax(model._decoder.logits(solved.hidden, sampler.is_base).float(), dim=-1)
-        found = [torch.logaddexp(*found, logprobs)] if found else [logprobs]
+    owners = [noises[row] for row in rows.tolist()]
+    site_class = sampler.class_index(model.config.guidance_classes)
+
+    def logprobs(draw: int) -> torch.Tensor:
+        sites = make_sites(model, sampler, rows, places - 1, places.tolist(), owners, draw)
+        solved = solve_sites(model, state, sites, sampler, site_class)
         output.asked[rows, places] += solved.asked
         output.computed[rows, places] += solved.computed
         output.rounds[rows, places] += solved.rounds
         output.capped += int(solved.capped.sum())
-    total = found[0] - float(np.log(sampler.scored_draws))
+        return torch.log_softmax(model._decoder.logits(solved.hidden, sampler.is_base).float(), dim=-1)
+
+    total = logprobs(0)
+    for draw in range(1, sampler.scored_draws):
+        total = torch.logaddexp(total, logprobs(draw))
+    total -= float(np.log(sampler.scored_draws))
     output.logprobs[rows, places] = total.gather(-1, tokens[:, None]).squeeze(-1)
     output.greedy[rows, places] = total.argmax(-1) == tokens
 

@@ -160,7 +160,7 @@ def _trajectories(session: Session, sequences: Any, start: int, settings: Any) -
         sites = make_sites(model, settings, torch.zeros_like(index), index, positions, noises)
         site_class = settings.class_index(model.config.guidance_classes)
         settings = settings.replace(speculation=False)  # which then records every evaluation
-        solved = solve_sites(model, state, sites, settings, site_class, record=True)
+        solved: Any = solve_sites(model, state, sites, settings, site_class, record=True)
         probabilities = [
             torch.softmax(model._decoder.logits(part).float(), -1).cpu()
             for part in solved.evaluated.flatten(0, 1).split(_QUERIES)
