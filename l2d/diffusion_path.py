@@ -23,6 +23,7 @@ from l2d.embeddings import (
     InputProjection,
     TimeEmbedding,
     VocabularyEmbedding,
+    full_precision,
     modulation_head,
     version,
 )
@@ -230,8 +231,9 @@ class DiffusionPath(nn.Module):
             if kinds is not None:
                 classes = torch.tensor(kinds, device=device).repeat_interleave(len(grid))
                 grid = grid.repeat(len(kinds))
-            made = self.modulate(grid, classes)
-            layers = torch.stack([torch.cat(layer.modulate(made.embedding), dim=-1) for layer in self.layers])
+            with full_precision(grid):
+                made = self.modulate(grid, classes)
+                layers = torch.stack([torch.cat(layer.modulate(made.embedding), dim=-1) for layer in self.layers])
             self._table = kept = (key, Modulation(made.output, layers=layers))
         return kept[1]
 

@@ -5,6 +5,7 @@
 - `TimeEmbedding`: sinusoidal features of t and their MLP
 - `modulation_head`: linear, SiLU, zero-initialised linear
 - `CarriedState`: what one evaluation hands to the next
+- `full_precision`: a context without autocast, for what is kept longer than it may last
 - `version`: by which what was made from weights is known to be outdated
 
 All of them compute in float32, whatever the base's dtype (in float64 where they were cast to it). Source: Cetin et
@@ -50,7 +51,8 @@ def _linear(inputs: int, outputs: int, init: str) -> nn.Linear:
     return linear
 
 
-def _full_precision(tensor: torch.Tensor) -> torch.autocast:
+def full_precision(tensor: torch.Tensor) -> torch.autocast:
+    """A context without autocast on the tensor's device."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -70,7 +72,7 @@ class VocabularyEmbedding(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of the base's embedding table (..., H) to embeddings (..., d) float32."""
-        with _full_precision(rows):
+        with full_precision(rows):
             return self.norm * functional.normalize(self.projection(rows), dim=-1)
 
     @torch.no_grad()
@@ -122,7 +124,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: torch.Tensor) -> torch.Tensor:
         """Times (...) to embeddings (..., C) float32."""
-        with _full_precision(time):
+        with full_precision(time):
             return self.layers(self.features(time))
 
 

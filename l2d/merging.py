@@ -14,7 +14,7 @@ import psutil
 import torch
 from torch import nn
 
-from l2d.embeddings import version
+from l2d.embeddings import full_precision, version
 from l2d.products import packed_linear, serves
 from l2d.twin import ADAPTER
 
@@ -46,7 +46,8 @@ def merge_deltas(layers: list[Any]) -> None:
     for layer in layers:
         weight, bias = _base(layer).weight, _base(layer).bias
         if hasattr(layer, "lora_A"):
-            weight = (weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)).detach()
+            with full_precision(weight):
+                weight = (weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)).detach()
         layer.forward = packed_linear(weight, bias)
 
 

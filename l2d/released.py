@@ -201,16 +201,21 @@ def _build_base(state: dict[str, torch.Tensor], base_config: dict[str, Any]) -> 
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
+    """What `--settings` names; `ValueError` where it cannot be used."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"settings={str(file)!r} cannot be read ({error}): give a JSON file.") from error
-    parts = [settings.get(name, {}) for name in ("flow_kwargs", "base_config")] if isinstance(settings, dict) else []
-    if not parts or "flow_kwargs" not in settings or not all(isinstance(part, (dict, type(None))) for part in parts):
+    parts = [settings.get("flow_kwargs"), settings.get("base_config") or {}] if isinstance(settings, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
         raise ValueError(
             f"settings={str(file)!r} must hold a mapping with flow_kwargs, a mapping, and without --base base_config, "
             "another one."
         )
+    try:
+        released_config(settings["flow_kwargs"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"flow_kwargs of settings={str(file)!r} cannot be used: {error}") from error
     return settings
 
 
@@ -234,8 +239,6 @@ def main() -> None:
             model.base.save_pretrained(arguments.target / "base")
             model.config.base_name_or_path = str((arguments.target / "base").resolve())
         model.save_pretrained(arguments.target)
-    except TypeError as error:
-        parser.error(f"settings={str(arguments.settings)!r} hold a value of the wrong kind: {error}")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"wrote {arguments.target}")

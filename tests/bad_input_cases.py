@@ -191,7 +191,7 @@ CASES = [
     Case("l2d.released base used --settings recipe.yaml", "target='used'", "name a new folder"),
     Case("l2d.released base new --settings gone.json", "settings='gone.json'", "give a JSON file"),
     Case("l2d.released base new --settings list.json", "settings='list.json'", "a mapping with flow_kwargs"),
-    Case("l2d.released base new --settings kinds.json --base base", "settings='kinds.json'", "of the wrong kind"),
+    Case("l2d.released base new --settings kinds.json --base base", "settings='kinds.json'", "flow_kwargs"),
     Case(
         "l2d.released base new --settings flow.json --base l2d", "base='l2d'", "name the model that it was trained on"
     ),

@@ -233,6 +233,17 @@ def test_a_model_may_be_loaded_in_inference_mode(folder, model):
     assert torch.equal(found, model.generate(IDS, max_new_tokens=4))
 
 
+def test_what_is_kept_for_inference_does_not_remember_autocast(folder, model):
+    index, x0 = torch.tensor([[3], [5], [8]]), torch.ones(3, 1, 16)
+    solved = []
+    for cast in (False, True):
+        one = L2DForCausalLM.from_pretrained(folder)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            one.generate(IDS, max_new_tokens=2)
+        solved.append(one.solve(one.main_path(IDS), index, x0).final_logits)
+    assert torch.equal(*solved)
+
+
 def test_what_a_base_cannot_be(model, folder):
     with pytest.raises(ValueError, match="itself an L2D model"):
         L2DForCausalLM.from_base(model)
