@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.released --shape 135m --budget 15 [--changes 0.2] [--json FILE]
 
-The released procedure is `l2d.released_solver.released_solve`, after a step of the main path: torchdiffeq asks the path once
-per evaluation, one after the other, and every evaluation makes the vocabulary's embeddings, its modulation and the LoRA
-deltas anew, with PyTorch's own products. Its network is ours, so this is the procedure's cost and not that of its code,
-which was 50 plain steps where it was measured (135M shape, float32, batch 1, T = 15).
+The released procedure is `l2d.released_solver.released_solve`, after a step of the main path: torchdiffeq asks the path
+once per evaluation, one after the other, and every evaluation makes the vocabulary's embeddings, its modulation and the
+LoRA deltas anew, with PyTorch's own products. Its network is ours, so this is the procedure's cost and not that of its
+code, which was 50 plain steps where it was measured (135M shape, float32, batch 1, T = 15).
 
 Prints the medians, both ratios to the plain step, and how many times faster this package is.
 """
