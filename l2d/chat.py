@@ -133,15 +133,13 @@ class Chat:
 
         model, end = self.session.model, self.session.end_tokens()
         ids = self.prompt(text)
-        pad = self.session.tokenizer.pad_token_id
         sequences, record = model.generate(
             torch.tensor([ids], device=model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
             sampler=model.sampler(self.sampler),
             return_record=True,
-            eos_token_id=end,
-            pad_token_id=end[0] if pad is None and end else pad,
             streamer=Streamer(self.session, write, end),
+            **self.session.ending(),
             **decoding_options(self.temperature, self.max_new_tokens),
         )
         tokens = [token for token in sequences[0, len(ids) :].tolist() if token not in end]

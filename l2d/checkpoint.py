@@ -109,6 +109,12 @@ def load(
         where = base_location(name, config.base_name_or_path, base)
         base = load_base(where, revision=config.base_revision, **access, **kwargs)
     _check_base(name, config, base)
+    on_meta = [p.is_meta for p in base.parameters()]
+    if any(on_meta) and not all(on_meta):
+        raise ValueError(
+            "device_map offloads a part of the base, whose weights the diffusion path shares: name a device_map that "
+            "keeps all of it on devices."
+        )
     if not config.base_config:
         describe_base(config, base)
     if isinstance(dtype, torch.dtype) and any(p.dtype != dtype for p in base.parameters()):

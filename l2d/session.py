@@ -55,6 +55,11 @@ class Session:
         found = [self.tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])]
         return list(dict.fromkeys(token for token in found if token is not None))
 
+    def ending(self) -> dict[str, Any]:
+        """End and padding tokens as arguments of `generate`."""
+        end, pad = self.end_tokens(), self.tokenizer.pad_token_id
+        return {"eos_token_id": end or None, "pad_token_id": end[0] if pad is None and end else pad}
+
     @property
     def longest(self) -> int:
         """Most tokens that the base takes, prompt and answer together."""

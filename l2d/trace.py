@@ -99,14 +99,12 @@ def trace_prompt(
             f"prompt has {len(ids)} tokens and max_new_tokens is {longest}: the base takes {session.longest} in all."
         )
     options = decoding_options(temperature, longest)
-    end, pad = session.end_tokens(), session.tokenizer.pad_token_id
     sequences, record = model.generate(
         torch.tensor([ids], device=model.device),
         attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
         sampler=settings,
         return_record=True,
-        eos_token_id=end,
-        pad_token_id=end[0] if pad is None and end else pad,
+        **session.ending(),
         **options,
     )
     times, chosen, probabilities = _trajectories(session, sequences, len(ids), settings)

@@ -13,6 +13,7 @@ from lm_eval.api.instance import Instance
 from l2d.__main__ import main
 from l2d.chat import Chat, Streamer, command, tinted
 from l2d.session import Session, load_session
+from l2d.trace import trace_prompt
 from lm_eval_ext.model import L2DLM
 
 FIRST, SECOND = "How many clips did she sell?", "And in June?"
@@ -129,6 +130,17 @@ def test_votes_are_asked_for_on_the_command_line(folder, monkeypatch, capsys):
     main(["chat", str(folder), "--budget", "3", "--votes", "2", "--device", "cpu", "--max-new-tokens", "2", "--tint"])
     printed = capsys.readouterr().out
     assert "T = 3, midpoint, seed 0, temperature 0, 2 votes" in printed and "2 tokens, " in printed
+
+
+def test_models_without_end_tokens_answer_up_to_the_limit(session, monkeypatch):
+    tokenizer = copy.deepcopy(session.tokenizer)
+    tokenizer.eos_token = tokenizer.pad_token = None
+    for name in ("eos_token_id", "pad_token_id"):
+        monkeypatch.setattr(session.model.generation_config, name, None)
+    endless = Session(session.model, tokenizer)
+    assert endless.end_tokens() == []
+    assert len(Chat(endless, {"budget": 3}, max_new_tokens=4).answer(FIRST).asked) == 4
+    assert len(trace_prompt(endless, FIRST, {"budget": 3}, max_new_tokens=3).tokens) == 3
 
 
 def test_an_empty_prompt_without_a_start_token_is_refused(session):
