@@ -94,8 +94,14 @@ def solve_adaptive(evaluator: PathEvaluator, sites: Sites) -> SiteSolution:
         step[active] = length * _factor(ratio, solver.order)
         active = active[time[active] < sampler.final_time]
     hidden = evaluator.at_times(sites, x, torch.full_like(time, sampler.final_time), 1)[:, 0]
+    asked = field.asked + 1
     return SiteSolution(
-        hidden=hidden, computed=field.computed + 1, rounds=field.asked + 1, changes=field.changes, capped=capped
+        hidden=hidden,
+        asked=asked,
+        computed=field.computed + 1,
+        rounds=asked - int(sampler.start_time == 0),  # the base's answer is at hand
+        changes=field.changes,
+        capped=capped,
     )
 
 

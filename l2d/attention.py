@@ -44,6 +44,7 @@ class QueryLayout:
         self.state, self.rows, self.index = state, rows, index
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
         self.last_only = state.hidden.shape[1] == 1
+        self.answered = 0  # layers whose attention was asked for so far
         batch = state.hidden.shape[0]
         counts = torch.bincount(rows, minlength=batch).tolist()
         used = [row for row in range(batch) if counts[row]]
@@ -140,6 +141,7 @@ def path_attention(
     if s_aux is not None:
         raise ValueError("base models with attention sinks are not supported by the diffusion path.")
     layout, layer = main_path
+    layout.answered += 1
     if layer.keys is None or layer.values is None:
         raise ValueError("base models with layers that keep no keys and values of their own are not supported.")
     dtype = query.dtype

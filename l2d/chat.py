@@ -1,4 +1,4 @@
-"""Talk to a checkpoint: streaming, with budget, guidance and seed changeable on the way.
+"""Talk to a checkpoint: streaming, with budget, guidance, votes and seed changeable on the way.
 
 - `Chat`: the conversation; `answer` gives the next reply through `generate`, as the evaluation would
 - `command`: what `/budget 31` and its like do
@@ -11,11 +11,12 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from l2d.display import harmless, shade
 from l2d.session import Session, add_sampler_arguments, decoding_options, sampler_from, session_from
-from l2d.trace import shade
 
 HELP = """/budget T          evaluations per token; 1 is the base
 /guidance G [NAME] guidance scale and class; 1 is none
+/votes M           noise draws per token, whose probabilities are averaged
 /seed N            of all noise
 /temperature X     of the output tokens; 0 is greedy
 /tint              answers once more, tinted by compute: on or off
@@ -72,11 +73,6 @@ class Streamer:
     def _write(self, text: str) -> None:
         self.write(harmless(text[self.written :]))
         self.written = len(text)
-
-
-def harmless(text: str) -> str:
-    """Text without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 class Chat:
@@ -137,15 +133,13 @@ class Chat:
 
         model, end = self.session.model, self.session.end_tokens()
         ids = self.prompt(text)
-        pad = self.session.tokenizer.pad_token_id
         sequences, record = model.generate(
             torch.tensor([ids], device=model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
             sampler=model.sampler(self.sampler),
             return_record=True,
-            eos_token_id=end,
-            pad_token_id=end[0] if pad is None and end else pad,
             streamer=Streamer(self.session, write, end),
+            **self.session.ending(),
             **decoding_options(self.temperature, self.max_new_tokens),
         )
         tokens = [token for token in sequences[0, len(ids) :].tolist() if token not in end]
@@ -161,6 +155,8 @@ class Chat:
         parts = [f"T = {sampler.budget}, {sampler.solver}", f"seed {sampler.seed}", f"temperature {self.temperature:g}"]
         if sampler.guided or sampler.guidance_class is not None:
             parts.append(f"guidance {sampler.guidance_scale:g} towards {sampler.guidance_class}")
+        if sampler.votes > 1:
+            parts.append(f"{sampler.votes} votes")
         return ", ".join(parts)
 
 
@@ -175,7 +171,7 @@ def command(chat: Chat, line: str) -> str | None:
     if name == "tint":
         chat.tint = not chat.tint
         return f"Tint is {'on' if chat.tint else 'off'}."
-    if name in ("budget", "seed", "temperature") and len(values) == 1:
+    if name in ("budget", "votes", "seed", "temperature") and len(values) == 1:
         chat.change(**{name: _number(name, values[0], float if name == "temperature" else int)})
     elif name == "guidance" and len(values) in (1, 2):
         wanted: dict[str, Any] = {"guidance_scale": _number(name, values[0], float)}

@@ -36,7 +36,8 @@ from l2d.fingerprint import fingerprint
 if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM
 
-_HUB_ARGUMENTS = ("revision", "cache_dir", "token", "local_files_only", "force_download", "subfolder")
+_ACCESS_ARGUMENTS = ("cache_dir", "token", "local_files_only", "force_download")  # to the checkpoint and to its base
+_HUB_ARGUMENTS = ("revision", "subfolder", *_ACCESS_ARGUMENTS)
 
 
 def base_name(base: PreTrainedModel) -> str | None:
@@ -88,9 +89,15 @@ def load(
     **kwargs: Any,
 ) -> "L2DForCausalLM":
     """Load checkpoint `name`, around its recorded base or around `base`; see `L2DForCausalLM.from_pretrained`."""
+    for unused in ("state_dict", "output_loading_info"):
+        if kwargs.pop(unused, None) not in (None, False):
+            raise ValueError(f"{unused} cannot be used: the trained tensors are those of the folder; leave it out.")
+    if not isinstance(config, (L2DConfig, type(None))):
+        raise ValueError(f"config={config!r} must be an L2DConfig; leave it out to take that of the checkpoint.")
+    for internal in ("_from_auto", "adapter_kwargs", "_commit_hash"):
+        kwargs.pop(internal, None)
     hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
-    for unused in ("state_dict", "output_loading_info", "_from_auto", "adapter_kwargs", "_commit_hash"):
-        kwargs.pop(unused, None)
+    access = {key: value for key, value in hub.items() if key in _ACCESS_ARGUMENTS}
     if config is None:
         config = read_config(name, **hub)
     tensors = read_tensors(name, **hub)
@@ -99,8 +106,15 @@ def load(
         dtype = _dtype(dtype)
     given = base
     if not isinstance(base, PreTrainedModel):
-        base = load_base(base_location(name, config.base_name_or_path, base), revision=config.base_revision, **kwargs)
+        where = base_location(name, config.base_name_or_path, base)
+        base = load_base(where, revision=config.base_revision, **access, **kwargs)
     _check_base(name, config, base)
+    on_meta = [p.is_meta for p in base.parameters()]
+    if any(on_meta) and not all(on_meta):
+        raise ValueError(
+            "device_map offloads a part of the base, whose weights the diffusion path shares: name a device_map that "
+            "keeps all of it on devices."
+        )
     if not config.base_config:
         describe_base(config, base)
     if isinstance(dtype, torch.dtype) and any(p.dtype != dtype for p in base.parameters()):

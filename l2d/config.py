@@ -148,6 +148,8 @@ class L2DConfig(PreTrainedConfig):
 
     def default_sampler(self, sampler: SamplerConfig | dict[str, Any] | None = None, **changes: Any) -> SamplerConfig:
         """The checkpoint's sampler settings, overridden by `sampler` (a dictionary, or whole) and `changes`."""
+        if not isinstance(sampler, (SamplerConfig, dict, type(None))):
+            raise ValueError(f"sampler={sampler!r} must be a SamplerConfig or a dictionary of its fields.")
         if not isinstance(sampler, SamplerConfig):
             sampler = SamplerConfig().replace(**{**self.sampler, **(sampler or {})})
         return sampler.replace(**changes)

@@ -12,12 +12,17 @@ to the first one that differs from the draft, and the cache is cut back to them:
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerationMode
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    PrefixConstrainedLogitsProcessor,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+)
 
 from l2d.evaluator import SiteSolution
 from l2d.main_path import MainPathState
@@ -29,6 +34,32 @@ from l2d.votes import solve_next
 
 if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM
+
+UNUSED_SETTINGS = {
+    "num_beams": "the L2D sampler decodes greedily or samples; leave num_beams at 1",
+    "constraints": "the L2D sampler decodes greedily or samples; leave constraints out",
+    "force_words_ids": "the L2D sampler decodes greedily or samples; leave force_words_ids out",
+    "penalty_alpha": "the L2D sampler decodes greedily or samples; leave penalty_alpha out",
+    "dola_layers": "the L2D sampler decodes greedily or samples; leave dola_layers out",
+    "prompt_lookup_num_tokens": "the L2D sampler drafts with the base; set draft_tokens in sampler instead",
+    "assistant_early_exit": "the L2D sampler drafts with the base; set draft_tokens in sampler instead",
+    "use_mtp": "the L2D sampler drafts with the base; set draft_tokens in sampler instead",
+    "token_healing": "prompts are continued as they are; leave token_healing out",
+    "guidance_scale": "guidance belongs to the L2D sampler; set guidance_scale and guidance_class in sampler instead",
+    "output_attentions": "the sampler keeps no attention weights; leave output_attentions out",
+    "output_hidden_states": "the sampler keeps no hidden states; leave output_hidden_states out",
+}
+"""Settings of transformers' `generate` that this sampler cannot follow, and what to do instead."""
+_STATEFUL = (PrefixConstrainedLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
+
+
+def refuse(given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+    """Raise `ValueError` if an argument that `reasons` names is set to anything but its neutral value."""
+    for name, reason in reasons.items():
+        value = given.get(name)
+        neutral = value is None or value is False or (name in ("num_beams", "guidance_scale") and value == 1)
+        if not neutral and not (name == "penalty_alpha" and value == 0):
+            raise ValueError(f"{name} cannot be used: {reason}.")
 
 
 @dataclasses.dataclass
@@ -51,15 +82,15 @@ class DecodeRecord:
         counts: list[list[list[int]]] = [[[] for _ in range(rows)] for _ in range(4)]
         return cls(counts[0], counts[1], counts[2], counts[3])
 
-    def add(self, rows: list[int], sampler: SamplerConfig, solved: SiteSolution, accepted: int) -> None:
+    def add(self, rows: list[int], solved: SiteSolution, accepted: int) -> None:
         """Append `accepted` tokens to each of `rows`; what was computed for positions after them counts to the last."""
         shape = (len(rows), -1)
-        columns = [c.view(shape).tolist() for c in (solved.computed, solved.rounds, solved.changes)]
-        for row, computed, rounds, changes in zip(rows, *columns, strict=True):
+        columns = [c.view(shape).tolist() for c in (solved.asked, solved.computed, solved.rounds, solved.changes)]
+        for row, asked, computed, rounds, changes in zip(rows, *columns, strict=True):
             wasted = sum(computed[accepted:])
             for number in range(accepted):
                 made = computed[number] + (wasted if number == accepted - 1 else 0)
-                self.asked[row].append(computed[number] if sampler.adaptive else sampler.asked)
+                self.asked[row].append(asked[number])
                 self.computed[row].append(made)
                 self.rounds[row].append(rounds[number])
                 self.changes[row].append(changes[number])
@@ -120,20 +151,17 @@ class DecodingLoop:
         **model_kwargs: Any,
     ) -> Any:
         """Decode from prompts (B, L) that transformers' `generate` prepared."""
-        mode = generation_config.get_generation_mode()
-        if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
-            raise ValueError(
-                f"the settings ask for {mode.value}, but the L2D sampler decodes greedily or samples: "
-                "leave out num_beams, penalty_alpha, dola_layers and the like."
-            )
+        refuse(vars(generation_config), UNUSED_SETTINGS)
         mask = model_kwargs.get("attention_mask")
         self.mask = torch.ones_like(input_ids) if mask is None else mask
         if not bool(self.mask[:, -1].all()):
             raise ValueError("attention_mask marks the end of a prompt as padding: pad prompts on the left.")
         self.ids, self.lengths, self.step = input_ids, self.mask.sum(1), 0
-        self.noises = [RequestNoise(self.sampler.seed, key) for key in self._keys()]
-        self.record = DecodeRecord.empty(len(input_ids))
         self.processor, self.stopping, self.config = logits_processor, stopping_criteria, generation_config
+        self.guesser = _stateless(logits_processor)
+        self.noises = [RequestNoise(self.sampler.seed, key) for key in self._keys()]
+        self._check_noise()
+        self.record = DecodeRecord.empty(len(input_ids))
         self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.cache = DynamicCache()
         self.drafting = DraftLength(0 if self.sampler.is_base else self.sampler.draft_tokens)
@@ -155,12 +183,21 @@ class DecodingLoop:
         if keys is None:
             rows = zip(self.ids.tolist(), self.mask.tolist(), strict=True)
             keys = default_keys([[t for t, m in zip(*row, strict=True) if m] for row in rows])
-        count = len(self.ids)
-        if 0 < len(keys) < count and count % len(keys) == 0:  # num_return_sequences
-            keys = [f"{key!r}#{copy}" for key in keys for copy in range(count // len(keys))]
+        count, copies = len(self.ids), self.config.num_return_sequences or 1
+        if copies > 1 and len(keys) * copies == count:
+            keys = [f"{key!r}#{copy}" for key in keys for copy in range(copies)]
         if len(keys) != count:
             raise ValueError(f"request_keys has {len(keys)} entries for {count} rows: give one key per row.")
         return keys
+
+    def _check_noise(self) -> None:
+        if self.given_noise is None or self.sampler.is_base:
+            return
+        rows, dim = len(self.ids), self.model.config.diffusion_dim
+        steps = 1 if self.config.max_length is None else self.config.max_length - self.ids.shape[1]
+        found = tuple(self.given_noise.shape)
+        if len(found) != 3 or found[1:] != (rows, dim) or found[0] < steps:
+            raise ValueError(f"noise has shape {found}: give ({steps} or more steps, {rows} rows, {dim} dimensions).")
 
     def _draft(self, state: MainPathState) -> tuple[MainPathState, torch.Tensor]:
         """Let the base go on alone: the main path at P positions, and its tokens (B, P - 1) between them."""
@@ -171,7 +208,7 @@ class DecodingLoop:
         states, ids, mask = [state], self.ids, self.mask
         for number in range(count):
             logits = self.model._decoder.logits(states[-1].hidden[:, -1], plain=False).float()
-            token = self._choose(self.processor(ids, logits), number)
+            token = self._choose(self.guesser(ids, logits), number)
             ends = self.config._eos_token_tensor
             if ends is not None and bool(torch.isin(token, ends.to(token.device))[self.unfinished].all()):
                 break  # nothing comes after it
@@ -218,6 +255,8 @@ class DecodingLoop:
                     self.drafting.learn(one)
             if pad is not None:
                 token = torch.where(self.unfinished, token, pad.to(token.device))
+            elif len(rows) < len(token):
+                raise ValueError("pad_token_id is not set, and rows that end before others need it: set pad_token_id.")
             if self.config.output_scores:
                 self.scores.append(scores)
             if self.config.output_logits:
@@ -225,7 +264,7 @@ class DecodingLoop:
             self._append(token)
             if not agreed or int(self.unfinished.sum()) < len(rows):
                 break
-        self.record.add(rows, self.sampler, solved, number + 1)
+        self.record.add(rows, solved, number + 1)
         for layer in self.cache.layers if number + 1 < width else ():
             kept = layer.keys.shape[-2] - (width - number - 1)
             layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
@@ -236,7 +275,8 @@ class DecodingLoop:
         self.lengths, self.step = self.lengths + 1, self.step + 1
         if self.streamer is not None:
             self.streamer.put(token.cpu())
-        self.unfinished = self.unfinished & ~self.stopping(self.ids, None)
+        scores = tuple(self.scores) if self.config.output_scores else None
+        self.unfinished = self.unfinished & ~self.stopping(self.ids, scores)
 
     def _choose(self, scores: torch.Tensor, ahead: int) -> torch.Tensor:
         """Output tokens (B,) for scores (B, V) at the position `ahead` of the next one."""
@@ -258,3 +298,12 @@ class DecodingLoop:
             logits=tuple(self.logits) if self.config.output_logits else None,
             past_key_values=self.cache,
         )
+
+
+def _stateless(processors: LogitsProcessorList) -> LogitsProcessorList:
+    """Those of `processors` that may be asked about drafts, which may come to nothing: they keep no state.
+
+    A user's own may count its calls, and a watermark remembers what it was shown.
+    """
+    known = [p for p in processors if type(p).__module__ == LogitsProcessorList.__module__]
+    return LogitsProcessorList(p for p in known if not isinstance(p, _STATEFUL))

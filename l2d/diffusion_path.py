@@ -18,7 +18,15 @@ from transformers import PreTrainedModel
 
 from l2d.attention import QueryLayout
 from l2d.config import L2DConfig
-from l2d.embeddings import CarriedState, InputProjection, TimeEmbedding, VocabularyEmbedding, modulation_head
+from l2d.embeddings import (
+    CarriedState,
+    InputProjection,
+    TimeEmbedding,
+    VocabularyEmbedding,
+    full_precision,
+    modulation_head,
+    version,
+)
 from l2d.main_path import Decoder, LayerState
 from l2d.twin import TwinLayer, build_twin
 
@@ -183,6 +191,11 @@ class DiffusionPath(nn.Module):
         """Embeddings of all tokens, (V, d) float32, cached."""
         return self.vocabulary.table(self._decoder.embeddings.weight)
 
+    def forget(self) -> None:
+        """Drop what was made from the weights and kept for inference."""
+        self.vocabulary.forget()
+        self._table = None
+
     def conditioning(self, time: torch.Tensor, classes: torch.Tensor | None = None) -> torch.Tensor:
         """Time embedding plus class embedding, (..., C); `classes=None` is "no class"."""
         embedding = self.time_embedding(time)
@@ -208,7 +221,7 @@ class DiffusionPath(nn.Module):
         """
         device = next(self.output_modulation.parameters()).device
         weights = tuple(
-            (p.data_ptr(), p.dtype, p._version) for module in self._conditioning for p in module._parameters.values()
+            (p.data_ptr(), p.dtype, version(p)) for module in self._conditioning for p in module._parameters.values()
         )
         key = (tuple(times.tolist()), kinds, device, weights)
         kept = self._table  # another thread may put another grid's table in its place
@@ -218,8 +231,9 @@ class DiffusionPath(nn.Module):
             if kinds is not None:
                 classes = torch.tensor(kinds, device=device).repeat_interleave(len(grid))
                 grid = grid.repeat(len(kinds))
-            made = self.modulate(grid, classes)
-            layers = torch.stack([torch.cat(layer.modulate(made.embedding), dim=-1) for layer in self.layers])
+            with full_precision(grid):
+                made = self.modulate(grid, classes)
+                layers = torch.stack([torch.cat(layer.modulate(made.embedding), dim=-1) for layer in self.layers])
             self._table = kept = (key, Modulation(made.output, layers=layers))
         return kept[1]
 

@@ -5,6 +5,8 @@
 - `TimeEmbedding`: sinusoidal features of t and their MLP
 - `modulation_head`: linear, SiLU, zero-initialised linear
 - `CarriedState`: what one evaluation hands to the next
+- `full_precision`: a context without autocast, for what is kept longer than it may last
+- `version`: by which what was made from weights is known to be outdated
 
 All of them compute in float32, whatever the base's dtype (in float64 where they were cast to it). Source: Cetin et
 al., 2025, sections 3 and A.
@@ -20,6 +22,11 @@ from torch.nn import functional
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself in float32 or float64, a float32 copy of any other."""
     return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
+
+
+def version(tensor: torch.Tensor) -> int:
+    """How often the tensor was changed in place; -1 for one made in inference mode, where that is not counted."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 class Float32Linear(nn.Linear):
@@ -44,7 +51,8 @@ def _linear(inputs: int, outputs: int, init: str) -> nn.Linear:
     return linear
 
 
-def _full_precision(tensor: torch.Tensor) -> torch.autocast:
+def full_precision(tensor: torch.Tensor) -> torch.autocast:
+    """A context without autocast on the tensor's device."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
@@ -64,14 +72,14 @@ class VocabularyEmbedding(nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Rows of the base's embedding table (..., H) to embeddings (..., d) float32."""
-        with _full_precision(rows):
+        with full_precision(rows):
             return self.norm * functional.normalize(self.projection(rows), dim=-1)
 
     @torch.no_grad()
     def table(self, weight: torch.Tensor, chunk: int = 16384) -> torch.Tensor:
         """Embeddings of the whole vocabulary, (V, d) float32, computed once for given weights."""
         sources = (weight, self.projection.weight, self.projection.bias)
-        key = tuple((t.data_ptr(), t.device, t._version) for t in sources)
+        key = tuple((t.data_ptr(), t.device, version(t)) for t in sources)
         if self._cached is None or self._cached[0] != key:
             self._cached = (key, torch.cat([self(rows) for rows in weight.split(chunk)]))
         return self._cached[1]
@@ -116,7 +124,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, time: torch.Tensor) -> torch.Tensor:
         """Times (...) to embeddings (..., C) float32."""
-        with _full_precision(time):
+        with full_precision(time):
             return self.layers(self.features(time))
 
 

@@ -55,13 +55,15 @@ class SiteSolution:
 
     hidden (N, H): fused hidden state of the last evaluation, before the final norm; logits (N, V): its logits, where
     they were at hand.
-    computed, rounds, changes (N,) int64: network queries, batched passes, and changes of the chosen token.
+    asked, computed, rounds, changes (N,) int64: evaluations asked for (T: the free one at t = 0 counts, two branches
+    are one), network queries, batched passes, and changes of the chosen token.
     capped (N,) bool: the adaptive solver ran into `max_evaluations`.
     clean (N, E, d) float64 and chosen (N, E, branches) int64: recorded on request, fixed grids only; the sequential
     solver also records the fused hidden states of all evaluations, evaluated (N, E + 1, H), of the first branch.
     """
 
     hidden: torch.Tensor
+    asked: torch.Tensor
     computed: torch.Tensor
     rounds: torch.Tensor
     changes: torch.Tensor

@@ -5,27 +5,27 @@
 What the loop does is in `decoding.py`.
 """
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import GenerationMixin
+from transformers import GenerationMixin, StoppingCriteriaList
+from transformers.generation import StopStringCriteria
 
-from l2d.decoding import DecodingLoop
+from l2d.decoding import UNUSED_SETTINGS, DecodingLoop, refuse
 from l2d.sampler_config import SamplerConfig
 
 if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM
 
 _REFUSED = {
-    "num_beams": "beam search is not part of the L2D sampler; leave num_beams at 1",
     "assistant_model": "assisted decoding is not part of the L2D sampler; leave assistant_model out",
     "past_key_values": "the sampler keeps its own cache; leave past_key_values out",
     "inputs_embeds": "the sampler needs token ids; pass input_ids",
     "custom_generate": "the L2D sampler is the generate function; leave custom_generate out",
-    "prompt_lookup_num_tokens": "the L2D sampler drafts with the base; set draft_tokens in sampler instead",
-    "guidance_scale": "guidance belongs to the L2D sampler; set guidance_scale and guidance_class in sampler instead",
-    "output_attentions": "the sampler keeps no attention weights; leave output_attentions out",
-    "output_hidden_states": "the sampler keeps no hidden states; leave output_hidden_states out",
+    "position_ids": "positions follow from attention_mask; leave position_ids out",
+    "queries": "they are for training; leave queries out",
+    "state": "it is for training; leave state out",
 }
 
 
@@ -48,24 +48,43 @@ def generate(
         return_record: return `(result, DecodeRecord)`.
         noise: (steps, B, d) start noise, already scaled, in place of the requests' own.
         kwargs: everything that transformers' `generate` takes for greedy decoding and sampling: `generation_config`,
-            `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `top_k`, several end tokens, `stopping_criteria`,
-            `logits_processor`, `streamer`, ...
+            `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `top_k`, several end tokens, `stop_strings` (with
+            `tokenizer`), `stopping_criteria`, `logits_processor`, `streamer`, ...
 
     Returns what transformers' `generate` returns: (B, L + new) token ids, or an output object on request.
     Raises `ValueError` for settings that this sampler would ignore.
     """
-    for name, reason in _REFUSED.items():
-        given = kwargs.get(name)
-        if given is not None and given is not False and not (name in ("num_beams", "guidance_scale") and given == 1):
-            raise ValueError(f"{name} cannot be used: {reason}.")
+    refuse(kwargs, _REFUSED)
+    refuse(kwargs, UNUSED_SETTINGS)  # those of a `generation_config` are looked at once it is settled
     if inputs is None:
         inputs = kwargs.pop("input_ids", None)
-    if inputs is None or inputs.dim() != 2 or inputs.shape[1] == 0:
+    if not isinstance(inputs, torch.Tensor) or inputs.dim() != 2 or inputs.shape[1] == 0:
         raise ValueError("input_ids must be a tensor of shape (rows, length) with at least one token per row.")
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.shape != inputs.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}, and input_ids {tuple(inputs.shape)}: they must be the same."
+        )
     sampler = model.sampler(sampler)
     if noise is not None and sampler.votes > 1:
         raise ValueError(f"noise gives one start per token, and votes={sampler.votes} need several: leave votes at 1.")
     model.prepare_inference()
     loop = DecodingLoop(model, sampler, request_keys, noise, kwargs.get("streamer"))
-    result = GenerationMixin.generate(model, inputs, custom_generate=loop.run, **{**kwargs, "use_cache": True})
+    result = GenerationMixin.generate(model, inputs, custom_generate=loop.run, **_with_stop_strings(kwargs))
     return (result, loop.record) if return_record else result
+
+
+def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` with `stop_strings` as a stopping criterion: to a custom loop no tokenizer is handed."""
+    kwargs = dict(kwargs)
+    tokenizer, config = kwargs.pop("tokenizer", None), kwargs.get("generation_config")
+    strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    if not strings:
+        return kwargs
+    if tokenizer is None:
+        raise ValueError(f"stop_strings={strings!r} need the tokenizer: pass tokenizer=, too.")
+    if config is not None:
+        kwargs["generation_config"] = copy.deepcopy(config)
+        kwargs["generation_config"].stop_strings = None
+    criteria = [*(kwargs.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)]
+    return {**kwargs, "stopping_criteria": StoppingCriteriaList(criteria)}

@@ -14,6 +14,7 @@ import psutil
 import torch
 from torch import nn
 
+from l2d.embeddings import full_precision, version
 from l2d.products import packed_linear, serves
 from l2d.twin import ADAPTER
 
@@ -24,7 +25,11 @@ def _projections(module: nn.Module) -> list[Any]:
     """The LoRA layers below `module`, or where there are none the linear layers of its twins that packing helps."""
     from peft.tuners.lora import LoraLayer  # late, see `twin`
 
-    adapted = [m for m in module.modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A]
+    adapted = [
+        m
+        for m in module.modules()
+        if isinstance(m, LoraLayer) and ADAPTER in m.lora_A and isinstance(m.get_base_layer(), nn.Linear)
+    ]
     if adapted:
         return adapted
     twins = [m for name, m in module.named_modules() if name.split(".")[-1] == "twin"]
@@ -41,7 +46,8 @@ def merge_deltas(layers: list[Any]) -> None:
     for layer in layers:
         weight, bias = _base(layer).weight, _base(layer).bias
         if hasattr(layer, "lora_A"):
-            weight = (weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)).detach()
+            with full_precision(weight):
+                weight = (weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)).detach()
         layer.forward = packed_linear(weight, bias)
 
 
@@ -96,7 +102,7 @@ def _weights(layers: list[Any]) -> tuple:
     for layer in layers:
         deltas = [part[ADAPTER].weight for part in (layer.lora_A, layer.lora_B)] if hasattr(layer, "lora_A") else []
         weights += [_base(layer).weight, *deltas]
-    return (torch.backends.mkldnn.enabled, *((w.device, w.dtype, w.data_ptr(), w._version) for w in weights))
+    return (torch.backends.mkldnn.enabled, *((w.device, w.dtype, w.data_ptr(), version(w)) for w in weights))
 
 
 def _free_memory(device: torch.device) -> int:

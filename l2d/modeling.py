@@ -45,9 +45,9 @@ class L2DTrainingOutput(ModelOutput):
     the same inputs.
     """
 
-    nll: torch.Tensor | None = None
-    correct: torch.Tensor | None = None
-    valid: torch.Tensor | None = None
+    nll: Any = None
+    correct: Any = None
+    valid: Any = None
     state: MainPathState | None = None
 
 
@@ -73,6 +73,8 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
                 "L2DForCausalLM needs its base model: use L2DForCausalLM.from_base(base) for a fresh path or "
                 "L2DForCausalLM.from_pretrained(folder) for a trained one."
             )
+        if isinstance(base, L2DForCausalLM):
+            raise ValueError("base is itself an L2D model; give the model that it was built on (its attribute `base`).")
         super().__init__(config)
         self.base = base.requires_grad_(False).eval()
         self.path = DiffusionPath(config, base)
@@ -123,10 +125,12 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             base: another place to find the base (folder, hub name or a loaded model); its weights must be the same.
-            kwargs: `dtype`, `device_map`, `trust_remote_code`, ... for the base.
+            kwargs: `dtype`, `device_map`, `trust_remote_code`, ... for the base; `token`, `cache_dir`,
+                `local_files_only` and `force_download` for both, `revision` and `subfolder` for the checkpoint.
 
-        Raises `ValueError` where the base is missing or another one, where a tensor is missing, unexpected, of another
-        shape or not finite, and where a file is not the one that was saved (see `digest`).
+        Raises `ValueError` for arguments that would have no effect, where the base is missing or another one, where a
+        tensor is missing, unexpected, of another shape or not finite, and where a file is not the one that was saved
+        (see `digest`).
         """
         return checkpoint.load(cls, pretrained_model_name_or_path, base=base, config=config, **kwargs)
 
@@ -163,12 +167,30 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         """The base ties its own weights."""
 
     def train(self, mode: bool = True) -> "L2DForCausalLM":
-        """Set the path's mode; the base stays in evaluation mode."""
+        """Set the path's mode; the base stays in evaluation mode.
+
+        What was made from the weights for inference is dropped: changes of `parameter.data` are seen from here on.
+        """
         super().train(mode)
         self.base.eval()
-        if mode:
-            self._merger.release()
+        self._merger.release()
+        self.path.forget()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """State for pickles and copies, of which packed weights cannot be a part."""
+        self._merger.release()
+        return super().__getstate__()
+
+    def _refuse_change(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise `ValueError`: the base is frozen, and its twin and fingerprint belong to it as it is."""
+        raise ValueError(
+            "the base of an L2D model cannot be changed (resized embeddings, added adapters, other modules): change "
+            "the base by itself, save it, and start from it with L2DForCausalLM.from_base."
+        )
+
+    resize_token_embeddings = set_input_embeddings = set_output_embeddings = _refuse_change
+    add_adapter = load_adapter = _refuse_change
 
     def _set_gradient_checkpointing(
         self, enable: bool = True, gradient_checkpointing_func: Callable = torch_checkpoint, every_n_layers: int = 1

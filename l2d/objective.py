@@ -56,31 +56,37 @@ def training_output(
     Source: Cetin et al., 2025, section 3; corruption and rollout are not part of it.
     """
     flat = _Flat(queries)
-    evaluate = _noised if queries.unscored is None else _rolled_out
-    scored = evaluate(model, state, queries, flat)
+    if queries.unscored is None:
+        scored = [_noised(model, state, queries, flat)]
+    else:
+        scored = _rolled_out(model, state, queries, flat, queries.unscored)
     losses = torch.cat([flat.padded(losses, queries.index) for losses, _ in scored])
     return losses, torch.cat([flat.padded(chosen == flat.targets, queries.index) for _, chosen in scored])
 
 
 def _noised(
     model: "L2DForCausalLM", state: MainPathState, queries: NoisedTargets, flat: _Flat
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Loss and chosen token of every query, (N,) each, once, at `x_t = (1 - t) x_0 + t z`."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and chosen token of every query, (N,) each, at `x_t = (1 - t) x_0 + t z`."""
     time = flat.of(queries.time)
     if queries.sources is None:  # one embedding serves all draws of a position
         clean = model.path.embed_tokens(queries.targets[flat.rows, flat.slots]).repeat_interleave(flat.draws, dim=0)
     else:
-        clean = model.path.embed_tokens(_sources(model, state, queries, flat))
+        clean = model.path.embed_tokens(_sources(model, state, flat, queries.sources, queries.uniforms))
     x = (1 - time)[:, None] * (flat.of(queries.noise) * model.config.noise_std) + time[:, None] * clean
     hidden, _ = model.path_hidden(state, flat.row, flat.index, x, time, flat.classes)
-    return [_cross_entropy(model, hidden, flat.targets)]
+    return _cross_entropy(model, hidden, flat.targets)
 
 
-def _sources(model: "L2DForCausalLM", state: MainPathState, queries: NoisedTargets, flat: _Flat) -> torch.Tensor:
-    """Tokens (N,) that `x_t` is built from; where none is given, a sample of the base's own distribution."""
-    sources = flat.of(queries.sources)
+def _sources(
+    model: "L2DForCausalLM", state: MainPathState, flat: _Flat, given: torch.Tensor, uniforms: torch.Tensor | None
+) -> torch.Tensor:
+    """Tokens (N,) that `x_t` is built from: those `given` (K, B, Q), at -1 a sample of the base's own distribution."""
+    sources = flat.of(given)
     sampled = torch.nonzero(sources < 0, as_tuple=True)[0]
-    uniforms = flat.of(queries.uniforms)[sampled]
+    if uniforms is None:
+        raise ValueError("sources need uniforms, which fix the tokens that are sampled.")
+    uniforms = flat.of(uniforms)[sampled]
     with torch.no_grad():
         hidden = state.hidden[flat.row[sampled], flat.index[sampled]]
         chunk = _chunk(model, hidden)
@@ -92,7 +98,7 @@ def _sources(model: "L2DForCausalLM", state: MainPathState, queries: NoisedTarge
 
 
 def _rolled_out(
-    model: "L2DForCausalLM", state: MainPathState, queries: NoisedTargets, flat: _Flat
+    model: "L2DForCausalLM", state: MainPathState, queries: NoisedTargets, flat: _Flat, unscored: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Loss and chosen token of every query, (N,) each, at every scored evaluation; the states have no gradient."""
     learning = torch.is_grad_enabled()
@@ -103,7 +109,7 @@ def _rolled_out(
     before, scored = torch.zeros_like(x[:, 0]), []
     carried = None if model.path.carried_state is None else x.new_zeros(len(x), base.shape[-1])
     for number, every in enumerate(queries.time):
-        time, counts = flat.of(every), number >= queries.unscored
+        time, counts = flat.of(every), number >= unscored
         with torch.no_grad():
             clean = model.path.embed_tokens(chosen)
             x = x + ((time - before) / (1 - before))[:, None] * (clean - x)

@@ -1,9 +1,8 @@
-"""The released implementation (SakanaAI/L2D): its checkpoints, and its solver with all its habits.
+"""Checkpoints of the released implementation (SakanaAI/L2D); its solver is in `released_solver.py`.
 
 - `load_released`: a model from its state dict, or from a folder with safetensors or `weights_only` pickle files
 - `parameter_name`: reference parameter name -> ours, and whether it is transposed
 - `released_config`: its keyword arguments -> `L2DConfig`
-- `released_solve`: integrates as it does (torchdiffeq, one step size per batch, zero velocity at t >= 1)
 
 `python -m l2d.released SOURCE TARGET --settings FILE.json [--base FOLDER]` converts a checkpoint.
 """
@@ -17,19 +16,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torchdiffeq import odeint
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from l2d.budget import FIXED_SOLVERS
+from l2d.checkpoint import load_base
 from l2d.command_line import Parser
 from l2d.config import L2DConfig, base_config_from_dict
-from l2d.diffusion_path import Queries
-from l2d.evaluator import clean_estimate
-from l2d.main_path import MainPathState
 from l2d.modeling import L2DForCausalLM
-from l2d.noise import draw_token
-from l2d.sampler_config import temperature_at
-from l2d.sampling import Solution
 
 _NAMES = (
     (r"model\.flow_token_embedder\.embedder\.layers_module\.0\.(weight|bias)", r"path.vocabulary.projection.\1"),
@@ -208,123 +200,23 @@ def _build_base(state: dict[str, torch.Tensor], base_config: dict[str, Any]) -> 
     return base.eval()
 
 
-class _ReleasedField:
-    """Velocity as the released code computes it, with a record of everything it was asked."""
-
-    def __init__(self, model: L2DForCausalLM, state: MainPathState, index: torch.Tensor, settings: dict[str, Any]):
-        self.model, self.state, self.index = model, state, index
-        self.s = settings
-        self.asked: list[float] = []
-        self.temperatures: list[float] = []
-        self.chosen: list[torch.Tensor] = []
-
-    def _branch(self, x: torch.Tensor, time: float, classes: torch.Tensor | None) -> torch.Tensor:
-        times = torch.full(self.index.shape, time, dtype=torch.float32, device=x.device)
-        logits = self.model.path_logits(self.state, Queries(self.index, x.float(), times, classes))
-        temperature = temperature_at(self.s["temperature"], time + self.s["delta"])
-        uniforms = None
-        if self.s["choice"] == "sample" and temperature > 0:
-            uniforms = torch.rand(self.index.shape, dtype=torch.float64, generator=self.s["generator"]).to(x.device)
-        table = self.model.vocabulary_table()
-        clean, _ = clean_estimate(logits, table, self.s["choice"], temperature, self.s["normalize"], uniforms)
-        token = logits.argmax(-1) if uniforms is None else draw_token(torch.softmax(logits / temperature, -1), uniforms)
-        self.temperatures.append(temperature)
-        self.chosen.append(token)
-        return (clean.double() - x) / (1 - time)
-
-    def __call__(self, time: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        now = float(time)
-        self.asked.append(now)
-        if len(self.asked) > self.s["max_evaluations"]:
-            raise ValueError(f"the solver asked more than max_evaluations={self.s['max_evaluations']} times.")
-        if self.s["guarded"] and now >= 1:
-            return torch.zeros_like(x)
-        conditional = self._branch(x, now, self.s["classes"])
-        if self.s["guidance_scale"] is None:
-            return conditional
-        scale = self.s["guidance_scale"]
-        return scale * conditional + (1 - scale) * self._branch(x, now, None)
-
-
-def _habits(
-    method: str, steps: int, family: str, start_time: float, final_time: float
-) -> tuple[torch.Tensor, float, bool]:
-    """Time levels (n,) float32, how far ahead the temperature is read, and whether the velocity is zeroed at t >= 1."""
-    grid = torch.linspace(start_time, final_time, steps, dtype=torch.float32)
-    spacing = float(grid[1] - grid[0])
-    fixed = method in FIXED_SOLVERS
-    if fixed:
-        delta = spacing / 2 if method == "midpoint" else spacing
-    else:
-        delta = spacing if family == "qwen2" and method == "adaptive_heun" else 0.0
-    return grid, delta, "heun" in method or method == "rk4" or (not fixed and family == "llama")
-
-
-@torch.no_grad()
-def released_solve(
-    model: L2DForCausalLM,
-    state: MainPathState,
-    index: torch.Tensor,
-    x0: torch.Tensor,
-    *,
-    method: str,
-    steps: int,
-    family: str = "llama",
-    choice: str = "sample",
-    temperature: float | str = 0.0,
-    normalize: bool = False,
-    guidance_scale: float | None = None,
-    classes: torch.Tensor | None = None,
-    start_time: float = 0.0,
-    final_time: float = 1.0,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    options: dict[str, Any] | None = None,
-    max_evaluations: int = 20000,
-    generator: torch.Generator | None = None,
-) -> Solution:
-    """Integrate as the released implementation does, quirks included, for comparison with it.
-
-    Args:
-        index: (B, Q); x0: (B, Q, d), scaled; steps: number of time levels n.
-        family: "llama" or "qwen2", which differ in where the velocity is zeroed and the temperature is read.
-        guidance_scale: `None` where guidance is not applied (every network call is then conditional on `classes`).
-        classes: (B,) guidance class per row, `None` for "no class".
-
-    Returns `Solution`: trajectory at the n levels (interpolated for adaptive methods), `evaluation_times` of every ask,
-    zeroed ones included, and `chosen` (Q', B, Q) and `temperatures` (Q',) of every network call, branches in turn.
-    """
-    method = "heun2" if method == "heun" else method
-    grid, delta, guarded = _habits(method, steps, family, start_time, final_time)
-    spread = None if classes is None else classes[:, None].expand_as(index)
-    field = _ReleasedField(
-        model,
-        state,
-        index,
-        {
-            "choice": choice,
-            "temperature": temperature,
-            "normalize": normalize,
-            "delta": delta,
-            "guarded": guarded,
-            "classes": spread,
-            "guidance_scale": guidance_scale,
-            "max_evaluations": max_evaluations,
-            "generator": generator,
-        },
-    )
-    extra = {} if options is None else {"options": dict(options)}
-    trajectory = odeint(field, x0.double(), grid.to(x0.device), rtol=rtol, atol=atol, method=method, **extra)
-    times = torch.full(index.shape, float(grid[-1]), device=x0.device)
-    final = model.path_logits(state, Queries(index, trajectory[-1].float(), times, spread))
-    return Solution(
-        final_logits=final,
-        trajectory=trajectory,
-        times=grid,
-        evaluation_times=torch.tensor(field.asked, dtype=torch.float64),
-        temperatures=torch.tensor(field.temperatures, dtype=torch.float64),
-        chosen=torch.stack(field.chosen),
-    )
+def _read_settings(file: Path) -> dict[str, Any]:
+    """What `--settings` names; `ValueError` where it cannot be used."""
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"settings={str(file)!r} cannot be read ({error}): give a JSON file.") from error
+    parts = [settings.get("flow_kwargs"), settings.get("base_config") or {}] if isinstance(settings, dict) else [None]
+    if not all(isinstance(part, dict) for part in parts):
+        raise ValueError(
+            f"settings={str(file)!r} must hold a mapping with flow_kwargs, a mapping, and without --base base_config, "
+            "another one."
+        )
+    try:
+        released_config(settings["flow_kwargs"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"flow_kwargs of settings={str(file)!r} cannot be used: {error}") from error
+    return settings
 
 
 def main() -> None:
@@ -340,14 +232,14 @@ def main() -> None:
     if arguments.target.exists():
         parser.error(f"target={str(arguments.target)!r} exists already; name a new folder.")
     try:
-        settings = json.loads(arguments.settings.read_text())
-        base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype="auto") if arguments.base else None
+        settings = _read_settings(arguments.settings)
+        base = load_base(arguments.base) if arguments.base else None
         model = load_released(arguments.source, settings["flow_kwargs"], settings.get("base_config"), base=base)
         if base is None:
             model.base.save_pretrained(arguments.target / "base")
             model.config.base_name_or_path = str((arguments.target / "base").resolve())
         model.save_pretrained(arguments.target)
-    except (ValueError, OSError, KeyError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     print(f"wrote {arguments.target}")
 

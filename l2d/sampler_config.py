@@ -75,6 +75,8 @@ class SamplerConfig:
             self._set(name, _number(name, getattr(self, name)))
         for name in ("normalize_average", "speculation"):
             self._set(name, _truth(name, getattr(self, name)))
+        if self.seed >= 1 << 64:
+            raise ValueError(f"seed={self.seed} must be below 2**64.")
         _one_of("solver", self.solver, (*FIXED_SOLVERS, *ADAPTIVE_SOLVERS))
         _one_of("choice", self.choice, ("sample", "average"))
         _one_of("end_velocity", self.end_velocity, ("straight", "zero"))
@@ -113,11 +115,6 @@ class SamplerConfig:
     def guided(self) -> bool:
         """Whether every evaluation needs both a class-conditional and an unconditional answer."""
         return self.guidance_scale != 1.0
-
-    @property
-    def asked(self) -> int:
-        """Evaluations asked for per generated token: the budget, once per vote."""
-        return self.budget if self.is_base else self.budget * self.votes
 
     @property
     def scored_draws(self) -> int:

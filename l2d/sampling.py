@@ -59,7 +59,7 @@ def solve_sites(
     evaluator = PathEvaluator(model, state, sampler, site_class)
     if sampler.is_base:
         nothing = torch.zeros(len(sites), dtype=torch.int64, device=sites.rows.device)
-        return SiteSolution(evaluator.base_hidden(sites), nothing, nothing, nothing, nothing.bool())
+        return SiteSolution(evaluator.base_hidden(sites), nothing + 1, nothing, nothing, nothing, nothing.bool())
     if sampler.adaptive:
         return solve_adaptive(evaluator, sites)
     grid = fixed_grid(sampler)
@@ -119,6 +119,7 @@ def solve_sequentially(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, 
     rounds = torch.full((len(sites),), count + int(grid.times[0] != 0), dtype=torch.int64, device=device)
     return SiteSolution(
         hidden=hidden,
+        asked=torch.full_like(rounds, grid.budget),
         computed=torch.full_like(rounds, computed + 1),
         rounds=rounds,
         changes=(chosen.diff(dim=1) != 0).any(-1).sum(1),
@@ -149,32 +150,29 @@ def solve(
         record: also return the trajectory and the chosen tokens (fixed grids).
 
     Returns `Solution`. Source: Cetin et al., 2025, section 3.
+    Raises `ValueError` for votes, and for classes that the model does not have.
     """
-    valid = index >= 0
-    rows, slots = torch.nonzero(valid, as_tuple=True)
-    default = sampler.class_index(model.config.guidance_classes) if not (classes is not None) else None
-    groups = [(default, torch.ones_like(rows, dtype=torch.bool))]
-    if classes is not None:
-        groups = [(int(c), classes[rows] == c) for c in classes[rows].unique()] or groups
-    logits = final = chosen = None
+    if sampler.votes > 1 and not sampler.is_base:
+        raise ValueError(f"x0 gives one start per place, and votes={sampler.votes} need several: leave votes at 1.")
+    rows, slots = torch.nonzero(index >= 0, as_tuple=True)
     grid = None if sampler.is_base or sampler.adaptive else fixed_grid(sampler)
-    trajectory = None
-    for site_class, member in groups:
+    parts, members = [], []
+    for site_class, member in _classes_of(model, rows, sampler, classes):
         r, q = rows[member], slots[member]
         sites = Sites(r, index[r, q], x0[r, q].double(), None if uniforms is None else uniforms[r, q])
-        solved = solve_sites(model, state, sites, sampler, site_class, record and grid is not None)
-        final = model._decoder.logits(solved.hidden)
-        if logits is None:
-            logits = final.new_zeros(*index.shape, final.shape[-1])
-            if record and grid is not None:
-                trajectory = x0.new_zeros(len(grid.levels), *x0.shape, dtype=torch.float64)
-                chosen = index.new_zeros(grid.evaluations, *index.shape, solved.chosen.shape[-1])
-        logits[r, q] = final
-        if trajectory is not None:
-            trajectory[:, r, q] = grid.trajectory(sites.noise, solved.clean)
-            chosen[:, r, q] = solved.chosen.transpose(0, 1)
-    if trajectory is None:
+        parts.append(solve_sites(model, state, sites, sampler, site_class, record and grid is not None))
+        members.append(member)
+    solved, order = SiteSolution.join(parts), torch.cat(members)
+    rows, slots = rows[order], slots[order]
+    final = model._decoder.logits(solved.hidden)
+    logits = final.new_zeros(*index.shape, final.shape[-1])
+    logits[rows, slots] = final
+    if grid is None or solved.clean is None or solved.chosen is None:
         return Solution(logits)
+    trajectory = x0.new_zeros(len(grid.levels), *x0.shape, dtype=torch.float64)
+    trajectory[:, rows, slots] = grid.trajectory(x0[rows, slots].double(), solved.clean)
+    chosen = index.new_zeros(grid.evaluations, *index.shape, solved.chosen.shape[-1])
+    chosen[:, rows, slots] = solved.chosen.transpose(0, 1)
     return Solution(
         final_logits=logits,
         trajectory=trajectory,
@@ -183,6 +181,19 @@ def solve(
         temperatures=torch.tensor(grid.temperatures, dtype=torch.float64),
         chosen=chosen[..., 0] if chosen.shape[-1] == 1 else chosen,
     )
+
+
+def _classes_of(
+    model: "L2DForCausalLM", rows: torch.Tensor, sampler: SamplerConfig, classes: torch.Tensor | None
+) -> list[tuple[int | None, torch.Tensor]]:
+    """Guidance classes of places with rows (N,), each with the numbers of its places."""
+    names = model.config.guidance_classes
+    if classes is None or not len(rows):
+        return [(sampler.class_index(names), torch.arange(len(rows), device=rows.device))]
+    found = classes[rows].unique().tolist()
+    if not names or not 0 <= min(found) <= max(found) <= len(names):
+        raise ValueError(f"classes={found} are not classes of this model, which has {len(names or [])}.")
+    return [(one, torch.nonzero(classes[rows] == one, as_tuple=True)[0]) for one in found]
 
 
 def choice_uniforms_needed(sampler: SamplerConfig) -> bool:

@@ -63,20 +63,12 @@ def score(
         request_keys: identity of each row for its noise; default: the tokens before its first scored one, so that all
             continuations of one context share their noise.
 
-    Raises `ValueError` for a mask that marks position 0 or padding, padding before tokens, or a wrong number of keys.
+    Raises `ValueError` for masks of another shape, one that marks position 0 or padding, padding before tokens, or a
+    wrong number of keys.
     """
     sampler = model.sampler(sampler)
     model.prepare_inference()
-    if continuation_mask is None:
-        continuation_mask = torch.ones_like(input_ids, dtype=torch.bool)
-        continuation_mask[:, 0] = False
-        if attention_mask is not None:
-            continuation_mask &= attention_mask.bool()
-    wanted = continuation_mask.bool()
-    if bool(wanted[:, 0].any()) or (attention_mask is not None and bool((wanted & ~attention_mask.bool()).any())):
-        raise ValueError("continuation_mask marks position 0 or padding: only tokens with a context can be scored.")
-    if attention_mask is not None and bool((attention_mask.bool()[:, 1:] & ~attention_mask.bool()[:, :-1]).any()):
-        raise ValueError("attention_mask marks padding before tokens: pad rows to be scored on the right.")
+    wanted = _wanted(input_ids, attention_mask, continuation_mask)
     keys = request_keys if request_keys is not None else _context_keys(input_ids, wanted)
     if len(keys) != len(input_ids):
         raise ValueError(f"request_keys has {len(keys)} entries for {len(input_ids)} rows: give one key per row.")
@@ -100,6 +92,28 @@ def score(
     return output
 
 
+def _wanted(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, continuation_mask: torch.Tensor | None
+) -> torch.Tensor:
+    """Tokens to score, (B, S) bool, after a look at both masks."""
+    for name, mask in (("attention_mask", attention_mask), ("continuation_mask", continuation_mask)):
+        if mask is not None and mask.shape != input_ids.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(mask.shape)}, and input_ids {tuple(input_ids.shape)}: they must be the same."
+            )
+    present = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if bool((present[:, 1:] & ~present[:, :-1]).any()):
+        raise ValueError("attention_mask marks padding before tokens: pad rows to be scored on the right.")
+    if continuation_mask is None:
+        wanted = present.clone()
+        wanted[:, 0] = False
+        return wanted
+    wanted = continuation_mask.bool()
+    if bool(wanted[:, 0].any()) or bool((wanted & ~present).any()):
+        raise ValueError("continuation_mask marks position 0 or padding: only tokens with a context can be scored.")
+    return wanted
+
+
 def _context_keys(input_ids: torch.Tensor, wanted: torch.Tensor) -> list[bytes]:
     first = wanted.float().argmax(1).tolist()
     return [default_keys([row[:count]])[0] for row, count in zip(input_ids.tolist(), first, strict=True)]
@@ -116,19 +130,22 @@ def _score_sites(
     output: ScoreOutput,
 ) -> None:
     tokens = input_ids[rows, places]
-    draws = sampler.scored_draws
-    total = None
-    for draw in range(draws):
-        sites = make_sites(model, sampler, rows, places - 1, places.tolist(), [noises[r] for r in rows.tolist()], draw)
-        solved = solve_sites(model, state, sites, sampler, sampler.class_index(model.config.guidance_classes))
-        logprobs = torch.log_softmax(model._decoder.logits(solved.hidden, sampler.is_base).float(), dim=-1)
-        total = logprobs if total is None else torch.logaddexp(total, logprobs)
-        asked = solved.computed if sampler.adaptive else torch.full_like(solved.computed, sampler.budget)
-        output.asked[rows, places] += asked
+    owners = [noises[row] for row in rows.tolist()]
+    site_class = sampler.class_index(model.config.guidance_classes)
+
+    def logprobs(draw: int) -> torch.Tensor:
+        sites = make_sites(model, sampler, rows, places - 1, places.tolist(), owners, draw)
+        solved = solve_sites(model, state, sites, sampler, site_class)
+        output.asked[rows, places] += solved.asked
         output.computed[rows, places] += solved.computed
         output.rounds[rows, places] += solved.rounds
         output.capped += int(solved.capped.sum())
-    total -= float(np.log(draws))
+        return torch.log_softmax(model._decoder.logits(solved.hidden, sampler.is_base).float(), dim=-1)
+
+    total = logprobs(0)
+    for draw in range(1, sampler.scored_draws):
+        total = torch.logaddexp(total, logprobs(draw))
+    total -= float(np.log(sampler.scored_draws))
     output.logprobs[rows, places] = total.gather(-1, tokens[:, None]).squeeze(-1)
     output.greedy[rows, places] = total.argmax(-1) == tokens
 

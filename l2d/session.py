@@ -28,11 +28,17 @@ class Session:
     tokenizer: Any
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a prompt; a start token is added unless the text begins with it. At least one token."""
+        """Tokens of a prompt; a start token is added unless the text begins with it. At least one token.
+
+        Raises `ValueError` where there is none.
+        """
         begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         tokens = self.tokenizer(text, **({"add_special_tokens": False} if begins else {}))["input_ids"]
         fallback = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        return tokens or [next(token for token in fallback if token is not None)]
+        found = tokens or [token for token in fallback if token is not None][:1]
+        if not found:
+            raise ValueError("prompt is empty, and the tokenizer has no token to start from: give some text.")
+        return found
 
     def conversation_text(self, messages: list[dict[str, str]]) -> str:
         """The chat template's text of a conversation, ready for the model's turn.
@@ -48,6 +54,11 @@ class Session:
         others = self.model.generation_config.eos_token_id if self.model.generation_config is not None else None
         found = [self.tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])]
         return list(dict.fromkeys(token for token in found if token is not None))
+
+    def ending(self) -> dict[str, Any]:
+        """End and padding tokens as arguments of `generate`."""
+        end, pad = self.end_tokens(), self.tokenizer.pad_token_id
+        return {"eos_token_id": end or None, "pad_token_id": end[0] if pad is None and end else pad}
 
     @property
     def longest(self) -> int:
@@ -144,6 +155,7 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--final-time", type=float, help="where the trajectory ends and the output is read")
     parser.add_argument("--guidance", type=float, dest="guidance_scale", help="guidance scale; 1 is none")
     parser.add_argument("--guidance-class", help="name or index of the guidance class")
+    parser.add_argument("--votes", type=int, help="noise draws per token, whose probabilities are averaged")
     parser.add_argument("--seed", type=int, help="of all noise")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the output tokens; 0 (default) is greedy")
     parser.add_argument("--max-new-tokens", type=int, help="longest answer")
@@ -161,7 +173,7 @@ def session_from(given: argparse.Namespace, template: bool = False) -> Session:
 
 def sampler_from(given: argparse.Namespace) -> dict[str, Any]:
     """The sampler settings that were given."""
-    names = ("budget", "solver", "final_time", "guidance_scale", "guidance_class", "seed")
+    names = ("budget", "solver", "final_time", "guidance_scale", "guidance_class", "votes", "seed")
     return {name: value for name in names if (value := getattr(given, name)) is not None}
 
 

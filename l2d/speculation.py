@@ -70,6 +70,7 @@ def solve_speculatively(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid,
         pending = pending[~done]
     return SiteSolution(
         hidden=output,
+        asked=torch.full_like(computed, grid.budget),
         computed=computed,
         rounds=rounds,
         changes=(chosen.diff(dim=1) != 0).any(-1).sum(1),

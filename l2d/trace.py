@@ -16,16 +16,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from l2d.checkpoint_folder import check_sampler, read_config_file
 from l2d.command_line import check_folder
+from l2d.display import harmless, shade, visible
+from l2d.files import write_files
 from l2d.sampler_config import SamplerConfig
 from l2d.session import Session, add_sampler_arguments, decoding_options, sampler_from, session_from
+from l2d.trace_page import html_page
 
 USUAL_LENGTH = 64
 """Most tokens of an answer where nothing else is asked for."""
 SHOWN = 6
 """Most candidates of a token."""
 _QUERIES = 512  # places of one batch of evaluations
-_SHADES = (236, 23, 29, 36, 43)  # terminal colours, dark to bright
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +99,12 @@ def trace_prompt(
             f"prompt has {len(ids)} tokens and max_new_tokens is {longest}: the base takes {session.longest} in all."
         )
     options = decoding_options(temperature, longest)
-    end, pad = session.end_tokens(), session.tokenizer.pad_token_id
     sequences, record = model.generate(
         torch.tensor([ids], device=model.device),
         attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
         sampler=settings,
         return_record=True,
-        eos_token_id=end,
-        pad_token_id=end[0] if pad is None and end else pad,
+        **session.ending(),
         **options,
     )
     times, chosen, probabilities = _trajectories(session, sequences, len(ids), settings)
@@ -157,7 +158,7 @@ def _trajectories(session: Session, sequences: Any, start: int, settings: Any) -
         sites = make_sites(model, settings, torch.zeros_like(index), index, positions, noises)
         site_class = settings.class_index(model.config.guidance_classes)
         settings = settings.replace(speculation=False)  # which then records every evaluation
-        solved = solve_sites(model, state, sites, settings, site_class, record=True)
+        solved: Any = solve_sites(model, state, sites, settings, site_class, record=True)
         probabilities = [
             torch.softmax(model._decoder.logits(part).float(), -1).cpu()
             for part in solved.evaluated.flatten(0, 1).split(_QUERIES)
@@ -190,27 +191,12 @@ def _token_trace(session: Session, token: int, piece: str, chosen: Any, probabil
 # ---- output ------------------------------------------------------------------------------------------------------
 
 
-def visible(text: str) -> str:
-    """Text of a token with its white space made visible, and nothing that a terminal would obey."""
-    text = text.replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
-
-
-def shade(text: str, share: float, colour: bool) -> str:
-    """`text` on a background that is the brighter the larger `share`, 0 to 1."""
-    text = "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
-    if not colour:
-        return text
-    number = min(len(_SHADES) - 1, int(share * len(_SHADES)))
-    return "\n".join(f"\x1b[48;5;{_SHADES[number]};38;5;231m{line}\x1b[0m" if line else "" for line in text.split("\n"))
-
-
 def terminal_text(trace: Trace, colour: bool = False) -> str:
     """The answer tinted by rounds, then one line per token: cost, and the chosen token wherever it changed."""
     most = max((token.rounds for token in trace.tokens), default=1)
     answer = "".join(shade(token.text, (token.rounds - 1) / max(1, most - 1), colour) for token in trace.tokens)
     lines = [
-        visible(trace.prompt) if not colour else trace.prompt,
+        visible(trace.prompt) if not colour else harmless(trace.prompt),
         answer,
         "",
         "token       rounds  computed  trajectory",
@@ -240,11 +226,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Trace one prompt and show it. Raises `ValueError`."""
-    from l2d.files import write_files
-    from l2d.trace_page import html_page
-
-    if given.solver is not None:
-        _refuse_untraceable(SamplerConfig(solver=given.solver, budget=given.budget or 1))
+    _refuse_untraceable(check_sampler(read_config_file(given.folder), sampler_from(given)))
     if given.out is not None:
         check_folder("out", given.out.parent)
     session = session_from(given, template=given.chat)

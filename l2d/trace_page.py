@@ -9,6 +9,8 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from l2d.display import visible
+
 if TYPE_CHECKING:
     from l2d.trace import TokenTrace, Trace
 
@@ -51,8 +53,6 @@ def html_page(trace: "Trace") -> str:
 
 
 def _shown(text: str) -> str:
-    from l2d.trace import visible
-
     return escape(visible(text)) or "∅"
 
 

@@ -9,6 +9,7 @@ transformers can run is a base that the path can follow, as long as its norms ar
 """
 
 import copy
+import inspect
 import itertools
 from typing import Any
 
@@ -23,6 +24,7 @@ from l2d.main_path import Decoder, LayerState
 
 ADAPTER = "diffusion"
 _UNUSED_PROJECTIONS = ("k_proj", "v_proj")
+_ATTENTION_INPUTS = ("hidden_states", "position_embeddings", "attention_mask")
 
 
 class _NoProjection(nn.Module):
@@ -77,10 +79,16 @@ class ModulatedNorm:
 class TwinLayer(nn.Module):
     """Attention and MLP of one base layer, as the diffusion path uses them."""
 
-    def __init__(self, layer: nn.Module, attention: nn.Module, mlp: nn.Module, variant: str):
+    def __init__(
+        self,
+        layer: nn.Module,
+        slots: dict[str, nn.Module | None],
+        attention: nn.Module,
+        mlp: nn.Module,
+        variant: str,
+    ):
         super().__init__()
         self.self_attn, self.mlp, self.variant = attention, mlp, variant
-        slots = _norm_slots(layer)
         inner = (slots["attention_in"] or slots["attention_out"], slots["mlp_in"] or slots["mlp_out"])
         self._modulated = tuple(ModulatedNorm(norm) for norm in inner)
         self._before = (slots["attention_in"] is not None, slots["mlp_in"] is not None)
@@ -108,6 +116,7 @@ class TwinLayer(nn.Module):
     ) -> torch.Tensor:
         """What attention adds to the stream (..., H), queries in flat order, before its gate."""
         inputs = self._modulated[0](hidden, weight, shift) if self._before[0] else hidden
+        answered = layout.answered
         output = self.self_attn(
             hidden_states=inputs.flatten(0, -2).unsqueeze(0),
             position_embeddings=layout.rotary(layer),
@@ -115,6 +124,11 @@ class TwinLayer(nn.Module):
             past_key_values=None,
             main_path=(layout, layer),
         )[0].view(inputs.shape)
+        if layout.answered != answered + 1:
+            raise ValueError(
+                f"base models with {type(self.self_attn).__name__} are not supported: their attention is not one call "
+                "of transformers' attention interface."
+            )
         return self._finish(0, output, weight, shift)
 
     def transform(self, hidden: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
@@ -153,6 +167,28 @@ def _norm_slots(layer: nn.Module) -> dict[str, nn.Module | None]:
     )
 
 
+def _refuse_unknown_parts(layer: Any, slots: dict[str, nn.Module | None], model_type: str) -> None:
+    """Raise `ValueError` for a layer that does more than its attention, its MLP and the norms of `slots` do."""
+    known = [layer.self_attn, layer.mlp, *(norm for norm in slots.values() if norm is not None)]
+    covered = {id(parameter) for module in known for parameter in module.parameters()}
+    parts = [name for name, parameter in layer.named_parameters() if id(parameter) not in covered]
+    parts += [
+        name
+        for name, value in vars(layer).items()
+        if isinstance(value, float) and name != "residual_multiplier" and "dropout" not in name
+    ]
+    inputs = inspect.signature(layer.self_attn.forward).parameters.values()
+    needed = [p.name for p in inputs if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    parts += [f"self_attn({name})" for name in needed if name not in _ATTENTION_INPUTS]
+    if not any(p.kind is p.VAR_KEYWORD for p in inputs) or not hasattr(layer.self_attn, "config"):
+        parts.append("self_attn")
+    if parts:
+        raise ValueError(
+            f"base model type {model_type!r} is not supported: its {type(layer).__name__} has parts that the "
+            f"diffusion path would leave out or cannot call ({', '.join(parts[:3])})."
+        )
+
+
 def _structural_copy(module: nn.Module, config: PreTrainedConfig | None = None) -> nn.Module:
     """A copy of the module tree that shares every parameter and buffer with the original."""
     memo: dict[int, object] = {id(t): t for t in itertools.chain(module.parameters(), module.buffers())}
@@ -184,7 +220,13 @@ def _inject_lora(module: nn.Module, names: list[str], config: L2DConfig) -> None
         init_lora_weights="gaussian",
         lora_dropout=0.0,
     )
-    inject_adapter_in_model(lora, module, adapter_name=ADAPTER)
+    try:
+        inject_adapter_in_model(lora, module, adapter_name=ADAPTER)
+    except (AttributeError, NotImplementedError, ValueError) as error:
+        raise ValueError(
+            f"variant='lora' is not possible for {type(module).__name__}, to which PEFT adds no deltas ({error}): "
+            "use variant='full'."
+        ) from error
 
 
 def _clone_parameters(module: nn.Module, names: list[str]) -> None:
@@ -208,6 +250,8 @@ def build_twin(decoder: Decoder, base_config: PreTrainedConfig, config: L2DConfi
                 f"base model type {base_config.model_type!r} is not supported: "
                 f"its {type(layer).__name__} has no `self_attn` and `mlp`."
             )
+        slots = _norm_slots(layer)
+        _refuse_unknown_parts(layer, slots, base_config.model_type)
         path_config = copy.copy(layer.self_attn.config)
         path_config._attn_implementation_internal = IMPLEMENTATION
         attention = _structural_copy(layer.self_attn, path_config)
@@ -222,5 +266,5 @@ def build_twin(decoder: Decoder, base_config: PreTrainedConfig, config: L2DConfi
                 _inject_lora(module, names, config)
             else:
                 _clone_parameters(module, names)
-        twins.append(TwinLayer(layer, attention, mlp, config.variant))
+        twins.append(TwinLayer(layer, slots, attention, mlp, config.variant))
     return twins

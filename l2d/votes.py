@@ -69,10 +69,18 @@ def _interleave(draws: list[Sites]) -> Sites:
 
 def _sum_votes(solved: SiteSolution, votes: int) -> SiteSolution:
     """What M votes (N * M,) cost together, per place (N,); the hidden states stay those of the first draws."""
-    computed, rounds, changes, capped = (
-        column.view(-1, votes) for column in (solved.computed, solved.rounds, solved.changes, solved.capped)
+    asked, computed, rounds, changes, capped = (
+        column.view(-1, votes)
+        for column in (solved.asked, solved.computed, solved.rounds, solved.changes, solved.capped)
     )
-    return SiteSolution(solved.hidden[::votes], computed.sum(1), rounds.amax(1), changes.sum(1), capped.any(1))
+    return SiteSolution(
+        hidden=solved.hidden[::votes],
+        asked=asked.sum(1),
+        computed=computed.sum(1),
+        rounds=rounds.amax(1),
+        changes=changes.sum(1),
+        capped=capped.any(1),
+    )
 
 
 def _average(model: "L2DForCausalLM", hidden: torch.Tensor, votes: int) -> torch.Tensor:

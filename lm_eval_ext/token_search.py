@@ -56,10 +56,7 @@ def best(candidates: list[Candidate]) -> Candidate:
 
 
 class TokenLikelihood(LogitsProcessor):
-    """Keeps the log-likelihood of every generated token, without keeping logits of more than one step.
-
-    Drafting calls it for tokens that may be dropped: the last call for a position counts.
-    """
+    """Keeps the log-likelihood of every generated token, without keeping logits of more than one step."""
 
     def __init__(self) -> None:
         self._last: tuple[int, torch.Tensor] | None = None  # length before the token, log-probabilities (B, V)
@@ -156,9 +153,8 @@ def _token_logprobs(
     rows = torch.arange(len(owners), device=lengths.device)
     noises = [search.noise for search in owners]
     solved, logits = solve_next(model, state, sampler, rows, torch.zeros_like(rows), lengths.tolist(), noises)
-    costs = (column.tolist() for column in (solved.computed, solved.rounds, solved.capped.long()))
-    for search, computed, rounds, capped in zip(owners, *costs, strict=True):
-        asked = computed if sampler.adaptive else sampler.asked
+    costs = (column.tolist() for column in (solved.asked, solved.computed, solved.rounds, solved.capped.long()))
+    for search, asked, computed, rounds, capped in zip(owners, *costs, strict=True):
         search.cost.add_cost(Candidate([], 0.0, [asked], [computed], [rounds], capped))
     return torch.log_softmax(logits, dim=-1)
 

@@ -38,13 +38,18 @@ KNOWN = {
     "granite": dict(residual_multiplier=0.7, attention_multiplier=0.3, logits_scaling=2.0, embedding_multiplier=3.0),
     "phi3": dict(pad_token_id=0),
 }
+OTHERS = {
+    "minicpm3": dict(q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=4, v_head_dim=8),
+    "hunyuan_v1_moe": dict(num_experts=4, moe_intermediate_size=24),
+    "dots1": dict(n_routed_experts=4, n_shared_experts=1, moe_intermediate_size=24, first_k_dense_replace=1),
+}
 SMALL_PATH = dict(diffusion_dim=8, input_width=8, conditioning_width=8, frequency_width=8, lora_rank=2)
 
 
 def build(name: str, attention: str = "sdpa", **path) -> L2DForCausalLM:
     """An L2D model with a fresh path around a tiny random base."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(name.split("-")[0], **{**SMALL, **KNOWN.get(name, {})})
+    config = AutoConfig.for_model(name.split("-")[0], **{**SMALL, **KNOWN.get(name, {}), **OTHERS.get(name, {})})
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention).eval()
     return L2DForCausalLM.from_base(base, L2DConfig(**{**SMALL_PATH, **path})).eval()
 
@@ -105,3 +110,41 @@ def test_other_layouts_are_refused_by_name(family, settings):
     with pytest.raises(ValueError, match="not supported") as error:
         L2DForCausalLM.from_base(base, L2DConfig(**SMALL_PATH))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [
+        ("glm4", "post_self_attn_layernorm"),  # norms that Llama's layout does not have
+        ("hyperclovax", "post_norm1"),
+        ("doge", "input_residual"),  # weights of the residual stream
+        ("minicpm3", "residual_scale"),
+        ("ministral3", r"self_attn\(position_ids\)"),
+    ],
+)
+def test_layers_with_parts_that_the_path_would_leave_out_are_refused(family, part):
+    with pytest.raises(ValueError, match=f"not supported.*{part}"):
+        build(family)
+
+
+def test_attention_that_is_not_one_call_is_refused():
+    model = build("diffllama")  # two calls of the attention interface, each with half of the values
+    with pytest.raises(ValueError, match="DiffLlamaAttention are not supported"):
+        model.generate(torch.tensor([[5, 6]]), max_new_tokens=2)
+
+
+@torch.no_grad()
+def test_deltas_of_experts_are_not_merged():
+    model = build("hunyuan_v1_moe")
+    for _, parameter in model.trained_parameters():
+        parameter.normal_(std=0.3)
+    ids = torch.tensor([[5, 6, 7]])
+    fast = model.generate(ids, max_new_tokens=8)
+    assert torch.equal(fast, model.generate(ids, max_new_tokens=8, sampler={"speculation": False, "draft_tokens": 0}))
+    assert not torch.equal(fast, model.generate(ids, max_new_tokens=8, sampler={"budget": 1}))
+
+
+def test_modules_that_peft_has_no_deltas_for_are_named():
+    with pytest.raises(ValueError, match="variant='lora' is not possible for Dots1MLP.*use variant='full'"):
+        build("dots1")
+    build("dots1", variant="full")

@@ -3,6 +3,7 @@
 Run: `python -m pytest tests/test_chat.py` (about 15 seconds)
 """
 
+import copy
 import io
 
 import pytest
@@ -12,6 +13,7 @@ from lm_eval.api.instance import Instance
 from l2d.__main__ import main
 from l2d.chat import Chat, Streamer, command, tinted
 from l2d.session import Session, load_session
+from l2d.trace import trace_prompt
 from lm_eval_ext.model import L2DLM
 
 FIRST, SECOND = "How many clips did she sell?", "And in June?"
@@ -88,13 +90,17 @@ def test_budget_and_guidance_change_while_chatting(session):
     assert set(chat.answer(SECOND).asked) == {31} and len(chat.messages) == 4
     assert "seed 7" in command(chat, "/seed 7")
     assert "temperature 0.5" in command(chat, "/temperature 0.5")
+    assert "2 votes" in command(chat, "/votes 2")
+    assert set(chat.answer(SECOND).asked) == {62}
     assert "/budget T" in command(chat, "/help")
     command(chat, "/new")
     assert chat.messages == [] and chat.sampler["budget"] == 31
     assert command(chat, "/quit") is None
 
 
-@pytest.mark.parametrize("line", ["/budget 4", "/budget many", "/guidance 2", "/guidance 2 history", "/temperature -1"])
+@pytest.mark.parametrize(
+    "line", ["/budget 4", "/budget many", "/guidance 2", "/guidance 2 history", "/temperature -1", "/votes 0"]
+)
 def test_impossible_changes_change_nothing(session, line):
     chat = Chat(session, {"budget": 3})
     with pytest.raises(ValueError):
@@ -117,6 +123,32 @@ def test_a_conversation_on_the_terminal(folder, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "T = 7, midpoint" in printed and "use 3 or 5" in printed and "T = 1, midpoint" in printed
     assert "evaluations and" in printed
+
+
+def test_votes_are_asked_for_on_the_command_line(folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{FIRST}\n"))
+    main(["chat", str(folder), "--budget", "3", "--votes", "2", "--device", "cpu", "--max-new-tokens", "2", "--tint"])
+    printed = capsys.readouterr().out
+    assert "T = 3, midpoint, seed 0, temperature 0, 2 votes" in printed and "2 tokens, " in printed
+
+
+def test_models_without_end_tokens_answer_up_to_the_limit(session, monkeypatch):
+    tokenizer = copy.deepcopy(session.tokenizer)
+    tokenizer.eos_token = tokenizer.pad_token = None
+    for name in ("eos_token_id", "pad_token_id"):
+        monkeypatch.setattr(session.model.generation_config, name, None)
+    endless = Session(session.model, tokenizer)
+    assert endless.end_tokens() == []
+    assert len(Chat(endless, {"budget": 3}, max_new_tokens=4).answer(FIRST).asked) == 4
+    assert len(trace_prompt(endless, FIRST, {"budget": 3}, max_new_tokens=3).tokens) == 3
+
+
+def test_an_empty_prompt_without_a_start_token_is_refused(session):
+    tokenizer = copy.deepcopy(session.tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    tokenizer.backend_tokenizer.post_processor = None
+    with pytest.raises(ValueError, match="prompt is empty"):
+        Session(session.model, tokenizer).encode("")
 
 
 def test_without_a_template_only_plain_text(session):

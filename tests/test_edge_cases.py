@@ -5,15 +5,18 @@ Every test here was a defect once, or guards a promise that no other test covers
 
 import copy
 import os
+import pickle
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
-from l2d import L2DForCausalLM
+import l2d.checkpoint
+from l2d import L2DConfig, L2DForCausalLM
 from l2d.diffusion_path import NoisedTargets, Queries
 from tests.conftest import REPOSITORY, randomise_path
 
@@ -200,3 +203,97 @@ def test_the_auto_classes_know_us_whatever_is_imported_first(folder, name):
         [sys.executable, "-c", code, str(folder)], cwd=REPOSITORY, env=dict(os.environ), capture_output=True, text=True
     )
     assert done.stdout.split()[-1:] == [{"AutoConfig": "L2DConfig"}.get(name, "L2DForCausalLM")], done.stderr
+
+
+@torch.no_grad()
+def test_weights_changed_behind_autograd_are_used_once_the_mode_is_set(model, folder):
+    other, index = changed(folder), torch.tensor([[3], [5]])
+    state = model.main_path(IDS[:2])
+    model.generate(IDS, max_new_tokens=2)
+    model.train()
+    for (_, own), (_, new) in zip(model.trained_parameters(), other.trained_parameters(), strict=True):
+        own.data.copy_(new.data)  # which no version of the parameter tells
+    model.eval()
+    solved = [one.solve(state, index, torch.ones(2, 1, 16)).final_logits for one in (model, other)]
+    torch.testing.assert_close(*solved, rtol=1e-3, atol=1e-3)
+    assert torch.equal(model.vocabulary_table(), other.vocabulary_table())
+    assert torch.equal(model.generate(IDS, max_new_tokens=6), other.generate(IDS, max_new_tokens=6))
+
+
+@pytest.mark.parametrize("width", [64, 512])  # small, and large enough for products that are laid out anew
+def test_a_model_can_be_pickled_after_inference(make_base, width):
+    model = L2DForCausalLM.from_base(str(make_base("llama", hidden_size=width)), L2DConfig(lora_rank=2)).eval()
+    before = model.generate(IDS, max_new_tokens=3)
+    assert torch.equal(pickle.loads(pickle.dumps(model)).generate(IDS, max_new_tokens=3), before)
+
+
+def test_a_model_may_be_loaded_in_inference_mode(folder, model):
+    with torch.inference_mode():
+        found = L2DForCausalLM.from_pretrained(folder).generate(IDS, max_new_tokens=4)
+    assert torch.equal(found, model.generate(IDS, max_new_tokens=4))
+
+
+def test_what_is_kept_for_inference_does_not_remember_autocast(folder, model):
+    index, x0 = torch.tensor([[3], [5], [8]]), torch.ones(3, 1, 16)
+    solved = []
+    for cast in (False, True):
+        one = L2DForCausalLM.from_pretrained(folder)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
+            one.generate(IDS, max_new_tokens=2)
+        solved.append(one.solve(one.main_path(IDS), index, x0).final_logits)
+    assert torch.equal(*solved)
+
+
+def test_what_a_base_cannot_be(model, folder):
+    with pytest.raises(ValueError, match="itself an L2D model"):
+        L2DForCausalLM.from_base(model)
+    before = model.generate(IDS, max_new_tokens=4)
+    for change in (
+        lambda: model.resize_token_embeddings(500),
+        lambda: model.set_input_embeddings(torch.nn.Embedding(3, 3)),
+        lambda: model.add_adapter(LoraConfig(target_modules="all-linear")),
+    ):
+        with pytest.raises(ValueError, match="cannot be changed"):
+            change()
+    assert torch.equal(model.generate(IDS, max_new_tokens=4), before)
+
+
+@pytest.mark.parametrize("name", ["state_dict", "output_loading_info", "config"])
+def test_arguments_of_loading_without_effect_are_refused(folder, name):
+    given = {"state_dict": {}, "output_loading_info": True, "config": str(folder)}[name]
+    with pytest.raises(ValueError, match=name):
+        L2DForCausalLM.from_pretrained(folder, **{name: given})
+
+
+def test_a_base_that_is_partly_offloaded_is_refused(folder, tmp_path):
+    parts = ("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb", "lm_head")
+    places = {**dict.fromkeys(parts, "cpu"), "model.layers.0": "disk"}
+    with pytest.raises(ValueError, match="device_map offloads"):
+        L2DForCausalLM.from_pretrained(folder, device_map=places, offload_folder=str(tmp_path))
+    L2DForCausalLM.from_pretrained(folder, device_map={**places, "model.layers.0": "cpu"})
+
+
+def test_access_to_the_hub_serves_the_base_too(folder, monkeypatch):
+    load, seen = l2d.checkpoint.load_base, {}
+
+    def load_base(name, **kwargs):
+        seen.update(kwargs)
+        return load(name, **kwargs)
+
+    monkeypatch.setattr(l2d.checkpoint, "load_base", load_base)
+    access = dict(token="secret", local_files_only=True, cache_dir="elsewhere")
+    L2DForCausalLM.from_pretrained(folder, **access)
+    assert {name: seen.get(name) for name in access} == access
+
+
+def test_masks_votes_and_classes_that_do_not_fit_are_refused(model, make_base, make_l2d):
+    for given in (dict(attention_mask=torch.ones(3, 8)), dict(continuation_mask=torch.zeros(10, dtype=torch.bool))):
+        with pytest.raises(ValueError, match=next(iter(given))):
+            model.score(IDS, **given)
+    place = model.main_path(IDS[:1]), torch.tensor([[4]]), torch.zeros(1, 1, 16)
+    with pytest.raises(ValueError, match="votes=3"):
+        model.solve(*place, {"votes": 3})
+    plain = L2DForCausalLM.from_pretrained(make_l2d(make_base("llama")))
+    for one, wrong in ((model, 5), (model, -1), (plain, 0)):
+        with pytest.raises(ValueError, match="classes="):
+            one.solve(*place, classes=torch.tensor([wrong]))

@@ -3,6 +3,7 @@
 Run: `python -m pytest tests/test_trace.py` (about 15 seconds)
 """
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -111,6 +112,12 @@ def test_terminal_form(session):
     assert "\x1b" not in plain and "\x1b[48;5;" in coloured
     changed = next(token for token in trace.tokens if token.changes)
     assert f"at t = {trace.times[changed.changes[0]]:.2f}" in plain
+
+
+def test_nothing_in_a_prompt_reaches_the_terminal_as_a_command(session):
+    trace = dataclasses.replace(trace_prompt(session, "1 + 1 =", max_new_tokens=1), prompt="1\x1b[2J\n+ 1")
+    for colour in (False, True):
+        assert "\x1b[2J" not in terminal_text(trace, colour)
 
 
 def test_pieces_add_up_to_the_text(session):

@@ -18,7 +18,7 @@ from training.config import L2DTrainingConfig
 
 def window_length(args: L2DTrainingConfig) -> int:
     """Evaluations of a rollout that have a loss: `rollout_window`, by default 4, or all where there are fewer."""
-    return args.rollout_window or min(4, args.rollout_evaluations)
+    return args.rollout_window or min(4, args.rollout_evaluations or 0)
 
 
 def training_queries(
@@ -44,7 +44,7 @@ def training_queries(
     noise = torch.randn(*shape, config.diffusion_dim, **options)
     if classes is not None:
         dropped = torch.rand(shape, **options) < args.guidance_dropout
-        classes = classes.expand(shape).masked_fill(dropped, len(config.guidance_classes))
+        classes = classes.expand(shape).masked_fill(dropped, len(config.guidance_classes or []))
     queries = NoisedTargets(index, targets, _times(uniform, config, args), noise, classes)
     if args.corruption_rate:
         corrupt(queries, args.corruption_rate, args.corruption_base_share, options)

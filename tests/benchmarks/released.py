@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.released --shape 135m --budget 15 [--changes 0.2] [--json FILE]
 
-The released procedure is `l2d.released.released_solve`, after a step of the main path: torchdiffeq asks the path once
-per evaluation, one after the other, and every evaluation makes the vocabulary's embeddings, its modulation and the LoRA
-deltas anew, with PyTorch's own products. Its network is ours, so this is the procedure's cost and not that of its code,
-which was 50 plain steps where it was measured (135M shape, float32, batch 1, T = 15).
+The released procedure is `l2d.released_solver.released_solve`, after a step of the main path: torchdiffeq asks the path
+once per evaluation, one after the other, and every evaluation makes the vocabulary's embeddings, its modulation and the
+LoRA deltas anew, with PyTorch's own products. Its network is ours, so this is the procedure's cost and not that of its
+code, which was 50 plain steps where it was measured (135M shape, float32, batch 1, T = 15).
 
 Prints the medians, both ratios to the plain step, and how many times faster this package is.
 """
@@ -20,7 +20,7 @@ import torch
 
 from l2d import L2DForCausalLM
 from l2d.budget import levels_for_budget
-from l2d.released import released_solve
+from l2d.released_solver import ReleasedSolver, released_solve
 from tests.benchmarks import command
 from tests.benchmarks.command import synchronize
 from tests.benchmarks.decode import PlainDecoder, Stopwatch
@@ -45,7 +45,7 @@ def released_token(model: L2DForCausalLM, prompt: torch.Tensor, budget: int) -> 
 
     def solve() -> torch.Tensor:
         x0 = noise * model.config.noise_std
-        return released_solve(model, state, index, x0, method="midpoint", steps=levels).final_logits.argmax(-1)
+        return released_solve(model, state, index, x0, ReleasedSolver("midpoint", levels)).final_logits.argmax(-1)
 
     return solve
 

@@ -9,7 +9,7 @@ import torch
 
 from l2d.budget import ADAPTIVE_SOLVERS, budget_for_levels
 from l2d.main_path import MainPathState
-from l2d.released import released_solve
+from l2d.released_solver import ReleasedSolver, released_solve
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling import Solution
 from tests.parity.context import Context
@@ -139,11 +139,7 @@ def _released(
     classes: torch.Tensor | None,
 ) -> Solution:
     """One step of an adaptive decode, with one step size for the batch as the released decoder has it."""
-    return released_solve(
-        context.model,
-        state,
-        index,
-        x0,
+    solver = ReleasedSolver(
         method=sampler.solver,
         steps=settings["ode_steps"],
         family=context.case.meta["family"],
@@ -151,9 +147,9 @@ def _released(
         temperature=sampler.choice_temperature,
         normalize=sampler.normalize_average,
         guidance_scale=None if classes is None else sampler.guidance_scale,
-        classes=classes,
         final_time=sampler.final_time,
         rtol=sampler.rtol,
         atol=sampler.atol,
         options={"first_step": sampler.first_step},
     )
+    return released_solve(context.model, state, index, x0, solver, classes)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from l2d.budget import ADAPTIVE_SOLVERS, FIXED_SOLVERS, budget_for_levels
-from l2d.released import released_solve
+from l2d.released_solver import ReleasedSolver, released_solve
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling import Solution
 from tests.parity.context import Context
@@ -142,11 +142,7 @@ def _released(context: Context, settings: SolveSettings, moved: int | None = Non
     if moved is not None:
         directions = torch.randn(x0.shape, generator=torch.Generator().manual_seed(moved))
         x0 = x0 * (1 + 2 * torch.finfo(torch.float32).eps * directions)
-    return released_solve(
-        context.model,
-        context.state,
-        index,
-        x0,
+    solver = ReleasedSolver(
         method=settings.method,
         steps=settings.steps,
         family=context.case.meta["family"],
@@ -156,11 +152,11 @@ def _released(context: Context, settings: SolveSettings, moved: int | None = Non
         temperature=settings.temperature,
         normalize=settings.normalize,
         guidance_scale=settings.guidance,
-        classes=classes,
         atol=settings.solver.get("atol", 1e-5),
         rtol=settings.solver.get("rtol", 1e-5),
         options=settings.solver.get("options"),
     )
+    return released_solve(context.model, context.state, index, x0, solver, classes)
 
 
 def _tolerances(context: Context, settings: SolveSettings, entry: dict[str, Any], kind: str) -> tuple[float, float]:
