@@ -25,7 +25,8 @@ class L2DConfig(PreTrainedConfig):
         base_revision: revision of the base on the hub.
         base_fingerprint: hash of the base's weights; loading with another base is refused.
         base_config: the base's own configuration, as a dictionary.
-        variant: `"lora"` (low-rank deltas on the path's projections) or `"full"` (trained copies of them).
+        variant: `"lora"` (low-rank deltas on the path's projections) or `"full"` (trained copies of them). In mixtures
+            of experts these are the projections of attention and of dense MLPs; fused experts stay the base's.
         lora_rank, lora_alpha: LoRA deltas are scaled by `lora_alpha / lora_rank`.
         diffusion_dim: dimension d of the space in which tokens are noised.
         noise_std: sigma, the standard deviation of the noise at t = 0.

@@ -199,7 +199,10 @@ def _structural_copy(module: nn.Module, config: PreTrainedConfig | None = None) 
 
 
 def _targets(attention: nn.Module, mlp: nn.Module) -> tuple[list[str], list[str]]:
-    """Names of the linear layers that the path trains: all but unused projections and routers."""
+    """Names of the linear layers that the path trains: all but unused projections and routers.
+
+    Experts whose weights are one tensor for all of them are no linear layers: the path uses the base's.
+    """
     attention_names = [
         name for name, m in attention.named_modules() if isinstance(m, nn.Linear) and name not in _UNUSED_PROJECTIONS
     ]
