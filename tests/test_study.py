@@ -19,6 +19,7 @@ import torch
 from l2d import L2DConfig, L2DForCausalLM
 from l2d.noise import default_keys
 from tests.conftest import randomise_path
+from tests.training_runs import BASELINE, SMALL, sums, write_jsonl, write_recipe
 from training.controls import BUDGETS, single_evaluation
 from training.demo.base import build_base, encode_rows
 from training.demo.data import build_tokenizer
@@ -26,7 +27,7 @@ from training.demo.plan import write_configs
 from training.demo.runner import Step, run_or_exit
 from training.demo.workspace import DEMO, open_workspace
 from training.recipe import read_recipe
-from training.studies import compute, report
+from training.studies import compute, report, timing
 from training.studies.evaluate import main, measure, settings
 from training.studies.plan import LAYOUT, METHODS, SEEDS, Run, all_runs, base_folder, build_steps, recipes, result_file
 from training.studies.prepare import train_base, write_data
@@ -221,6 +222,19 @@ def test_settings_are_what_a_model_can_follow(model):
     (sampler,) = settings(control, math.nan).values()
     input_ids, labels = answered(control, sampler)
     assert measure(control, input_ids, labels, sampler).greedy.tolist() == [False, True] * 6
+
+
+def test_steps_are_timed_without_touching_the_run(tmp_path, base_dir, monkeypatch):
+    """Every recipe is timed for the same few steps, whatever it says of steps and folder."""
+    monkeypatch.setattr(timing, "seconds_per_step", lambda path, run=timing.seconds_per_step: run(path, steps=2))
+    common = {"base": base_dir, "dataset": write_jsonl(tmp_path / "rows.jsonl", sums(8)), "max_steps": 10**6}
+    common |= {"output_dir": tmp_path / "run", "report_to": "none"}
+    plain = write_recipe(tmp_path / "plain.yaml", **{**SMALL, **common})
+    lora = write_recipe(tmp_path / "lora.yaml", **{**BASELINE, **common, "method": "lora_sft", "lora_rank": 2})
+    timing.main(tmp_path / "seconds.json", {"plain": plain, "lora": lora})
+    seconds = json.loads((tmp_path / "seconds.json").read_text())
+    assert seconds.keys() == {"plain", "lora"} and all(value > 0 for value in seconds.values())
+    assert not (tmp_path / "run").exists()
 
 
 def test_checkpoint_is_evaluated_whole(tmp_path, rows, model):
