@@ -24,6 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 REPOSITORY = Path(__file__).parents[1]
+JUDGE_SECONDS = bool(os.environ.get("JUDGE_SECONDS"))
+"""Whether tests judge how long something took: only on request, on a machine that does nothing else."""
 SHARED = REPOSITORY.parent / "shared"
 
 CHAT_TEMPLATE = (
