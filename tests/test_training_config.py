@@ -204,6 +204,15 @@ def test_what_optimizers_and_schedules_take(recipe):
         read_recipe(["--config", str(recipe(**settings))])
 
 
+def test_dry_runs_need_no_logger_and_no_optimizer(recipe):
+    path = str(recipe(report_to="flyte", optim="schedule_free_radam"))
+    read_recipe(["--config", path, "--dry_run", "true"])
+    with pytest.raises(ValueError, match="optim=schedule_free_radam"):
+        read_recipe(["--config", path])
+    with pytest.raises(ValueError, match="report_to=flyte.*; install what it needs, or set report_to: none"):
+        read_recipe(["--config", path, "--optim", "adamw_torch"])
+
+
 @pytest.mark.parametrize(
     ("metric", "greater"), [("loss", False), ("loss_t_0.00_0.25", False), ("accuracy", True), ("eval_loss", False)]
 )

@@ -84,10 +84,11 @@ def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTraini
     if model.method == "l2d":
         _check_l2d(model, data, training)
     check_schedule(training, given)
-    check_optimizer(training, given)
     check_best_model(model.method, training)
     check_sharding(model.method, given)
-    check_packages(training)
+    if not training.dry_run:  # it makes no optimizer and no logger, and may run where their packages are not
+        check_optimizer(training, given)
+        check_packages(training)
 
 
 def _refuse_foreign(model: ModelArguments, given: set[str]) -> None:
@@ -279,12 +280,12 @@ def _optimizer(training: L2DTrainingConfig, pairs: list[list[str]]) -> Any:
     )
 
 
-def _try(make: Callable[[], Any], what: str) -> Any:
+def _try(make: Callable[[], Any], what: str, remedy: str = "") -> Any:
     """What `make` gives; `ValueError` if it fails for any reason, which lies in the options."""
     try:
         return make()
     except Exception as error:
-        raise ValueError(f"{what} cannot be followed: {str(error).rstrip('.')}.") from error
+        raise ValueError(f"{what} cannot be followed: {str(error).rstrip('.')}{remedy}.") from error
 
 
 def check_packages(training: L2DTrainingConfig) -> None:
@@ -292,7 +293,7 @@ def check_packages(training: L2DTrainingConfig) -> None:
     for name in training.report_to:
         one_of("report_to", name, ("none", *INTEGRATION_TO_CALLBACK))
         if name != "none":
-            _try(INTEGRATION_TO_CALLBACK[name], f"report_to={name}")
+            _try(INTEGRATION_TO_CALLBACK[name], f"report_to={name}", "; install what it needs, or set report_to: none")
     if training.torch_compile:
         known = torch.compiler.list_backends(exclude_tags=())
         one_of("torch_compile_backend", training.torch_compile_backend, tuple(known))
