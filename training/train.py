@@ -14,6 +14,7 @@ What is left in `output_dir`:
 - always: tokenizer, `recipe.yaml`, `train_results.json`, `eval_results.json`, `all_results.json`, `checkpoint-*`
 """
 
+import atexit
 import contextlib
 import dataclasses
 import gc
@@ -187,12 +188,29 @@ def run(trainer: Any, job: Job) -> None:
             f"stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved; "
             "run the same command with resume_from_checkpoint: auto to go on"
         )
+    else:
+        check_finite(trainer)
+        with writing(job.recipe.training.output_dir):
+            leave_results(trainer, job, metrics)
+    finish(trainer)
+
+
+def finish(trainer: Any) -> None:
+    """End trackers and process groups; with FSDP also the process.
+
+    Threads of sharded groups are at times still there when the interpreter takes itself down, and torch then aborts a
+    run whose results are all written, or never returns.
+    """
+    if not (trainer.is_fsdp_enabled and PROCESSES > 1):
         trainer.end()
         return
-    check_finite(trainer)
-    with writing(job.recipe.training.output_dir):
-        leave_results(trainer, job, metrics)
-    trainer.end()
+    for tracker in trainer.accelerator.trackers:
+        tracker.finish()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    trainer.accelerator.wait_for_everyone()
+    os._exit(0)
 
 
 def check_finite(trainer: Any) -> None:
