@@ -191,6 +191,7 @@ def run_plan(plan: Plan) -> list[Setting]:
             continue
         print(f"{head}: done in {time.perf_counter() - start:.0f} s", flush=True)
         _write(plan.output, "table.md", table(plan))
+    _write(plan.output, "table.md", table(plan))  # a run may have been stopped between a setting and its table
     return failed
 
 

@@ -66,6 +66,8 @@ def test_a_killed_sweep_is_completed(l2d_dir, tmp_path):
     plan = sweep.read_plan(file)
     whole = sweep.table(plan)
     assert whole == (out / "table.md").read_text()
+    (out / "table.md").write_text("of a run that was killed between its last setting and the table\n")
+    assert sweep.run_plan(plan) == [] and whole == (out / "table.md").read_text()
     for setting in plan.settings:
         (results,) = plan.folder(setting).glob("*/results_*.json")
         budget = setting.model_args["diffusion_budget"]
