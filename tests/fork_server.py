@@ -53,7 +53,7 @@ def run_all(jobs: list[dict], environment: dict[str, str]) -> list[Outcome]:
     """Run `jobs` one after the other in a server of their own."""
     text = "".join(json.dumps(job) + "\n" for job in jobs)
     command = [sys.executable, "-m", "tests.fork_server"]
-    done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, timeout=900)
     lines = done.stdout.splitlines()
     assert len(lines) == len(jobs), done.stderr
     return [Outcome(**json.loads(line)) for line in lines]

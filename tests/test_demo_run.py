@@ -121,12 +121,12 @@ def test_output_of_an_interrupted_step_is_removed_first(tmp_path):
 
 def test_failing_step_ends_the_others_and_shows_its_log(tmp_path):
     workspace = open_workspace(tmp_path / "demo", SETTING, overwrite=False)
-    slow = python_step("slow", "import time; time.sleep(60)", tmp_path / "slow")
+    slow = python_step("slow", "import time; time.sleep(600)", tmp_path / "slow")
     bad = python_step("bad", "print('working', flush=True); raise SystemExit('it broke')", tmp_path / "bad")
     started = time.monotonic()
     with pytest.raises(StepFailed, match=r"(?s)bad failed \(exit status 1\).*bad\.log:.*working\n *it broke"):
         run_steps([slow, bad], workspace, {}, tmp_path)
-    assert time.monotonic() - started < 30
+    assert time.monotonic() - started < 300
     assert workspace.seconds == {}
 
 

@@ -24,7 +24,7 @@ from tests.conftest import train_tokenizer
 TOKENIZER = train_tokenizer()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(3, 399), min_size=1, max_size=30), st.integers(0, 29), st.integers(1, 6))
 def test_a_stop_is_found_exactly_where_the_text_holds_it(tokens, start, length):
     text = TOKENIZER.decode(tokens)

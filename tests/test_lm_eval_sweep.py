@@ -6,10 +6,8 @@ Run: `python -m pytest tests/test_lm_eval_sweep.py`
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -38,30 +36,27 @@ def write(folder: Path, l2d_dir: Path, **changes) -> Path:
     return file
 
 
-def start(file: Path) -> subprocess.Popen:
+def run(file: Path, *start: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "lm_eval_ext.sweep", str(file)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    command = [sys.executable, *(start or ["-m", "lm_eval_ext.sweep"]), str(file)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_a_killed_sweep_is_completed(l2d_dir, tmp_path):
     file, out = write(tmp_path, l2d_dir), tmp_path / "out"
-    first = start(file)
     choice = out / "l2d_test_choice"
-    while not (choice / "diffusion_budget=3.partial").is_dir():  # the base is complete, the next one is running
-        assert first.poll() is None, first.communicate()
-        time.sleep(0.05)
-    first.send_signal(signal.SIGKILL)
-    first.communicate()
+    moment = ["diffusion_budget=3.partial", "1000"]  # the base is complete, the next one is running
+    killed = run(file, "-c", "from tests.faults.kills import main; main()", *moment, "lm_eval_ext.sweep")
+    assert killed.returncode == -9, killed.stderr
+    assert sorted(path.name for path in choice.iterdir()) == ["base", "diffusion_budget=3.partial"]
     (base,) = choice.glob("base/*/results_*.json")
     before = base.stat().st_mtime_ns
-    second = start(file)
-    stdout, stderr = second.communicate(timeout=300)
-    assert second.returncode == 0, stderr
-    assert "3 settings, 1 of them complete\n[1/3] l2d_test_choice base: complete\n[2/3]" in stdout
+    second = run(file)
+    assert second.returncode == 0, second.stderr
+    assert "3 settings, 1 of them complete\n[1/3] l2d_test_choice base: complete\n[2/3]" in second.stdout
     assert base.stat().st_mtime_ns == before
     assert sorted(path.name for path in choice.iterdir()) == ["base", "diffusion_budget=15", "diffusion_budget=3"]
-    assert stdout.endswith((out / "table.md").read_text() + "\n")
+    assert second.stdout.endswith((out / "table.md").read_text() + "\n")
 
     plan = sweep.read_plan(file)
     whole = sweep.table(plan)

@@ -33,11 +33,6 @@ TOKENIZER = train_tokenizer()
 SEEDS = st.integers(0, 2**31)
 
 
-def examples(count: int):
-    """Hypothesis with `count` examples, always the same, without a clock."""
-    return settings(max_examples=count, derandomize=True, deadline=None, database=None)
-
-
 def drawn(seed: int, *shape: int) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -63,7 +58,7 @@ def follow(grid: FixedGrid, noise: torch.Tensor, estimate) -> torch.Tensor:
     return clean
 
 
-@examples(60)
+@settings(max_examples=60)
 @given(samplers(), SEEDS)
 def test_equal_estimates_give_a_straight_line(sampler, seed):
     """At every evaluation, stages included, the state is where the line from noise to estimate is at that time."""
@@ -74,7 +69,7 @@ def test_equal_estimates_give_a_straight_line(sampler, seed):
     torch.testing.assert_close(states, expected, rtol=0, atol=2e-4)  # times are float32, noise is 64 wide
 
 
-@examples(60)
+@settings(max_examples=60)
 @given(samplers())
 def test_times_and_counts_of_a_grid(sampler):
     grid = fixed_grid(sampler)
@@ -85,7 +80,7 @@ def test_times_and_counts_of_a_grid(sampler):
     assert not grid.clean_weights.triu().any(), "a state may depend on earlier estimates only"
 
 
-@examples(40)
+@settings(max_examples=40)
 @given(samplers(final=0.95), SEEDS)
 def test_grids_solve_linear_fields_as_torchdiffeq_does(sampler, seed):
     grid, noise = fixed_grid(sampler), drawn(seed, 2, 3)
@@ -149,7 +144,7 @@ def layouts(draw) -> tuple[MainPathState, torch.Tensor, torch.Tensor, torch.Tens
     return state, rows, index, seen, window
 
 
-@examples(120)
+@settings(max_examples=120)
 @given(layouts(), st.sampled_from([None, 5.0]), SEEDS)
 def test_attention_equals_a_dense_reference(layout, softcap, seed):
     """Four query heads over two key heads; padding, documents and windows; any number of queries per row."""
@@ -175,7 +170,7 @@ def model(make_base, make_l2d) -> L2DForCausalLM:
 
 
 def test_ragged_batches_equal_rows_by_themselves(model):
-    @examples(25)
+    @settings(max_examples=25)
     @given(st.lists(st.tuples(st.integers(1, 12), st.integers(0, 5)), min_size=1, max_size=6), SEEDS)
     @torch.no_grad()
     def check(shapes, seed):
@@ -214,7 +209,7 @@ def answer(tokens: list[int], stops: list[str]) -> tuple[str, int]:
     return AnswersGeneration._text(harness, tokens[:count], stops), count
 
 
-@examples(150)
+@settings(max_examples=150)
 @given(TEXTS, st.integers(0, 60), st.integers(1, 9))
 def test_one_stop_cuts_the_text_where_it_first_occurs(tokens, start, length):
     full = TOKENIZER.decode(tokens)
@@ -223,7 +218,7 @@ def test_one_stop_cuts_the_text_where_it_first_occurs(tokens, start, length):
         assert answer(tokens, [stop])[0] == full.split(stop)[0]
 
 
-@examples(150)
+@settings(max_examples=150)
 @given(TEXTS, st.lists(st.tuples(st.integers(0, 60), st.integers(1, 6)), min_size=1, max_size=4), st.text(max_size=4))
 def test_several_stops_lose_nothing_and_leave_nothing_behind(tokens, spans, foreign):
     """Stops that overlap, contain each other, begin inside tokens, or never occur.
@@ -245,7 +240,7 @@ def test_several_stops_lose_nothing_and_leave_nothing_behind(tokens, spans, fore
 # ---- requests --------------------------------------------------------------------------------------------------------
 
 
-@examples(80)
+@settings(max_examples=80)
 @given(st.lists(st.lists(st.integers(0, 2), max_size=3), max_size=8), st.randoms(use_true_random=False))
 def test_keys_are_of_requests(prompts, random):
     """All different; a prompt's keys depend on how many equal ones come before it, and on nothing else."""
@@ -260,7 +255,7 @@ def test_keys_are_of_requests(prompts, random):
         assert own == default_keys([prompt] * len(own))
 
 
-@examples(40)
+@settings(max_examples=40)
 @given(SEEDS, st.binary(max_size=20), st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 50)), min_size=2))
 def test_noise_does_not_depend_on_what_was_drawn_before(seed, key, places):
     noise, again = RequestNoise(seed, key), RequestNoise(seed, key)
@@ -294,7 +289,7 @@ def checkpoint(tmp_path_factory) -> str:
 def test_model_args_are_read_as_written(checkpoint):
     """On the command line or as JSON."""
 
-    @examples(80)
+    @settings(max_examples=80)
     @given(SETTINGS)
     def check(given):
         expected = SamplerConfig(**{SAMPLER_ARGUMENTS[name]: value for name, value in given.items()})
@@ -313,7 +308,7 @@ def test_any_model_args_are_settings_or_one_sentence(checkpoint):
     )  # fmt: skip
     names = st.one_of(st.sampled_from([name for name in ARGUMENTS if name != "pretrained"]), st.text(max_size=8))
 
-    @examples(300)
+    @settings(max_examples=300)
     @given(st.dictionaries(names, values, max_size=3))
     def check(given):
         try:
@@ -327,7 +322,7 @@ def test_any_model_args_are_settings_or_one_sentence(checkpoint):
 # ---- training and drafting -------------------------------------------------------------------------------------------
 
 
-@examples(80)
+@settings(max_examples=80)
 @given(st.lists(st.lists(st.booleans(), min_size=2, max_size=9), min_size=1, max_size=4), st.integers(1, 3), st.data())
 def test_every_target_is_asked_once(rows, draws, data):
     """Whatever `max_queries`: all pieces together hold each (draw, target) once, with its own time and noise."""
@@ -353,7 +348,7 @@ def test_every_target_is_asked_once(rows, draws, data):
     assert sorted(asked) == sorted(time[(index >= 0).expand_as(time)].tolist())
 
 
-@examples(80)
+@settings(max_examples=80)
 @given(st.integers(0, 8), st.lists(st.tuples(st.integers(1, 16), st.booleans()), max_size=60))
 def test_drafts_stay_within_bounds_and_follow_what_was_kept(most, steps):
     length = DraftLength(most)

@@ -148,7 +148,7 @@ def draw_by_example(trainer: Any, inputs: dict[str, torch.Tensor], index: torch.
 def _run(command: list[str], env: dict[str, str] | None = None, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(torch.get_num_threads()), **(env or {})}
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, timeout=900)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -63,15 +63,15 @@ class Browser:
             self._loop.run_until_complete(self._session.close())
         self._loop.close()
         self._process.terminate()
-        self._process.wait(timeout=10)
+        self._process.wait(timeout=60)
 
     async def _connect(self) -> None:
         import aiohttp
 
-        port_file, deadline = self.profile / "DevToolsActivePort", time.monotonic() + 30
+        port_file, deadline = self.profile / "DevToolsActivePort", time.monotonic() + 120
         while not port_file.is_file() or not port_file.read_text().strip():
             if time.monotonic() > deadline:
-                raise TimeoutError("the browser did not start within 30 seconds")
+                raise TimeoutError("the browser did not start within 120 seconds")
             await asyncio.sleep(0.05)
         port = port_file.read_text().split()[0]
         self._session = aiohttp.ClientSession()
@@ -88,7 +88,7 @@ class Browser:
         number = self._number
         await self._socket.send_json({"id": number, "method": method, "params": parameters})
         while number not in self._answers:
-            self._sort(json.loads((await self._socket.receive(timeout=60)).data))
+            self._sort(json.loads((await self._socket.receive(timeout=120)).data))
         answer = self._answers.pop(number)
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']}")
@@ -128,7 +128,7 @@ class Browser:
             raise RuntimeError(answer["exceptionDetails"])
         return answer["result"].get("value")
 
-    def wait(self, condition: str, seconds: float = 10) -> None:
+    def wait(self, condition: str, seconds: float = 60) -> None:
         """Wait until a JavaScript expression is true."""
         deadline = time.monotonic() + seconds
         while not self.run(condition):

@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 from tests.conftest import REPOSITORY
+from tests.faults.kills import kill_while
 
 
 @dataclasses.dataclass
@@ -34,7 +35,7 @@ class Command:
         """Exit status, negative for a signal; `None` while it runs."""
         return self.nursery.status(self.pid)
 
-    def wait(self, seconds: float = 120) -> int:
+    def wait(self, seconds: float = 600) -> int:
         """Exit status."""
         deadline = time.monotonic() + seconds
         while (status := self.poll()) is None:
@@ -78,7 +79,7 @@ class Nursery:
 
     def __exit__(self, *_: object) -> None:
         self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=300)
         self.process.stdout.close()
 
     def ask(self, **question: object) -> object:
@@ -87,12 +88,23 @@ class Nursery:
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
-    def start(self, module: str, *arguments: object, largest: int | None = None, cwd: Path = REPOSITORY) -> Command:
-        """Start a command; `largest`: no file that it writes may become larger, in bytes."""
+    def start(
+        self,
+        module: str,
+        *arguments: object,
+        largest: int | None = None,
+        kill: tuple[str, int] | None = None,
+        cwd: Path = REPOSITORY,
+    ) -> Command:
+        """Start a command.
+
+        Args:
+            largest: no file that it writes may become larger, in bytes; kill: what `kill_while` is told.
+        """
         self.count += 1
         log = self.folder / f"command-{self.count}.txt"
         words = [str(argument) for argument in arguments]
-        pid = self.ask(module=module, arguments=words, log=str(log), largest=largest, cwd=str(cwd))
+        pid = self.ask(module=module, arguments=words, log=str(log), largest=largest, kill=kill, cwd=str(cwd))
         return Command(self, pid, log)
 
     def run(self, module: str, *arguments: object, **options: object) -> Command:
@@ -116,6 +128,8 @@ def _child(question: dict, log: int) -> None:
     os.chdir(question["cwd"])
     if question["largest"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (question["largest"], question["largest"]))
+    if question["kill"] is not None:
+        kill_while(*question["kill"])
     sys.argv = [question["module"], *question["arguments"]]
     raise SystemExit(importlib.import_module(question["module"]).main(question["arguments"]))
 

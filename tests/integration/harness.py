@@ -22,7 +22,7 @@ class Run:
 
     def finish(self) -> "Run":
         """Wait; fail with the command's own words if it did."""
-        stdout, stderr = self.process.communicate(timeout=500)
+        stdout, stderr = self.process.communicate(timeout=900)
         assert self.process.returncode == 0, f"{stdout}\n{stderr}"
         return self
 

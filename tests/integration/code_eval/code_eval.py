@@ -35,7 +35,7 @@ def passes(program: str) -> bool:
     """Whether `program` ends without an error in an interpreter of its own."""
     try:
         done = subprocess.run(
-            [sys.executable, "-I", "-S", "-"], input=program, text=True, capture_output=True, timeout=20
+            [sys.executable, "-I", "-S", "-"], input=program, text=True, capture_output=True, timeout=120
         )
     except subprocess.TimeoutExpired:
         return False
