@@ -1,6 +1,7 @@
 """Two processes over gloo equal one. `python -m pytest tests/test_training_processes.py`"""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -22,7 +23,9 @@ from tests.training_runs import (
     write_jsonl,
     write_recipe,
 )
+from training.checkpoints import check_sharding_of
 from training.recipe import read_recipe
+from training.writing import Interrupted
 
 CONFIGS = REPOSITORY / "training" / "accelerate_configs"
 SAME_NOISE = """
@@ -196,6 +199,8 @@ def test_sharded_training_equals_one_process(tmp_path, settings, method):
     script = tmp_path / "on_cpus.py"
     script.write_text(ON_CPUS)
     two = settings | {"output_dir": tmp_path / "two", "save_strategy": "steps", "save_steps": 2}
+    if method == "l2d":  # the largest loss, which is not the last one's
+        two |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
     path = write_recipe(tmp_path / "two.yaml", **two)
     done = launch_two(["--config", str(path)], script, config)
     assert done.returncode == 0 and "sharded: True" in done.stdout, done.stderr[-3000:]
@@ -203,19 +208,25 @@ def test_sharded_training_equals_one_process(tmp_path, settings, method):
     alone = train_in_process(["--config", str(write_recipe(tmp_path / "one.yaml", **one))], code=ON_CPUS)
     assert alone.returncode == 0 and "sharded: False" in alone.stdout, alone.stderr[-3000:]
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), abs=1e-5)
-    if method == "l2d":  # TRL's own is a mean over batches; here other batches only round otherwise
-        assert logged(tmp_path / "two", "eval_loss") == pytest.approx(logged(tmp_path / "one", "eval_loss"), abs=2e-3)
-    whole = weights(tmp_path / "two")
+    middle, last = (tmp_path / "two" / f"checkpoint-{step}" for step in (2, 3))
+    whole = weights(last if method == "l2d" else tmp_path / "two")
     assert whole.keys() == weights(tmp_path / "one").keys()
     for name, tensor in weights(tmp_path / "one").items():
         torch.testing.assert_close(whole[name], tensor, rtol=1e-3, atol=5e-5)
-    if method == "l2d":
-        assert not any("base" in name for name in whole)
-        L2DForCausalLM.from_pretrained(tmp_path / "two")
-        middle = str(tmp_path / "two" / "checkpoint-2")
-        done = launch_two(["--config", str(path), "--resume_from_checkpoint", middle], script, config)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert same_bits(whole, weights(tmp_path / "two"))
+    if method != "l2d":
+        return
+    losses = logged(tmp_path / "two", "eval_loss")
+    assert losses == pytest.approx(logged(tmp_path / "one", "eval_loss"), abs=2e-3)  # other batches round otherwise
+    assert losses[2] == max(losses.values()) and same_bits(weights(tmp_path / "two"), weights(middle))
+    assert not any("base" in name for name in whole)
+    assert not list(middle.glob("pytorch_model*")), "accelerate's copy of the model would hold the base"
+    L2DForCausalLM.from_pretrained(tmp_path / "two")
+    with pytest.raises(Interrupted, match="checkpoint-2 was saved with FSDP, this run has no sharding"):
+        check_sharding_of(str(middle), "no sharding")
+    shutil.rmtree(last)
+    done = launch_two(["--config", str(path), "--resume_from_checkpoint", str(middle)], script, config)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert same_bits(whole, weights(last)) and same_bits(weights(tmp_path / "two"), weights(middle))
 
 
 SHARDED_ENVIRONMENT = {

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 from l2d import L2DConfig, L2DForCausalLM
 from l2d.diffusion_path import NoisedTargets, Queries
 from tests.conftest import randomise_path
-from tests.training_runs import sums
+from tests.training_runs import same_bits, sums
 from training.config import L2DTrainingConfig
 from training.data import encode
 from training.noising import keyed_generator
@@ -331,3 +331,18 @@ def test_times_respect_min_noise(make_trainer):
     batch = batch_of(trainer, range(8))
     queries: NoisedTargets = trainer._draw(batch, *response_positions(batch["labels"]))
     assert queries.time.max() <= 0.75
+
+
+def test_resumes_from_python_as_trainers_do(make_trainer, tmp_path):
+    """`train(resume_from_checkpoint=True)` goes on from the newest checkpoint, and ends where the first run did."""
+    whole = make_trainer(save_strategy="steps", save_steps=1)
+    whole.train()
+    (tmp_path / "out" / "checkpoint-2").rename(tmp_path / "last")
+    again = make_trainer(save_strategy="steps", save_steps=1)
+    again.train(resume_from_checkpoint=True)
+    assert again.resumed_from == str(tmp_path / "out" / "checkpoint-1")
+    assert same_bits(dict(whole.model.trained_parameters()), dict(again.model.trained_parameters()))
+    (tmp_path / "out" / "checkpoint-1" / "optimizer.pt").unlink()
+    (tmp_path / "out" / "checkpoint-2" / "optimizer.pt").unlink()
+    with pytest.raises(ValueError, match="needs a complete checkpoint .*lacks optimizer.pt"):
+        again.train(resume_from_checkpoint=True)

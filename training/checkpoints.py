@@ -2,6 +2,7 @@
 
 - `choose_checkpoint`: `resume_from_checkpoint` -> the newest complete checkpoint, or the one that was named
 - `missing_parts`: what a checkpoint folder lacks for a bit-equal resume
+- `check_sharding_of`: whether a run that is sharded otherwise may resume from it
 - `check_output_dir`, `clear_output_dir`: nothing is overwritten without being asked
 
 A checkpoint is complete when weights, optimizer, scheduler, random states of every process and the trainer's state are
@@ -19,9 +20,10 @@ from collections.abc import Callable
 
 from l2d.command_line import check_folder
 from training.checksums import changed_files
+from training.writing import Interrupted
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors", "pytorch_model_fsdp_0")
-_OPTIMIZERS = ("optimizer.pt", "optimizer.bin", "optimizer_0", "global_step*")
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+_OPTIMIZERS = {"optimizer.pt": "no sharding", "optimizer.bin": "FSDP", "global_step*": "DeepSpeed"}
 UNFINISHED = "unfinished-"  # before the name of a checkpoint that is being written
 NO_RESUME = (None, False, "false", "False")
 _LEFT_BEHIND = ("runs", "README.md", "recipe.yaml")  # what a run leaves that was killed before its first checkpoint
@@ -34,26 +36,29 @@ def choose_checkpoint(setting: str | bool | None, output_dir: str, processes: in
     Args:
         setting: `None` or false; `true` (newest complete checkpoint, which must exist); `"auto"` (the same, but starts
             afresh where the folder holds no checkpoint yet); or a folder.
-        processes: number of processes of this run; their random states must all be there.
+        processes: number of processes of this run; the checkpoint must be of as many.
 
-    Raises `ValueError` if the named checkpoint is incomplete or there is none.
+    Raises `ValueError` if the named checkpoint is incomplete, there is none, or the one to resume from was saved by
+    another number of processes.
     """
     if setting is None or setting in NO_RESUME:
         return None, None
     if not isinstance(setting, bool) and setting not in ("true", "True", "auto"):
         if not os.path.isdir(setting):
             raise ValueError(f"resume_from_checkpoint={setting!r} is no folder: name a checkpoint, true or auto.")
-        if lacking := missing_parts(setting, processes):
+        if lacking := missing_parts(setting):
             raise ValueError(
                 f"resume_from_checkpoint={setting!r} is incomplete and would not resume exactly, it lacks "
-                f"{', '.join(lacking)} (with {processes} processes): choose another, or auto for the newest complete."
+                f"{', '.join(lacking)}: choose another, or auto for the newest complete."
             )
+        _check_processes(setting, processes)
         return setting, f"resuming from {setting}, as asked"
     skipped = []
     for folder in _checkpoints(output_dir):
-        if lacking := missing_parts(folder, processes):
+        if lacking := missing_parts(folder):
             skipped.append(f"{os.path.basename(folder)} (lacks {', '.join(lacking)})")
             continue
+        _check_processes(folder, processes)
         why = f"; skipped {', '.join(skipped)}" if skipped else ""
         return folder, f"resuming from {folder}, the newest complete checkpoint{why}"
     found = f"only incomplete ones: {', '.join(skipped)}" if skipped else "none"
@@ -72,15 +77,40 @@ def _listing(folder: str) -> list[str]:
     return os.listdir(folder) if os.path.isdir(folder) else []
 
 
-def missing_parts(checkpoint: str, processes: int = 1) -> list[str]:
-    """Names of what `checkpoint` lacks, or holds only in part, to resume with `processes` processes."""
-    random_states = ["rng_state.pth"] if processes <= 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+def _check_processes(checkpoint: str, processes: int) -> None:
+    saved = max(_ranks(checkpoint), default=0) + 1
+    if saved != processes:
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint} was saved with {saved} process{'es' if saved > 1 else ''} and "
+            f"{processes} would not continue it exactly: launch {saved}, or choose another output_dir."
+        )
+
+
+def check_sharding_of(checkpoint: str, sharding: str) -> None:
+    """Raise `Interrupted` if `checkpoint` was saved with another `sharding` (no sharding, FSDP, DeepSpeed)."""
+    found = [how for name, how in _OPTIMIZERS.items() if glob.glob(os.path.join(glob.escape(checkpoint), name))]
+    if found and sharding not in found:
+        raise Interrupted(
+            f"resume_from_checkpoint: {checkpoint} was saved with {found[0]}, this run has {sharding} and cannot read "
+            "its optimizer: launch it as then, or choose another output_dir."
+        )
+
+
+def _ranks(checkpoint: str) -> list[int]:
+    """Of the processes that saved their random states; none of a run that has only one."""
+    names = (re.fullmatch(r"rng_state_(\d+)\.pth", name) for name in _listing(checkpoint))
+    return [int(match[1]) for match in names if match]
+
+
+def missing_parts(checkpoint: str) -> list[str]:
+    """Names of what `checkpoint` lacks, or holds only in part, for the processes that saved it to resume from it."""
+    random_states = [f"rng_state_{rank}.pth" for rank in range(max(_ranks(checkpoint), default=-1) + 1)]
     lacking = []
     for names in (_WEIGHTS, _OPTIMIZERS):
         paths = [path for name in names for path in glob.glob(os.path.join(glob.escape(checkpoint), name))]
         if not any(_whole(path) for path in paths):
-            lacking.append(names[0])
-    parts = ("scheduler.pt", *random_states, "trainer_state.json")
+            lacking.append(next(iter(names)))
+    parts = ("scheduler.pt", *(random_states or ["rng_state.pth"]), "trainer_state.json")
     lacking += [name for name in parts if not _whole(os.path.join(checkpoint, name))]
     return lacking or [f"{name} as it was saved" for name in changed_files(checkpoint)]
 

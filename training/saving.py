@@ -24,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
-from training.checkpoints import UNFINISHED
+from training.checkpoints import UNFINISHED, check_sharding_of, choose_checkpoint
 from training.checksums import write_checksums
 from training.writing import Interrupted, writing
 
@@ -40,10 +40,22 @@ class SafeCheckpoints(SFTTrainer):
         self.add_callback(self.stop)
         self.add_callback(_RestoreCurve(self))
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """Train, from the beginning or from a complete checkpoint."""
-        self.resumed_from = resume_from_checkpoint
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, from the beginning or from a complete checkpoint of a run that was launched alike.
+
+        Args:
+            resume_from_checkpoint: a folder, or true for the newest in `output_dir`; kwargs: of `Trainer.train`.
+
+        Raises `ValueError` if there is none to go on from exactly, `Interrupted` for one of another sharding.
+        """
+        checkpoint = resume_from_checkpoint or None
+        if checkpoint is True:
+            checkpoint, _ = choose_checkpoint(True, self.args.output_dir, self.args.world_size)
+        if checkpoint:
+            sharding = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else "no sharding"
+            check_sharding_of(checkpoint, sharding)
+        self.resumed_from = checkpoint
+        return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """An epoch, unless all steps were made before: a run may be killed between its last checkpoint and its end."""

@@ -14,7 +14,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from accelerate.utils import save_fsdp_optimizer
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import SFTTrainer
@@ -209,10 +212,20 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
 
     # ---- checkpoints and data ------------------------------------------------------------------------------------
 
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """With FSDP without accelerate's own copy of the model, which would hold the base, too."""
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Load the trained tensors, all of them and nothing else; sharded checkpoints go the way of `Trainer`."""
+        """Load the trained tensors, all of them and nothing else; DeepSpeed has checkpoints of its own."""
         path = os.path.join(resume_from_checkpoint, SAFE_WEIGHTS_NAME)
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled or not os.path.isfile(path):
+        if self.is_deepspeed_enabled or not os.path.isfile(path):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         saved = safetensors.torch.load_file(path)
@@ -223,7 +236,18 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
             )
         with torch.no_grad():
             for name, parameter in trained.items():
-                parameter.copy_(saved[name])
+                if isinstance(parameter, DTensor):  # every process has read the whole tensor, and keeps its shard
+                    whole = saved[name].to(parameter.device, parameter.dtype)
+                    mesh, placements = parameter.device_mesh, parameter.placements
+                    parameter.copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))
+                else:
+                    parameter.copy_(saved[name])
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write a README.md: what the checkpoint is, how to use it, and how it came about."""
