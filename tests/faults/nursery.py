@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import random
 import resource
 import signal
 import subprocess
@@ -51,6 +52,19 @@ class Command:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
         return self.wait()
+
+    def kill_within(self, seconds: float, chance: random.Random) -> tuple[int, float]:
+        """SIGKILL at any moment of the next `seconds`.
+
+        Returns the exit status, and the `seconds` to use next time: fewer, if it ended by itself sooner.
+        """
+        start = time.monotonic()
+        stop = start + chance.random() * seconds
+        while time.monotonic() < stop and self.poll() is None:
+            time.sleep(0.002)
+        took = time.monotonic() - start
+        status = self.kill()
+        return status, seconds if status == -signal.SIGKILL else min(seconds, took)
 
     @property
     def text(self) -> str:

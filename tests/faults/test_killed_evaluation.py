@@ -54,11 +54,9 @@ def test_a_sweep_killed_again_and_again(nursery, l2d_dir, tmp_path):
     file, killed, finished = write_sweep(tmp_path / "sweep.yaml", out, l2d_dir), 0, 0
     while killed < SWEEP_KILLS:
         command = nursery.start(SWEEP, file)
-        stop = time.monotonic() + chance.random() * seconds * 0.6
-        while time.monotonic() < stop and command.poll() is None:
-            time.sleep(0.01)
-        if command.kill() != -9:
-            assert command.poll() == 0, command.text
+        status, seconds = command.kill_within(seconds, chance)
+        if status != -9:
+            assert status == 0, command.text
             assert answers(out) == answers(whole)
             shutil.rmtree(out)
             finished += 1
@@ -96,10 +94,8 @@ def test_a_report_killed_again_and_again(nursery, tmp_path):
     killed = tried = 0
     while killed < REPORT_KILLS:
         command = nursery.start(REPORT, *arguments, "--title", ("old", "new")[tried % 2])
-        stop, tried = time.monotonic() + chance.random() * seconds, tried + 1
-        while time.monotonic() < stop:
-            time.sleep(0.001)
-        killed += command.kill() == -9
+        status, seconds = command.kill_within(seconds, chance)
+        tried, killed = tried + 1, killed + (status == -9)
         for name, text in contents().items():
             assert text in (old[name], new[name]), name
     assert nursery.run(REPORT, *arguments, "--title", "new").returncode == 0

@@ -6,7 +6,6 @@ Run: `python -m pytest tests/faults/test_killed_training.py`; with `-s` it print
 import filecmp
 import random
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -59,8 +58,7 @@ def test_killed_at_twenty_moments(nursery, training_settings, undisturbed, tmp_p
         arguments = ["--config", recipe, "--resume_from_checkpoint", "auto"]
         command = nursery.start(TRAIN, *arguments, kill=moment_of_kill(kind, out, chance))
         if kind == "any time":
-            time.sleep(0.4 * seconds * chance.random())
-            status = command.kill()
+            status, seconds = command.kill_within(seconds, chance)
         else:
             status = command.wait()
         if status == -9:
