@@ -41,6 +41,7 @@ _RESCALING = {"mult": lambda dim: dim**0.5, "none": lambda dim: 1.0, "div": lamb
 _FIXED_SETTINGS = {
     "base_params_to_freeze": "all",
     "noise_schedule": "identity",
+    "velocity_schedule": "constant",
     "minimum_training_noise_units": "time",
     "flow_representation_space": "mapping",
     "flow_representation_num_layers": 1,
@@ -55,6 +56,11 @@ _FIXED_SETTINGS = {
     "separate_flow_params": True,
     "nstep_clamp_predictions": False,
 }
+# How the wrapper got its weights and was trained, and the guidance that a call asks for: nothing of the model itself.
+_HARMLESS = (
+    *("model_or_model_id", "model_loading_kwargs", "reinit_flow_params"),
+    *("guidance_modulation_training_dropout", "nstep_guidance_parameter"),
+)
 
 
 def parameter_name(reference: str) -> tuple[str, bool] | None:
@@ -77,45 +83,65 @@ def _is_base_name(name: str) -> bool:
 def released_config(flow_kwargs: dict[str, Any], **overrides: Any) -> L2DConfig:
     """Our configuration for the keyword arguments that a released model was built with.
 
-    Raises `ValueError` for a switch whose other setting is not implemented here.
+    Raises `ValueError` for a switch whose other setting is not implemented here, and for a name that is not known.
     """
+    given = {name: value for name, value in flow_kwargs.items() if name not in _HARMLESS}
     for name, wanted in _FIXED_SETTINGS.items():
-        if flow_kwargs.get(name, wanted) != wanted:
-            raise ValueError(
-                f"{name}={flow_kwargs[name]!r} of the released implementation is not supported; only {wanted!r} is."
-            )
-    rescaling = flow_kwargs.get("flow_representation_rescaling", "mult")
+        if (value := given.pop(name, wanted)) != wanted:
+            raise ValueError(f"{name}={value!r} of the released implementation is not supported; only {wanted!r} is.")
+    rescaling = given.pop("flow_representation_rescaling", "mult")
     if rescaling not in _RESCALING:
         raise ValueError(f"flow_representation_rescaling={rescaling!r} is not known; choose one of mult, none, div.")
-    dim = flow_kwargs.get("flow_representation_dim", 256)
-    rank = flow_kwargs.get("flow_lora_rank") or 32
-    alpha = flow_kwargs.get("flow_lora_alpha")
-    classes = flow_kwargs.get("guidance_modulation_num_classes") or 0
-    ode = flow_kwargs.get("ode_kwargs") or {}
+    dim = given.pop("flow_representation_dim", 256)
+    rank = given.pop("flow_lora_rank", None) or 32
+    alpha = given.pop("flow_lora_alpha", None)
+    classes = given.pop("guidance_modulation_num_classes", None) or 0
     settings = {
-        "variant": "lora" if flow_kwargs.get("separate_flow_params_with_lora") else "full",
+        "variant": "lora" if given.pop("separate_flow_params_with_lora", False) else "full",
         "lora_rank": rank,
         "lora_alpha": float(2 * rank if alpha in (None, -1) else alpha),
         "diffusion_dim": dim,
-        "noise_std": float(flow_kwargs.get("noise_rescaling", 64.0)),
-        "input_width": flow_kwargs.get("flow_to_lm_hidden_size", 256),
-        "conditioning_width": flow_kwargs.get("timestep_modulation_hidden_size", 256),
-        "frequency_width": flow_kwargs.get("timestep_modulation_freq_embedding_size", 256),
+        "noise_std": float(given.pop("noise_rescaling", 64.0)),
+        "input_width": given.pop("flow_to_lm_hidden_size", 256),
+        "conditioning_width": given.pop("timestep_modulation_hidden_size", 256),
+        "frequency_width": given.pop("timestep_modulation_freq_embedding_size", 256),
         "embedding_norm": None if rescaling == "mult" else _RESCALING[rescaling](dim),
-        "input_scale": float(flow_kwargs.get("flow_to_lm_timestep_rescaling", 1.0)),
-        "min_noise": float(flow_kwargs.get("minimum_training_noise", 0.0)),
+        "input_scale": float(given.pop("flow_to_lm_timestep_rescaling", 1.0)),
+        "min_noise": float(given.pop("minimum_training_noise", None) or 0.0),
         "guidance_classes": [f"class_{number}" for number in range(classes)] or None,
-        "sampler": {
-            "solver": {"heun": "heun2"}.get(ode.get("method", "midpoint"), ode.get("method", "midpoint")),
-            "rtol": ode.get("rtol", 1e-5),
-            "atol": ode.get("atol", 1e-5),
-            "final_time": flow_kwargs.get("nstep_final_timestep", 1.0),
-            "choice": flow_kwargs.get("nstep_x1_estimation", "sample"),
-            "choice_temperature": flow_kwargs.get("nstep_temperature_schedule", 0.0),
-            "normalize_average": flow_kwargs.get("nstep_normalize_x1_predictions", False),
-        },
+        "sampler": _released_sampler(given),
     }
+    _refuse_unknown("flow_kwargs", given)
     return L2DConfig(**{**settings, **overrides})
+
+
+def _released_sampler(given: dict[str, Any]) -> dict[str, Any]:
+    """The sampler settings among the keyword arguments, which are taken out of `given`."""
+    ode = dict(given.pop("ode_kwargs", None) or {})
+    options = dict(ode.pop("options", None) or {})
+    method = ode.pop("method", "midpoint")
+    sampler = {
+        "solver": {"heun": "heun2"}.get(method, method),
+        "rtol": ode.pop("rtol", 1e-5),
+        "atol": ode.pop("atol", 1e-5),
+        "first_step": options.pop("first_step", 0.05),
+        "final_time": given.pop("nstep_final_timestep", 1.0),
+        "choice": given.pop("nstep_x1_estimation", "sample"),
+        "choice_temperature": given.pop("nstep_temperature_schedule", None) or 0.0,
+        "normalize_average": given.pop("nstep_normalize_x1_predictions", False),
+    }
+    _refuse_unknown("ode_kwargs of flow_kwargs", ode)
+    _refuse_unknown("options of ode_kwargs", options)
+    return sampler
+
+
+def _refuse_unknown(where: str, rest: dict[str, Any]) -> None:
+    """`ValueError` for what nobody has read: it might change the results."""
+    if rest:
+        raise ValueError(
+            f"{', '.join(map(repr, rest))} in {where} is not known, and might change results: correct the name, or "
+            "leave out what does not belong to the model."
+        )
 
 
 @torch.no_grad()

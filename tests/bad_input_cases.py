@@ -27,6 +27,7 @@ FILES = {
     "used/notes.txt": "mine\n",
     "list.json": "[]",
     "flow.json": '{"flow_kwargs": {}}',
+    "names.json": '{"flow_kwargs": {"noise_scaling": 64.0}}',
     "kinds.json": '{"flow_kwargs": {"noise_rescaling": []}}',
     "results/results_2026-01-01T00-00-00.json": "{",
     "sweep.yaml": "output: swept\ntasks: [gsm8k]\nmodel_args: {pretrained: l2d}\ngrid: {diffusion_budget: [3, 14]}\n",
@@ -192,6 +193,7 @@ CASES = [
     Case("l2d.released base new --settings gone.json", "settings='gone.json'", "give a JSON file"),
     Case("l2d.released base new --settings list.json", "settings='list.json'", "a mapping with flow_kwargs"),
     Case("l2d.released base new --settings kinds.json --base base", "settings='kinds.json'", "flow_kwargs"),
+    Case("l2d.released base new --settings names.json --base base", "'noise_scaling'", "correct the name"),
     Case(
         "l2d.released base new --settings flow.json --base l2d", "base='l2d'", "name the model that it was trained on"
     ),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from l2d.released import released_config
 from tests.parity import runner
 from tests.parity.__main__ import main
 from tests.parity.fixtures import load_cases
@@ -261,6 +262,32 @@ def test_malformed_cases(tmp_path, capsys):
     path.unlink()
     assert "a.json" in one_line_error(tmp_path, capsys)
     shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flow_kwargs", "named"),
+    [
+        ({"noise_scaling": 64.0}, "'noise_scaling' in flow_kwargs is not known"),
+        ({"ode_kwargs": {"method": "midpoint", "steps": 8}}, "'steps' in ode_kwargs"),
+        ({"ode_kwargs": {"method": "bosh3", "options": {"max_step": 0.1}}}, "'max_step' in options"),
+        ({"velocity_schedule": "edm"}, "velocity_schedule='edm'.* only 'constant'"),
+    ],
+)
+def test_settings_that_might_change_results_are_refused_by_name(flow_kwargs, named):
+    with pytest.raises(ValueError, match=named):
+        released_config(flow_kwargs)
+
+
+def test_settings_of_loading_and_training_change_nothing():
+    harmless = {
+        "reinit_flow_params": True,
+        "guidance_modulation_training_dropout": 0.2,
+        "nstep_guidance_parameter": 1.5,
+    }
+    unset = {"minimum_training_noise": None, "nstep_temperature_schedule": None}
+    assert released_config({**harmless, **unset}).to_dict() == released_config({}).to_dict()
+    adaptive = released_config({"ode_kwargs": {"method": "bosh3", "options": {"first_step": 0.01}}}).default_sampler()
+    assert (adaptive.solver, adaptive.first_step) == ("bosh3", 0.01)
 
 
 def test_recorder_judges():
