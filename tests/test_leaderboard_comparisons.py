@@ -69,6 +69,38 @@ def test_a_base_measured_in_other_calls_is_found_by_the_decoding_of_the_task(tmp
     assert "gsm8k, greedy<" in titles and "arc, scored<" in titles
 
 
+@pytest.mark.parametrize(
+    ("base", "l2d", "reasons"),
+    [
+        ({"model_dtype": "torch.bfloat16"}, {"model_dtype": "torch.float32"}, ["dtype float32 instead of bfloat16"]),
+        ({"model_args": {"dtype": "float16"}}, {"model_dtype": "torch.float32"}, ["dtype float32 instead of float16"]),
+        ({"model_dtype": "torch.float32"}, {"model_dtype": "torch.float32"}, []),
+        ({}, {"model_dtype": "torch.float32"}, []),
+        ({"model_args": {"dtype": "auto"}}, {"model_dtype": "torch.float32"}, []),
+        ({"model_dtype": ""}, {"model_dtype": "torch.float32"}, []),  # as the harness writes "unknown"
+    ],
+)
+def test_weights_of_another_type_are_not_compared(tmp_path, base, l2d, reasons):
+    def change(given):
+        arguments = given.get("model_args", {})
+        return lambda raw: raw["config"].update({**given, "model_args": {**raw["config"]["model_args"], **arguments}})
+
+    edit(write_run(tmp_path / "base", {"gsm8k": coins(40, 0.4, 0)}), change(base))
+    edit(write_run(tmp_path / "l2d", {"gsm8k": coins(40, 0.7, 2)}, model="l2d", l2d={}), change(l2d))
+    cell = by_label(write_leaderboard([tmp_path], tmp_path / "out"))["L2D (lora), T = 15"].cells["gsm8k"]
+    assert cell.base_reasons == reasons and (cell.paired is None) == bool(reasons)
+
+
+def test_the_base_of_the_same_type_is_the_one_compared_with(tmp_path):
+    for name, dtype in (("half", "bfloat16"), ("whole", "float32")):
+        file = write_run(tmp_path / name, {"gsm8k": coins(40, 0.4, 0)})
+        edit(file, lambda raw, dtype=dtype: raw["config"].update(model_dtype=f"torch.{dtype}"))
+    file = write_run(tmp_path / "l2d", {"gsm8k": coins(40, 0.7, 2)}, model="l2d", l2d={})
+    edit(file, lambda raw: raw["config"].update(model_dtype="torch.float32"))
+    cell = by_label(write_leaderboard([tmp_path], tmp_path / "out"))["L2D (lora), T = 15"].cells["gsm8k"]
+    assert cell.base.protocol["dtype"] == "float32" and cell.paired is not None
+
+
 def test_line_separators_in_answers_are_text(tmp_path):
     write_run(tmp_path / "run", {"gsm8k": coins(40, 0.5, 0)})
     edit_samples(tmp_path, lambda place, line: line.update(filtered_resps=["a\u2028b\x85c\u2029"]))

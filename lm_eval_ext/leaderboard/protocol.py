@@ -1,6 +1,7 @@
 """What must be equal for two scores of a task to be comparable.
 
-- `protocol_of`: task version, shots, documents, prompts, template, lengths, number and seed of processes and few-shots
+- `protocol_of`: task version, shots, documents, prompts, template, lengths, number and seed of processes and few-shots,
+  type of the weights
 - `differences`: in words, what differs between two protocols
 - `usual_protocol`: the one that the rows of a column mostly share
 """
@@ -24,9 +25,10 @@ _WORDS = {
     "longest": "longest answer",
     "fewshot_seed": "few-shot seed",
     "world_size": "processes",
+    "dtype": "dtype",
     "prompts": "prompts or documents",
 }
-_UNKNOWN_IS_FINE = ("world_size", "prompts", "fewshot_seed")
+_UNKNOWN_IS_FINE = ("world_size", "prompts", "fewshot_seed", "dtype")
 """Not every model or call records these (no shots, no seed); two known values must agree."""
 
 
@@ -52,8 +54,16 @@ def protocol_of(run: Run, task: str, measure: Measure) -> dict[str, Any]:
         "longest": _one([given.get("max_gen_toks") for given in kwargs]),
         "fewshot_seed": run.config.get("fewshot_seed") if any(shots.get(leaf) for leaf in leaves) else None,
         "world_size": run.l2d.get("world_size"),
+        "dtype": _dtype(run),
         "prompts": None if None in hashes else _one(hashes),
     }
+
+
+def _dtype(run: Run) -> str | None:
+    """Type of the weights as they were loaded, else as the call asks for it; `None` where neither says."""
+    asked = str(run.model_args.get("dtype", "auto"))
+    loaded = run.config.get("model_dtype") or (None if asked == "auto" else asked)
+    return loaded and loaded.removeprefix("torch.")
 
 
 def _one(values: list[Any]) -> Any:

@@ -69,6 +69,7 @@ def _check_task(config: dict[str, Any], place: str) -> None:
 def _check_call(config: dict[str, Any]) -> None:
     _kind(config.get("model_args"), (dict, str, type(None)), "config.model_args")
     _kind(config.get("gen_kwargs"), (dict, str, type(None)), "config.gen_kwargs")
+    _kind(config.get("model_dtype"), (str, type(None)), "config.model_dtype")
     if config.get("limit") is not None and number(config["limit"]) is None:
         raise ValueError("is not laid out like lm-eval's results: config.limit is not a number")
     ours = config.get("l2d")
