@@ -16,7 +16,7 @@ from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 from tqdm import tqdm
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
-from lm_eval_ext.arguments import UsageError, one_line
+from lm_eval_ext.arguments import AUTO, SEARCH, UsageError, one_line
 from lm_eval_ext.generation_requests import (
     Claim,
     GenerationJob,
@@ -42,6 +42,7 @@ class AnswersGeneration(HFLM):
         jobs = make_jobs(found, self._parse_generation, self._guidance, self._encode_prompt, self._gather_claims())
         texts = [""] * len(jobs)
         wanted = [job for job in jobs if not job.source.padding]
+        self._record_samplers(wanted)
         progress = tqdm(total=len(jobs), disable=disable_tqdm or self.rank != 0, desc="Running generate_until requests")
         for batch in batches(wanted, self._generation_batch_size(wanted)):
             for job, text in zip(batch, self._generate(batch), strict=True):
@@ -50,6 +51,17 @@ class AnswersGeneration(HFLM):
                 progress.update(1)
         progress.close()
         return texts
+
+    def _record_samplers(self, jobs: list[GenerationJob]) -> None:
+        """Note what each task's generation kwargs changed of the model args' sampler and search."""
+        usual = {**self.sampler.to_dict(), SEARCH: self.settings.token_search}
+        for job in {(job.source.instance.task_name, id(job.settings)): job for job in jobs}.values():
+            used = {**job.settings.sampler.to_dict(), SEARCH: job.settings.search}
+            if self._guidance(job.source) is not None:  # chosen by task
+                used["guidance_class"] = AUTO
+            if job.source.instance.task_name is not None:
+                changes = {name: value for name, value in used.items() if value != usual[name]}
+                self.run_record.add_sampler(job.source.instance.task_name, changes)
 
     def _check_cached_repeats(self, found: list[Source]) -> None:
         """The harness's cache has one answer per prompt: refuse it where a prompt is to have several."""

@@ -2,7 +2,7 @@
 
 - `Source`, `sources`: what the harness's requests belong to, with repeats counted and its padding marked
 - `RequestCost`: one line of a compute file
-- `RunRecord`: evaluations asked and computed, and rounds, per generated or scored token
+- `RunRecord`: evaluations asked and computed, and rounds, per generated or scored token; what tasks set themselves
 - `RunInfo`: the part of the results file that tells of this package, with the costs of all requests attached
 """
 
@@ -88,6 +88,8 @@ class RunRecord:
     passes through the diffusion path, one after the other).
 
     Values are kept as a histogram, so that mean, maximum and quantiles are exact and records of several processes add.
+    `task_samplers` are, by task, the settings that answered its generation requests as far as they are not those of the
+    model args: one entry, empty where nothing differs, for each set of generation kwargs.
     """
 
     def __init__(self) -> None:
@@ -98,6 +100,13 @@ class RunRecord:
         self.peak_memory_bytes = 0
         self.counts: dict[str, Counter[int]] = {name: Counter() for name in QUANTITIES}
         self.requests: list[RequestCost] = []
+        self.task_samplers: dict[str, list[dict[str, Any]]] = {}
+
+    def add_sampler(self, task: str, changes: dict[str, Any]) -> None:
+        """Note that requests of `task` were answered with `changes` to the model args' settings."""
+        known = self.task_samplers.setdefault(task, [])
+        if changes not in known:
+            known.append(changes)
 
     def add(self, asked: Rows, computed: Rows, rounds: Rows, generated: bool) -> None:
         """Add some tokens, generated or scored: one value of each quantity per token, in one list per row."""
@@ -141,6 +150,9 @@ class RunRecord:
         for name in QUANTITIES:
             self.counts[name].update(other.counts[name])
         self.requests += other.requests
+        for task, known in other.task_samplers.items():
+            for changes in known:
+                self.add_sampler(task, changes)
 
     @property
     def tokens(self) -> int:
@@ -148,10 +160,11 @@ class RunRecord:
         return self.counts["asked"].total()
 
     def summary(self) -> dict[str, Any]:
-        """Totals as plain values: token counts, and mean, median, 95th percentile and maximum of each quantity."""
+        """Totals as plain values: token counts, and mean, median, 95th percentile and maximum of each quantity; and
+        `task_samplers`."""
         names = ("generated_tokens", "scored_tokens", "capped_tokens", "seconds", "peak_memory_bytes")
         totals = {name: getattr(self, name) for name in names}
-        totals["solved_tokens"] = self.tokens
+        totals |= {"solved_tokens": self.tokens, "task_samplers": self.task_samplers}
         answered = self.generated_tokens + self.scored_tokens
         totals["tokens_per_second"] = answered / self.seconds if self.seconds else None
         return totals | {f"{name}_per_token": _statistics(self.counts[name]) for name in QUANTITIES}

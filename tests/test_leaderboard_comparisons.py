@@ -134,6 +134,31 @@ def test_a_task_with_a_sampler_of_its_own_is_a_row_of_its_own(tmp_path):
     assert all(row.setting.tokens is None and not row.setting.cost for row in rows)  # known of both together
 
 
+def test_what_was_recorded_of_a_task_goes_before_what_was_asked(tmp_path):
+    def change(raw):
+        raw["config"]["gen_kwargs"] = {"diffusion_budget": 3}  # of an edited file: what was used is what was recorded
+        raw["config"]["l2d"]["token_search"] = "best_of_8"
+        recorded = {"gsm8k": [{"budget": 7, "token_search": None}], "math": [{}], "mbpp": [{}, {"budget": 31}]}
+        raw["config"]["l2d"]["task_samplers"] = recorded
+
+    tasks = {name: coins(40, 0.5, seed) for seed, name in enumerate(("gsm8k", "math", "mbpp", "humaneval"))}
+    edit(write_run(tmp_path / "run", tasks, model="l2d", l2d={}), change)
+    rows = write_leaderboard([tmp_path], tmp_path / "out").rows
+    assert {row.setting.label: sorted(row.cells) for row in rows} == {
+        "L2D (lora), T = 7": ["gsm8k"],
+        "L2D (lora), T = 15, best_of_8": ["math"],
+        "L2D (lora), T = 3, best_of_8": ["humaneval", "mbpp"],  # not recorded, or not of one setting
+    }
+
+
+@pytest.mark.parametrize("recorded", [[], {"gsm8k": {}}, {"gsm8k": [3]}, {"gsm8k": [{"budget": 0}]}])
+def test_recorded_samplers_of_another_form_are_named(tmp_path, recorded):
+    write_run(tmp_path / "base", {"gsm8k": coins(40, 0.5, 0)})
+    write_run(tmp_path / "l2d", {"gsm8k": coins(40, 0.5, 0)}, model="l2d", l2d={"task_samplers": recorded})
+    board = write_leaderboard([tmp_path], tmp_path / "out")
+    assert len(board.rows) == 1 and "config.l2d.task_samplers" in board.skipped[0].reason
+
+
 def test_impossible_settings_in_a_file_change_nothing(tmp_path):
     def change(raw):
         raw["config"]["gen_kwargs"] = {"diffusion_budget": "many", "solver": ["x"]}

@@ -108,6 +108,7 @@ def test_results_record_settings_and_cost(runs, l2d_dir):
     assert 1 <= ours["rounds_per_token"]["mean"] <= 14
     assert ours["generated_tokens"] > 0
     assert ours["scored_tokens"] > 0
+    assert ours["task_samplers"]["l2d_test_generate"] == [{}]
     assert runs["1"].results["config"]["l2d"]["asked_per_token"]["max"] == 1
 
 
@@ -126,6 +127,7 @@ def test_two_processes_give_the_results_of_one(runs):
     assert ours["world_size"] == 2
     for name in ("checkpoint_fingerprint", "base_fingerprint", "asked_per_token", "sampler"):
         assert ours[name] == theirs[name]
+    assert ours["task_samplers"].items() <= theirs["task_samplers"].items()
     for task in OURS:  # rounds and computed may differ: what is evaluated together is decided per batch
         keys = ("doc_id", "request", "repeat", "generated_tokens", "scored_tokens", "asked")
         assert [[line[key] for key in keys] for line in two.compute(task)] == [

@@ -4,6 +4,7 @@ Run: `python -m pytest tests/test_lm_eval_model.py`
 """
 
 import dataclasses
+import json
 import random
 import shutil
 
@@ -414,6 +415,37 @@ def test_search_is_recorded(l2d_dir):
     assert summary["token_search"] == "best_of_3"
     assert summary["generated_tokens"] == sum(cost.generated_tokens for cost in costs)
     assert summary["solved_tokens"] == sum(cost.solved_tokens for cost in costs)
+
+
+def test_what_a_task_changes_of_the_sampler_is_recorded(make_l2d, base_dir):
+    fresh = L2DLM(pretrained=str(make_l2d(base_dir, "lora", ["math"])), device="cpu", token_search="best_of_2")
+    tasks = {
+        "plain": {},
+        "cheap": {"diffusion_budget": 3.0, "token_search": "none"},
+        "same": {"diffusion_budget": 15, "temperature": 0.0},
+        "gsm8k": {"guidance_class": "auto", "guidance_scale": 2},
+    }
+    requests = [generation(PROMPTS[:1], **{"max_gen_toks": 1, **kwargs})[0] for kwargs in tasks.values()]
+    for request, task in zip(requests, tasks, strict=True):
+        request.task_name = task
+    fresh.generate_until(requests)
+    fresh.loglikelihood(choices(PROMPTS[:1]))
+    recorded = json.loads(json.dumps(fresh.get_model_info()["l2d"]))["task_samplers"]
+    assert recorded == {
+        "plain": [{}],
+        "cheap": [{"budget": 3, "token_search": None}],
+        "same": [{}],
+        "gsm8k": [{"guidance_class": "auto", "guidance_scale": 2.0}],
+    }
+
+
+def test_records_of_several_processes_hold_each_setting_once():
+    one, two = RunRecord(), RunRecord()
+    one.add_sampler("gsm8k", {"budget": 3})
+    two.add_sampler("gsm8k", {"budget": 3})
+    two.add_sampler("math", {})
+    one.merge(two)
+    assert one.summary()["task_samplers"] == {"gsm8k": [{"budget": 3}], "math": [{}]}
 
 
 # ---- guidance by task -------------------------------------------------------------------------------------------

@@ -84,13 +84,17 @@ def _check_call(config: dict[str, Any]) -> None:
         _kind(ours.get(name), (bool, type(None)), f"config.l2d.{name}")
     sampler = ours.get("sampler")
     _kind(sampler, dict, "config.l2d.sampler")
-    _whole(sampler.get("budget"), "config.l2d.sampler.budget")
-    if (sampler.get("budget") or 0) < 1:
-        raise ValueError("is not laid out like lm-eval's results: config.l2d.sampler.budget is not at least 1")
-    for name in _SAMPLER_NUMBERS:
-        _number(sampler.get(name), f"config.l2d.sampler.{name}")
-    _kind(sampler.get("solver"), (str, type(None)), "config.l2d.sampler.solver")
-    _kind(sampler.get("guidance_class"), (str, int, type(None)), "config.l2d.sampler.guidance_class")
+    _check_sampler({"budget": None, **sampler}, "config.l2d.sampler")
+    _kind(ours.get("token_search"), (str, type(None)), "config.l2d.token_search")
+    recorded = ours.get("task_samplers")
+    _kind(recorded, (dict, type(None)), "config.l2d.task_samplers")
+    for task, entries in (recorded or {}).items():
+        place = f"config.l2d.task_samplers.{task}"
+        _kind(entries, list, place)
+        for entry in entries:
+            _kind(entry, dict, place)
+            _kind(entry.get("token_search"), (str, type(None)), f"{place}.token_search")
+            _check_sampler(entry, place)
     for name in ("asked", "computed", "rounds"):
         statistics = ours.get(f"{name}_per_token")
         _kind(statistics, (dict, type(None)), f"config.l2d.{name}_per_token")
@@ -98,6 +102,18 @@ def _check_call(config: dict[str, Any]) -> None:
             place = f"config.l2d.{name}_per_token.{key}"
             _kind(statistics.get(key), (int, float), place)
             _number(statistics[key], place)
+
+
+def _check_sampler(sampler: dict[str, Any], place: str) -> None:
+    """A whole sampler, or what of it was changed."""
+    if "budget" in sampler:
+        _whole(sampler["budget"], f"{place}.budget")
+        if (sampler["budget"] or 0) < 1:
+            raise ValueError(f"is not laid out like lm-eval's results: {place}.budget is not at least 1")
+    for name in _SAMPLER_NUMBERS:
+        _number(sampler.get(name), f"{place}.{name}")
+    _kind(sampler.get("solver"), (str, type(None)), f"{place}.solver")
+    _kind(sampler.get("guidance_class"), (str, int, type(None)), f"{place}.guidance_class")
 
 
 def _kind(value: Any, kinds: Any, place: str) -> None:
