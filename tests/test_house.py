@@ -176,6 +176,12 @@ def test_bounds_and_pins_agree():
     assert all("==" in text for text in oldest) and len(requirements("newest")) == len(oldest)
 
 
+def test_no_module_of_ours_is_exempt_from_type_checks():
+    checks = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    exempt = [name for entry in checks.get("overrides", []) for name in entry["module"]]
+    assert not [name for name in exempt if name.split(".")[0] in PACKAGES]
+
+
 COMMANDS = ("python", "make", "lm_eval", "lm-eval", "l2d-leaderboard", "accelerate", "torchrun", "pip", "git")
 FREE = ("pip", "git", "cd", ".", "source", "export", "ruff", "mypy")  # not ours: anything goes
 

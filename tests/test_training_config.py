@@ -13,6 +13,8 @@ from tests.training_runs import (
     write_jsonl,
     write_recipe,
 )
+from training.config import DataArguments, L2DTrainingConfig, ModelArguments
+from training.data import load_split, load_tokenizer
 from training.recipe import read_recipe
 
 
@@ -219,6 +221,14 @@ def test_dry_runs_need_no_logger_and_no_optimizer(recipe):
 def test_the_best_loss_is_the_lowest(recipe, metric, greater):
     read = read_recipe(["--config", str(recipe(**BEST, metric_for_best_model=metric))])
     assert read.training.greater_is_better is greater
+
+
+def test_without_a_base_or_data_set_nothing_is_looked_up():
+    """Of recipes both are asked for when they are read; here it is the parts, used by themselves."""
+    with pytest.raises(ValueError, match="base is not set: give a folder"):
+        load_tokenizer(ModelArguments(), L2DTrainingConfig())
+    with pytest.raises(ValueError, match="dataset is not set: give a folder"):
+        load_split("dataset", DataArguments())
 
 
 def test_twice_or_no_mapping(recipe, tmp_path):

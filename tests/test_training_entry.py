@@ -229,7 +229,8 @@ def test_a_run_that_diverged_leaves_no_model(recipe, tmp_path, capsys, monkeypat
 
 
 def test_limits_of_the_base(recipe, tmp_path, capsys):
-    assert "use at most 4096" in refused(capsys, recipe(max_length=5000))
+    for dry in ("false", "true"):
+        assert "use at most 4096" in refused(capsys, recipe(max_length=5000), "--dry_run", dry)
     data = write_jsonl(tmp_path / "long.jsonl", [{"prompt": "7" * 5000, "completion": "8"}])
     assert "more than max_length=4096" in refused(capsys, recipe(dataset=data))
     assert not (tmp_path / "out").exists(), "a refused run leaves nothing"

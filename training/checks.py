@@ -2,6 +2,7 @@
 
 - `check_recipe`: all of it
 - `refuse_ignored_by_l2d`, `check_objective`: what `L2DTrainer` checks too
+- `longest_example`: what `max_length` may be
 - `check_schedule`, `check_optimizer`, `check_best_model`, `check_sharding`, `check_packages`: what would fail later
 
 Each raises `ValueError` with one sentence that names the option.
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import SchedulerType
@@ -117,6 +119,17 @@ def _check_data(model: ModelArguments, data: DataArguments, training: L2DTrainin
         raise ValueError(f"chat_template_path={training.chat_template_path!r} must be a Jinja file that exists.")
     if not data.has_eval and (training.eval_strategy != "no" or training.eval_on_start):
         raise ValueError("eval_strategy asks for evaluation, and there are no data: set eval_split or eval_holdout.")
+
+
+def longest_example(config: PreTrainedConfig, model: ModelArguments, training: L2DTrainingConfig) -> int:
+    """The longest example in tokens: `max_length`, or what a base of this `config` was made for."""
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    limit = training.max_length or longest
+    if limit is None:
+        raise ValueError(f"base={model.base!r} does not say how long its inputs may be: set max_length.")
+    if longest is not None and limit > longest:
+        raise ValueError(f"max_length={limit} is more than base={model.base!r} takes: use at most {longest}.")
+    return limit
 
 
 def _check_l2d(model: ModelArguments, data: DataArguments, training: L2DTrainingConfig) -> None:

@@ -3,7 +3,7 @@
 - `ModelArguments`: the method, the base, and the shape of the diffusion path
 - `DataArguments`: where the examples come from and which columns hold what
 - `L2DTrainingConfig`: TRL's `SFTConfig` with the options of diffusion training and a few other defaults
-- `one_of`, `at_least`, `check_file`, `mapping`: single values
+- `one_of`, `at_least`, `named`, `check_file`, `mapping`: single values
 
 `checks` has what must hold between them.
 """
@@ -342,6 +342,13 @@ def at_least(name: str, value: Any, low: int) -> None:
     """Raise `ValueError` unless `value` is a whole number of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {low}.")
+
+
+def named(name: str, value: str | None) -> str:
+    """`value`, which must be given; raises `ValueError` if it is not."""
+    if value is None:
+        raise ValueError(f"{name} is not set: give a folder, a file or a hub name.")
+    return value
 
 
 def check_file(name: str, source: str | None) -> None:

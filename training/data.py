@@ -25,7 +25,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import get_training_chat_template, maybe_convert_to_chatml
 
-from training.config import FILE_TYPES, DataArguments, L2DTrainingConfig, ModelArguments, check_file, mapping
+from training.config import FILE_TYPES, DataArguments, L2DTrainingConfig, ModelArguments, check_file, mapping, named
 from training.mixture import as_turns, class_name, join, leave_out, unroll
 
 IGNORED = -100  # label of a token that is no target
@@ -97,8 +97,11 @@ def _is_file(source: str) -> bool:
     return os.path.splitext(source)[1] in FILE_TYPES
 
 
-def _read(argument: str, source: str, data: DataArguments, split: str, processes: int | None) -> datasets.Dataset:
-    configs = data.dataset_config or [None]
+def _read(
+    argument: str, source: str | None, data: DataArguments, split: str, processes: int | None
+) -> datasets.Dataset:
+    source = named(argument, source)
+    configs: list[str | None] = [*data.dataset_config] if data.dataset_config else [None]
     try:
         parts = [_read_one(argument, source, config, split) for config in configs]
     except (OSError, datasets.exceptions.DatasetsError, KeyError, ValueError, RuntimeError) as error:
@@ -212,19 +215,20 @@ def load_tokenizer(model: ModelArguments, training: L2DTrainingConfig) -> PreTra
 
     Raises `ValueError` if it cannot be found or has no end-of-sequence token.
     """
+    base = named("base", model.base)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            model.base, revision=model.base_revision, trust_remote_code=training.trust_remote_code
+            base, revision=model.base_revision, trust_remote_code=training.trust_remote_code
         )
     except (OSError, ValueError, KeyError) as error:
-        kind = ValueError if os.path.isdir(model.base) else Unavailable
-        raise kind(f"base={model.base!r} has no tokenizer that can be loaded: {error}") from error
+        kind = ValueError if os.path.isdir(base) else Unavailable
+        raise kind(f"base={base!r} has no tokenizer that can be loaded: {error}") from error
     if training.eos_token is not None:
         if training.eos_token not in tokenizer.get_vocab():
-            raise ValueError(f"eos_token={training.eos_token!r} is not in the vocabulary of base={model.base!r}.")
+            raise ValueError(f"eos_token={training.eos_token!r} is not in the vocabulary of base={base!r}.")
         tokenizer.eos_token = training.eos_token
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of base={model.base!r} has no end-of-sequence token: set eos_token.")
+        raise ValueError(f"the tokenizer of base={base!r} has no end-of-sequence token: set eos_token.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if training.chat_template_path is not None:

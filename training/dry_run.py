@@ -20,7 +20,8 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from l2d.losses import CHUNK_ELEMENTS
-from training.config import L2DTrainingConfig
+from training.checks import longest_example
+from training.config import L2DTrainingConfig, named
 from training.console import say
 from training.data import IGNORED, Unavailable
 from training.noising import window_length
@@ -63,9 +64,9 @@ def dry_run(recipe: Recipe) -> None:
     frozen = sum(p.numel() for p in model.parameters()) - trained
     say(f"{recipe.model.method}: {trained:,} trained parameters, {frozen:,} frozen")
     encoded = read_data(recipe)
-    examples, length, response = ASSUMED_LENGTH, ASSUMED_LENGTH, ASSUMED_RESPONSE
     if encoded is None:
-        examples = (recipe.data.expected_examples or [None])[0]
+        expected = recipe.data.expected_examples
+        examples, length, response = expected[0] if expected else None, ASSUMED_LENGTH, ASSUMED_RESPONSE
         say(f"assumed below: {length} tokens per example, {response:.0%} of them targets")
     else:
         examples, length, response = describe(encoded)
@@ -79,17 +80,17 @@ def dry_run(recipe: Recipe) -> None:
 
 def base_configuration(recipe: Recipe) -> PreTrainedConfig:
     """The base's configuration: of the folder `base`, from `base_config`, or from the hub. Raises `ValueError`."""
-    model = recipe.model
-    if model.base_config is not None and not os.path.isdir(model.base):
+    model, base = recipe.model, named("base", recipe.model.base)
+    if model.base_config is not None and not os.path.isdir(base):
         with open(model.base_config, encoding="utf-8") as file:
             return AutoConfig.for_model(**json.load(file))
     try:
         return AutoConfig.from_pretrained(
-            model.base, revision=model.base_revision, trust_remote_code=recipe.training.trust_remote_code
+            base, revision=model.base_revision, trust_remote_code=recipe.training.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"base={model.base!r} is neither a model's folder nor a model on the hub; a dry run can do with its "
+            f"base={base!r} is neither a model's folder nor a model on the hub; a dry run can do with its "
             f"configuration alone: set base_config. ({error})"
         ) from error
 
@@ -118,14 +119,14 @@ def read_data(recipe: Recipe) -> Any:
     from training.data import encode, load_examples, load_tokenizer
 
     model, training = recipe.model, recipe.training
+    limit = longest_example(base_configuration(recipe), model, training)
     try:
         tokenizer = load_tokenizer(model, training)
         train, _ = load_examples(recipe.data, model.guidance_classes, training.seed, training.dataset_num_proc)
     except Unavailable as error:
         say(f"examples are not shown: {' '.join(str(error).split())[:200]}")
         return None
-    longest = getattr(base_configuration(recipe).get_text_config(), "max_position_embeddings", None)
-    encoded, summary = encode(train, tokenizer, training, training.max_length or longest, "train")
+    encoded, summary = encode(train, tokenizer, training, limit, "train")
     say(summary)
     for number in range(min(3, len(encoded))):
         say(f"--- example {number}: targets are green\n{coloured(encoded[number], tokenizer)}")

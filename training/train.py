@@ -77,8 +77,11 @@ def no_collection() -> Iterator[None]:
 
 def prepare(recipe: Recipe) -> Job:
     """Check the folders, read and encode the data. Raises `ValueError`."""
+    from training.config import named
+
     model, data, training = recipe.model, recipe.data, recipe.training
-    check_output_dir(training.output_dir, training.resume_from_checkpoint, training.overwrite_output_dir, model.base)
+    base = named("base", model.base)
+    check_output_dir(training.output_dir, training.resume_from_checkpoint, training.overwrite_output_dir, base)
     checkpoint, why = choose_checkpoint(training.resume_from_checkpoint, training.output_dir, PROCESSES)
     say(why)
     limit = length_limit(recipe)
@@ -116,8 +119,10 @@ def say_expected(data: Any, train: Any, evaluation: Any) -> None:
 
 
 def length_limit(recipe: Recipe) -> int:
-    """The longest example in tokens: `max_length`, or what the base was made for. Raises `ValueError`."""
+    """The longest example in tokens, with the base's configuration. Raises `ValueError`."""
     from transformers import AutoConfig
+
+    from training.checks import longest_example
 
     model, training = recipe.model, recipe.training
     try:
@@ -128,13 +133,7 @@ def length_limit(recipe: Recipe) -> int:
         raise ValueError(f"base={model.base!r} is neither a model's folder nor a model on the hub: {error}") from error
     if config.model_type == "l2d":
         raise ValueError(f"base={model.base!r} is an L2D checkpoint: name the model that it was trained on.")
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limit = training.max_length or longest
-    if limit is None:
-        raise ValueError(f"base={model.base!r} does not say how long its inputs may be: set max_length.")
-    if longest is not None and limit > longest:
-        raise ValueError(f"max_length={limit} is more than base={model.base!r} takes: use at most {longest}.")
-    return limit
+    return longest_example(config, model, training)
 
 
 def build_trainer(job: Job) -> Any:
@@ -143,6 +142,7 @@ def build_trainer(job: Job) -> Any:
     from transformers import set_seed
 
     from l2d.checkpoint import load_base
+    from training.config import named
 
     model, training = job.recipe.model, job.recipe.training
     set_seed(training.seed)
@@ -167,7 +167,7 @@ def build_trainer(job: Job) -> Any:
 
         trainer = L2DTrainer(model=L2DForCausalLM.from_base(model.base, model.l2d_config(), **options), **common)
     else:
-        base = load_base(model.base, **options)
+        base = load_base(named("base", model.base), **options)
         from training.saving import BaselineTrainer
 
         trainer = BaselineTrainer(model=base, peft_config=model.lora_config(), **common)

@@ -130,7 +130,7 @@ def _used_sampler(run: Run, task: str) -> dict[str, Any]:
         return {}
     used = {"sampler": sampler, SEARCH: run.l2d.get(SEARCH)}
     recorded = run.l2d.get("task_samplers") or {}
-    noted = next((recorded[leaf] for leaf in run.leaves[task] if leaf in recorded), [])
+    noted: list[dict[str, Any]] = next((recorded[leaf] for leaf in run.leaves[task] if leaf in recorded), [])
     if len(noted) == 1:
         changed = {name: value for name, value in noted[0].items() if name != SEARCH}
         return {"sampler": {**sampler, **changed}, SEARCH: noted[0].get(SEARCH, used[SEARCH])}
