@@ -124,6 +124,7 @@ CASES = [
     _train("--base ./nowhere", "base='./nowhere'", "give the folder or the hub name"),
     _train("--base no/such-model", "base='no/such-model'", "neither a model's folder nor"),
     _train("--base l2d", "base=", "name the model that it was trained on"),
+    _train("--push_to_hub true", "push_to_hub=True", "unset one of them"),
     _train("--max_length 5000", "max_length=5000", "use at most 4096"),
     _train("--dataset nowhere.jsonl", "dataset='nowhere.jsonl'", "give a file, a folder or a hub name"),
     _train("--dataset empty.jsonl", "dataset='empty.jsonl'", "nothing to train on"),

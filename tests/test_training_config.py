@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from tests.training_runs import (
     BASELINE,
@@ -204,6 +205,37 @@ def test_what_optimizers_and_schedules_take(recipe):
         {**BEST, "metric_for_best_model": "accuracy_budget_3", "eval_budgets": [3]},
     ):
         read_recipe(["--config", str(recipe(**settings))])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "push_to_hub=True needs a token: run hf auth login"),
+        ({"hub_token": "hf_x", "hub_model_id": "a/b/c"}, "hub_model_id='a/b/c' cannot be.*OWNER/NAME"),
+        ({"hub_token": "hf_x", "hub_model_id": "my model"}, "hub_model_id='my model'"),
+        ({"hub_token": "hf_x", "output_dir": "runs/my model"}, "name of output_dir, 'my model', cannot be"),
+    ],
+)
+def test_what_can_never_be_pushed_is_refused_at_once(recipe, monkeypatch, settings, words):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("training.checks.get_token", lambda: None)
+    with pytest.raises(ValueError, match=words):
+        read_recipe(["--config", str(recipe(push_to_hub=True, **settings))])
+    read_recipe(["--config", str(recipe(push_to_hub=True, **settings)), "--dry_run", "true"])
+
+
+def test_pushing_needs_a_token_a_name_and_a_hub(recipe, monkeypatch):
+    path = str(recipe(push_to_hub=True, hub_model_id="someone/model"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("training.checks.get_token", lambda: "hf_x")
+    read_recipe(["--config", path])
+    read_recipe(["--config", str(recipe(push_to_hub=True))])  # by the name of output_dir
+    monkeypatch.setattr("training.checks.get_token", lambda: None)
+    monkeypatch.setattr("training.checks.RANK", 1)
+    read_recipe(["--config", path])  # another process, which sends nothing
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="push_to_hub=True reaches no hub while HF_HUB_OFFLINE is set"):
+        read_recipe(["--config", path])
 
 
 def test_dry_runs_need_no_logger_and_no_optimizer(recipe):

@@ -94,6 +94,8 @@ def test_push_to_hub_sends_the_finished_folder(recipe, tmp_path, monkeypatch):
     def push(self, *args, **kwargs):
         sent.append({path.name for path in (tmp_path / "out").iterdir()})
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("training.checks.get_token", lambda: "hf_x")
     monkeypatch.setattr(L2DTrainer, "init_hf_repo", lambda self, *args, **kwargs: None)
     monkeypatch.setattr(L2DTrainer, "push_to_hub", push)
     train_here(recipe(push_to_hub=True, hub_model_id="someone/model", report_to="none"))

@@ -3,7 +3,8 @@
 - `check_recipe`: all of it
 - `refuse_ignored_by_l2d`, `check_objective`: what `L2DTrainer` checks too
 - `longest_example`: what `max_length` may be
-- `check_schedule`, `check_optimizer`, `check_best_model`, `check_sharding`, `check_packages`: what would fail later
+- `check_schedule`, `check_optimizer`, `check_best_model`, `check_sharding`, `check_packages`, `check_hub`: what would
+  fail later
 
 Each raises `ValueError` with one sentence that names the option.
 """
@@ -16,6 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from huggingface_hub import constants, get_token
+from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
@@ -25,6 +28,7 @@ from l2d.checkpoint_folder import looks_local
 from l2d.config import L2DConfig
 from training.checkpoints import NO_RESUME
 from training.config import DataArguments, L2DTrainingConfig, ModelArguments, check_file, mapping, one_of
+from training.console import RANK
 
 _PATH_ONLY = {
     "variant", "diffusion_dim", "noise_std", "input_width", "conditioning_width", "frequency_width", "min_noise",
@@ -88,9 +92,10 @@ def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTraini
     check_schedule(training, given)
     check_best_model(model.method, training)
     check_sharding(model.method, given)
-    if not training.dry_run:  # it makes no optimizer and no logger, and may run where their packages are not
+    if not training.dry_run:  # it makes no optimizer and no logger, sends nothing, and may run where others cannot
         check_optimizer(training, given)
         check_packages(training)
+        check_hub(training)
 
 
 def _refuse_foreign(model: ModelArguments, given: set[str]) -> None:
@@ -310,6 +315,27 @@ def check_packages(training: L2DTrainingConfig) -> None:
     if training.torch_compile:
         known = torch.compiler.list_backends(exclude_tags=())
         one_of("torch_compile_backend", training.torch_compile_backend, tuple(known))
+
+
+def check_hub(training: L2DTrainingConfig) -> None:
+    """What `push_to_hub` needs, as far as it can be seen from here: a hub to be reached, a name, a token."""
+    if not training.push_to_hub:
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise ValueError("push_to_hub=True reaches no hub while HF_HUB_OFFLINE is set: unset one of them.")
+    name = training.hub_model_id
+    if name is None:  # as the trainer does
+        name = os.path.basename(os.path.abspath(str(training.output_dir)))
+    try:
+        validate_repo_id(name)
+    except ValueError as error:
+        what = f"hub_model_id={name!r}" if training.hub_model_id is not None else f"the name of output_dir, {name!r},"
+        raise ValueError(
+            f"{what} cannot be a model's name for push_to_hub: set hub_model_id to OWNER/NAME, with letters, digits, "
+            "'-', '_' and '.' only."
+        ) from error
+    if RANK == 0 and not (training.hub_token or get_token()):  # the others send nothing
+        raise ValueError("push_to_hub=True needs a token: run hf auth login, or set HF_TOKEN or hub_token.")
 
 
 def check_best_model(method: str, training: L2DTrainingConfig) -> None:
