@@ -205,7 +205,7 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         """Nothing to do: gradients start in the diffusion path."""
 
     @property
-    def is_gradient_checkpointing(self) -> bool:
+    def is_activation_checkpointing(self) -> bool:
         """Whether the path's layers are recomputed in the backward pass."""
         return self.path.checkpointing is not None
 

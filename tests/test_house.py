@@ -9,6 +9,7 @@ Run: `python -m pytest tests/test_house.py`
 
 import argparse
 import ast
+import importlib
 import importlib.util
 import re
 import runpy
@@ -240,9 +241,7 @@ def parse(command: list[str], mentioned: bool) -> None:
 
 def parse_module(module: str, arguments: list[str], mentioned: bool) -> None:
     """The same for `python -m MODULE`."""
-    found = importlib.util.find_spec(module)
-    if found is not None and found.submodule_search_locations is not None:
-        found = importlib.util.find_spec(f"{module}.__main__")
+    found = importlib.util.find_spec(run_by(module))
     assert found is not None, f"there is no module {module} to run"
     if module == "training.train":
         from training.config import option_types
@@ -261,6 +260,13 @@ def parse_module(module: str, arguments: list[str], mentioned: bool) -> None:
         for word in arguments:
             if word.startswith("tests/"):
                 assert (REPOSITORY / word.split("::")[0]).exists(), f"{word} does not exist"
+
+
+def run_by(module: str) -> str:
+    """The module that `python -m` runs: of a package its `__main__`."""
+    found = importlib.util.find_spec(module)
+    package = found is not None and found.submodule_search_locations is not None
+    return f"{module}.__main__" if package else module
 
 
 def run_until_parsed(module: str, arguments: list[str], mentioned: bool) -> None:
@@ -283,13 +289,20 @@ def run_until_parsed(module: str, arguments: list[str], mentioned: bool) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [module, *arguments])
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
-        patch.delitem(sys.modules, module, raising=False)  # else runpy warns
+        patch.delitem(sys.modules, run_by(module), raising=False)  # else runpy warns
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=False)
         except Parsed:
             pass
         except SystemExit as end:
             assert end.code in (0, None), f"python -m {module} does not take {shlex.join(arguments)}"
+
+
+@pytest.mark.parametrize("module", ["l2d", "lm_eval_ext.leaderboard", "l2d.released"])
+def test_modules_that_were_imported_before_are_run_without_a_warning(module, recwarn):
+    importlib.import_module(run_by(module))
+    run_until_parsed(module, [], mentioned=True)
+    assert not [warning for warning in recwarn if "sys.modules" in str(warning.message)]
 
 
 def check_model_args(arguments: list[str]) -> None:

@@ -263,6 +263,21 @@ def test_without_a_base_or_data_set_nothing_is_looked_up():
         load_split("dataset", DataArguments())
 
 
+@pytest.mark.parametrize(
+    ("settings", "on"),
+    [
+        ({}, True),
+        ({"gradient_checkpointing": False}, False),
+        ({"activation_checkpointing": False}, False),
+        ({"activation_checkpointing": True}, True),
+    ],
+)
+def test_checkpointing_goes_by_either_name_and_without_a_warning(tmp_path, recwarn, settings, on):
+    made = L2DTrainingConfig(output_dir=str(tmp_path), **settings)
+    assert made.activation_checkpointing is made.gradient_checkpointing is on
+    assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
+
+
 def test_twice_or_no_mapping(recipe, tmp_path):
     path = recipe()
     path.write_text(path.read_text() + "draws: 1\ndraws: 2\n")

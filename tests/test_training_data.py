@@ -31,7 +31,7 @@ def chat(tokenizer):
 @pytest.fixture
 def training(tmp_path):
     """`training(**settings)`: trainer settings."""
-    return lambda **settings: L2DTrainingConfig(output_dir=str(tmp_path), gradient_checkpointing=False, **settings)
+    return lambda **settings: L2DTrainingConfig(output_dir=str(tmp_path), activation_checkpointing=False, **settings)
 
 
 def targets(tokenizer, row) -> str:

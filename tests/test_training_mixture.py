@@ -64,7 +64,7 @@ def paper(smoltalk, **changes) -> DataArguments:
 @pytest.fixture
 def training(tmp_path):
     """`training(**settings)`: trainer settings."""
-    return lambda **settings: L2DTrainingConfig(output_dir=str(tmp_path), gradient_checkpointing=False, **settings)
+    return lambda **settings: L2DTrainingConfig(output_dir=str(tmp_path), activation_checkpointing=False, **settings)
 
 
 def test_every_turn_is_an_example(smoltalk, tokenizer, training):

@@ -33,7 +33,7 @@ def make_trainer(base_dir, tokenizer, tmp_path):
         config = L2DConfig(variant=variant, guidance_classes=classes, carried_state=carried_state, **shape)
         model = L2DForCausalLM.from_base(str(base_dir), config, dtype=torch.float32)
         randomise_path(model)
-        defaults = {"gradient_checkpointing": False, "disable_tqdm": True, "save_strategy": "no", "max_steps": 2}
+        defaults = {"activation_checkpointing": False, "disable_tqdm": True, "save_strategy": "no", "max_steps": 2}
         args = L2DTrainingConfig(output_dir=str(tmp_path / "out"), **{**defaults, **settings})
         rows = datasets.Dataset.from_list(sums(count))
         if classes:
@@ -225,10 +225,10 @@ def test_checkpointing_changes_nothing(make_trainer, variant):
     """Recomputed activations (TRL's default) give the same gradients."""
     found = []
     for on in (False, True):
-        trainer = make_trainer(variant=variant, gradient_checkpointing=on, learning_rate=0.01, report_to="none")
+        trainer = make_trainer(variant=variant, activation_checkpointing=on, learning_rate=0.01, report_to="none")
         trainer.train()
         found.append({name: p.detach().clone() for name, p in trainer.model.trained_parameters()})
-    assert trainer.model.is_gradient_checkpointing
+    assert trainer.model.is_activation_checkpointing
     for name, expected in found[0].items():
         torch.testing.assert_close(found[1][name], expected, rtol=1e-5, atol=1e-6)
 

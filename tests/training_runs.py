@@ -32,7 +32,7 @@ SMALL: dict[str, Any] = {
     "max_steps": 3,
     "logging_steps": 1,
     "save_strategy": "no",
-    "gradient_checkpointing": False,
+    "activation_checkpointing": False,
     "disable_tqdm": True,
 }
 BASELINE = {name: SMALL[name] for name in SMALL if name not in (

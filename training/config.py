@@ -187,6 +187,7 @@ class L2DTrainingConfig(SFTConfig):
     """
 
     if TYPE_CHECKING:  # theirs, which `__post_init__` settles
+        activation_checkpointing: bool | None
         bf16: bool | None
         greater_is_better: bool | None
         gradient_accumulation_steps: int
@@ -274,6 +275,8 @@ class L2DTrainingConfig(SFTConfig):
         known = tuple(part.name for part in dataclasses.fields(AcceleratorConfig))
         for name in self.accelerator_config if isinstance(self.accelerator_config, dict) else ():
             one_of("accelerator_config", name, known)
+        if self.activation_checkpointing is None:  # TRL's default goes by the old name, of which transformers warns
+            self.activation_checkpointing = self.gradient_checkpointing
         self._follow_total_batch_size()
         super().__post_init__()
         launched = int(os.environ.get("WORLD_SIZE", "1"))

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -182,7 +181,6 @@ class _Plan:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; user errors end with one line on standard error and exit status 2."""
     given = _parser().parse_args(arguments)
-    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")  # TRL sets it by default
     try:
         config, plan = _check(given)
         ids, mask, wanted = _read_data(given, config)

@@ -20,7 +20,6 @@ import dataclasses
 import gc
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -46,7 +45,6 @@ class Job:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; user errors end with one line on standard error and exit status 2."""
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    warnings.filterwarnings("ignore", message="`gradient_checkpointing` is deprecated")  # TRL sets it by default
     try:
         with no_collection():
             recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)

@@ -38,7 +38,7 @@ from training.trainer import L2DTrainer
 
 WAYS = ("ours", "naive", "sft")
 COMMON = {
-    "per_device_train_batch_size": 1, "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True,
+    "per_device_train_batch_size": 1, "activation_checkpointing": False, "report_to": "none", "disable_tqdm": True,
     "adam_beta2": 0.95, "weight_decay": 0.01, "learning_rate": 1e-4, "max_steps": 1000, "shuffle_dataset": False,
     "max_length": None, "save_strategy": "no",
 }  # fmt: skip

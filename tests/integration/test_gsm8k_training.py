@@ -65,7 +65,7 @@ def test_train_and_evaluate(base, shared_data, tmp_path):
         "base": base, "output_dir": out, "train_split": "train[:96]", "eval_split": "test[:8]", "max_steps": 12,
         "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "learning_rate": 0.03, "warmup_steps": 2,
         "logging_steps": 2, "draws": 2, "eval_draws": 1, "diffusion_dim": 32, "noise_std": 4, "lora_rank": 4,
-        "eval_strategy": "no", "save_strategy": "no", "gradient_checkpointing": "false", "report_to": "none",
+        "eval_strategy": "no", "save_strategy": "no", "activation_checkpointing": "false", "report_to": "none",
     }  # fmt: skip
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     # The current folder holds the data set's, as `openai/gsm8k`: nothing is downloaded.
