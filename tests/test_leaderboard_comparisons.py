@@ -89,6 +89,7 @@ def test_weights_of_another_type_are_not_compared(tmp_path, base, l2d, reasons):
     edit(write_run(tmp_path / "l2d", {"gsm8k": coins(40, 0.7, 2)}, model="l2d", l2d={}), change(l2d))
     cell = by_label(write_leaderboard([tmp_path], tmp_path / "out"))["L2D (lora), T = 15"].cells["gsm8k"]
     assert cell.base_reasons == reasons and (cell.paired is None) == bool(reasons)
+    assert cell.reasons == []  # different models in one column may be of different types
 
 
 def test_the_base_of_the_same_type_is_the_one_compared_with(tmp_path):

@@ -126,7 +126,7 @@ def build_board(
         usual[task] = usual_protocol([row.cells[task].protocol for row in rows if task in row.cells])
         for row in rows:
             if task in row.cells:
-                row.cells[task].reasons = differences(row.cells[task].protocol, usual[task])
+                row.cells[task].reasons = differences(row.cells[task].protocol, usual[task], one_model=False)
     for row in rows:
         _compare_with_base(row, rows)
     groups = _group_tasks(rows, tasks)

@@ -74,10 +74,15 @@ def _one(values: list[Any]) -> Any:
     return "mixed " + hashlib.sha256("".join(sorted(texts)).encode()).hexdigest()[:8]
 
 
-def differences(protocol: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What differs, as "shots 0 instead of 5"; empty where both are comparable."""
+def differences(protocol: dict[str, Any], other: dict[str, Any], one_model: bool = True) -> list[str]:
+    """What differs, as "shots 0 instead of 5"; empty where both are comparable.
+
+    The type of the weights counts for `one_model` alone: different models come in different types.
+    """
     found = []
     for name, words in _WORDS.items():
+        if name == "dtype" and not one_model:
+            continue
         mine, theirs = protocol[name], other[name]
         if mine == theirs or (name in _UNKNOWN_IS_FINE and None in (mine, theirs)):
             continue
@@ -95,20 +100,20 @@ def _shown(value: Any) -> str:
 
 
 def usual_protocol(protocols: list[dict[str, Any]]) -> dict[str, Any]:
-    """The protocol with which most of `protocols` agree; among equals the one with the most documents."""
+    """The protocol with which most of `protocols`, of any models, agree; among equals that of the most documents."""
     distinct: dict[str, tuple[dict[str, Any], int]] = {}
     for protocol in protocols:
         key = json.dumps(protocol, sort_keys=True, default=str)
         distinct[key] = (protocol, distinct.get(key, (protocol, 0))[1] + 1)
 
     def support(candidate: dict[str, Any]) -> tuple[int, int]:
-        agreeing = sum(count for other, count in distinct.values() if not differences(other, candidate))
+        agreeing = sum(count for other, count in distinct.values() if not differences(other, candidate, False))
         return agreeing, candidate["n"] or 0
 
     most = max((protocol for protocol, _ in distinct.values()), key=support)
     winner = dict(most)
     for name in _UNKNOWN_IS_FINE:  # what some rows do not record is as in most of those that do
-        known = [protocol[name] for protocol in protocols if not differences(protocol, winner)]
+        known = [protocol[name] for protocol in protocols if not differences(protocol, winner, False)]
         known = [value for value in known if value is not None]
         if winner[name] is None and known:
             winner[name] = max(known, key=known.count)
