@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from l2d.main_path import LayerState, MainPathState
 
 IMPLEMENTATION = "l2d_path"
+_IN_THE_MASK = -1  # a sliding window that attention is not told of
 
 
 @dataclasses.dataclass
@@ -43,6 +44,7 @@ class QueryLayout:
     def __init__(self, state: MainPathState, rows: torch.Tensor, index: torch.Tensor):
         self.state, self.rows, self.index = state, rows, index
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
+        self._position_ids: torch.Tensor | None = None
         self.last_only = state.hidden.shape[1] == 1
         self.answered = 0  # layers whose attention was asked for so far
         batch = state.hidden.shape[0]
@@ -79,8 +81,8 @@ class QueryLayout:
             return self.state.hidden[self.rows, 0]
         return self.state.hidden[self.rows, self.index]
 
-    def rotary(self, layer: LayerState) -> tuple[torch.Tensor, ...] | None:
-        """A layer's rotary embeddings at the queries' positions, each (1, N, D)."""
+    def rotary(self, layer: LayerState) -> tuple[torch.Tensor, ...] | torch.Tensor | None:
+        """A layer's rotary embeddings at the queries' positions, each (1, N, D), or one where they are complex."""
         if layer.rotary is None:
             return None
         key = tuple(id(part) for part in layer.rotary)
@@ -88,7 +90,17 @@ class QueryLayout:
             rows = self.rows if layer.rotary[0].shape[0] > 1 else torch.zeros_like(self.rows)
             self._rotary_key = key
             self._rotary = tuple(part[rows, self.index].unsqueeze(0) for part in layer.rotary)
-        return self._rotary
+        return self._rotary if len(self._rotary) > 1 else self._rotary[0]
+
+    def position_ids(self) -> torch.Tensor | None:
+        """The base's own numbers of the queries' positions, (1, N) int64."""
+        ids = self.state.position_ids
+        if ids is None:
+            return None
+        if self._position_ids is None:
+            rows = self.rows if ids.shape[0] > 1 else torch.zeros_like(self.rows)
+            self._position_ids = ids[rows, self.index].unsqueeze(0)
+        return self._position_ids
 
     def mask(self, group_number: int, window: int | None) -> torch.Tensor | None:
         """Bool mask (R, 1, P or 1, S) of the keys that a group's queries may see; `None`: all."""
@@ -130,18 +142,18 @@ def path_attention(
     main_path: tuple[QueryLayout, LayerState],
     scaling: float | None = None,
     softcap: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = _IN_THE_MASK,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Queries (1, A, N, D) over the main path's keys and values to (1, N, A, D).
 
-    `key` and `value` are what the path's attention module made itself and are not used.
+    `key` and `value` are what the path's attention module made itself and are not used. `s_aux` (A,) are attention
+    sinks: a logit per head that takes its share of the softmax and has no value.
     """
-    if s_aux is not None:
-        raise ValueError("base models with attention sinks are not supported by the diffusion path.")
     layout, layer = main_path
     layout.answered += 1
+    window = _configured_window(module) if sliding_window == _IN_THE_MASK else sliding_window
     if layer.keys is None or layer.values is None:
         raise ValueError("base models with layers that keep no keys and values of their own are not supported.")
     dtype = query.dtype
@@ -166,14 +178,23 @@ def path_attention(
         repeat = heads // keys.shape[1]
         # Query heads that share a key/value head are queries of that head: no copies of keys per head.
         folded = part.reshape(rows, keys.shape[1], repeat * group.count, part.shape[-1])
-        mask = layout.mask(number, sliding_window)
+        mask = layout.mask(number, window)
         if mask is not None and mask.shape[2] > 1 and repeat > 1:
             mask = mask.repeat(1, 1, repeat, 1)
-        output = _attend(folded, keys, values, mask, scaling, softcap)
+        sinks = None if s_aux is None else s_aux.repeat_interleave(group.count).view(1, keys.shape[1], -1, 1)
+        output = _attend(folded, keys, values, mask, scaling, softcap, sinks)
         output = output.view(rows, heads, group.count, -1).permute(0, 2, 1, 3)  # (R, P, A, D)
         outputs.append(output.flatten(0, 1) if group.scatter is None else _unpad(output, group.scatter))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return joined.unsqueeze(0).to(dtype), None
+
+
+def _configured_window(module: Any) -> int | None:
+    """The sliding window of a layer whose attention does not hand it over, since the base's mask has it."""
+    kinds, number = getattr(module.config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds is not None and number is not None and kinds[number] != "sliding_attention":
+        return None
+    return getattr(module.config, "sliding_window", None)
 
 
 def _unpad(output: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
@@ -192,14 +213,19 @@ def _attend(
     mask: torch.Tensor | None,
     scaling: float | None,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    if softcap is None:
+    if softcap is None and sinks is None:
         return functional.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
     scores = query @ keys.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    scores = torch.tanh(scores / softcap) * softcap
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    return scores.softmax(-1, dtype=torch.float32).to(values.dtype) @ values
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.to(scores.dtype).expand(*scores.shape[:-1], 1)], dim=-1)
+    weights = scores.softmax(-1, dtype=torch.float32).to(values.dtype)
+    return weights[..., : values.shape[-2]] @ values
 
 
 AttentionInterface.register(IMPLEMENTATION, path_attention)

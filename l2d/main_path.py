@@ -17,8 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from l2d.products import linear
+
+
+class _DecoderOutput(BaseModelOutputWithPast):
+    """A decoder's output in which all that a base may look for besides the hidden state is `None`."""
+
+    def __getattr__(self, name: str) -> None:
+        return None
 
 
 class Decoder:
@@ -48,13 +56,52 @@ class Decoder:
         self._divide = getattr(config, "logits_scaling", None)
         self._multiply = getattr(config, "logit_scale", None)
         self._softcap = getattr(config, "final_logit_softcapping", None)
+        self._settle_scales(config.hidden_size)
+
+    def _settle_scales(self, hidden_size: int) -> None:
+        """Find out by trying what `logits_scaling` means, by which some bases divide and others multiply."""
+        weight = self.embeddings.weight
+        for part in (weight, getattr(self.lm_head, "weight", weight)):
+            if part.is_meta or not part.numel():  # not loaded, or kept elsewhere (offloaded, ZeRO 3)
+                return
+        hidden = torch.linspace(-1, 1, hidden_size).to(weight)[None, None]
+        own = self._own_logits(hidden)
+        for scales in ((self._divide, self._multiply), (None, self._divide)):
+            self._divide, self._multiply = scales
+            if torch.allclose(self._head(hidden).to(own.device), own, rtol=0, atol=0.02 * float(own.abs().max())):
+                return
+        raise ValueError(
+            f"base model type {self.base.config.model_type!r} is not supported: its logits are neither its output "
+            "head's result nor that result scaled or softly capped by a known setting."
+        )
+
+    @torch.no_grad()
+    def _own_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The base's own logits (1, 1, V) for a normed hidden state (1, 1, H) in place of its decoder's result."""
+        owner, forward, instance = threading.get_ident(), self.model.forward, vars(self.model)
+        hooked = instance.get("forward")  # libraries that place weights put their own here
+
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != owner:
+                return forward(*args, **kwargs)
+            return _DecoderOutput(last_hidden_state=hidden)
+
+        instance["forward"] = stand_in
+        try:
+            return self.base(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=hidden.device)).logits
+        finally:
+            del instance["forward"]
+            if hooked is not None:
+                instance["forward"] = hooked
 
     def logits(self, hidden: torch.Tensor, plain: bool = True) -> torch.Tensor:
         """Output logits (..., V) for hidden states (..., H) taken before the final norm.
 
         `plain`: bit for bit the base's own; otherwise by the fastest product, equal to rounding.
         """
-        hidden = self.norm(hidden)
+        return self._head(self.norm(hidden), plain)
+
+    def _head(self, hidden: torch.Tensor, plain: bool = True) -> torch.Tensor:
         if plain or type(self.lm_head) is not nn.Linear:
             logits = self.lm_head(hidden)
         else:
@@ -90,6 +137,7 @@ class MainPathState:
         key_mask: (B, S) bool, `None` where no key is padding.
         segments: (B, S) int64 document numbers of packed rows, `None` where rows hold one document.
         offset: keys that come before the first new position (S - L).
+        position_ids: (B or 1, L) int64, the new positions' numbers where the base hands them to its attention.
     """
 
     layers: list[LayerState]
@@ -97,6 +145,7 @@ class MainPathState:
     key_mask: torch.Tensor | None
     segments: torch.Tensor | None
     offset: int
+    position_ids: torch.Tensor | None = None
 
     @property
     def key_count(self) -> int:
@@ -119,7 +168,9 @@ class MainPathState:
                 rotary = joined[id(rotary[0])]
             layers.append(LayerState(steps[-1].keys, steps[-1].values, rotary))
         hidden = torch.cat([state.hidden for state in states], dim=1)
-        return cls(layers, hidden, states[-1].key_mask, None, states[0].offset)
+        numbers = [state.position_ids for state in states if state.position_ids is not None]
+        position_ids = torch.cat(numbers, dim=1) if numbers else None
+        return cls(layers, hidden, states[-1].key_mask, None, states[0].offset, position_ids)
 
     def last(self) -> "MainPathState":
         """The same keys and values with the last new position alone, which decoding continues from."""
@@ -130,7 +181,10 @@ class MainPathState:
             if rotary is not None:
                 rotary = cut.setdefault(id(rotary[0]), tuple(part[:, -1:] for part in rotary))
             layers.append(LayerState(layer.keys, layer.values, rotary))
-        return MainPathState(layers, self.hidden[:, -1:], self.key_mask, self.segments, self.key_count - 1)
+        position_ids = None if self.position_ids is None else self.position_ids[:, -1:]
+        return MainPathState(
+            layers, self.hidden[:, -1:], self.key_mask, self.segments, self.key_count - 1, position_ids
+        )
 
 
 class _Recorder:
@@ -145,9 +199,7 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def _recording(
-    decoder: Decoder, layers: list[LayerState], found: dict[str, torch.Tensor], cached: bool
-) -> Iterator[None]:
+def _recording(decoder: Decoder, layers: list[LayerState], found: dict[str, Any], cached: bool) -> Iterator[None]:
     recorder = _Recorder(layers)
     owner = threading.get_ident()  # other threads may run the same base meanwhile, and have hooks of their own
 
@@ -155,7 +207,9 @@ def _recording(
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
             if threading.get_ident() != owner:
                 return None
-            layers[number].rotary = kwargs.get("position_embeddings")
+            rotary = kwargs.get("position_embeddings")
+            layers[number].rotary = (rotary,) if isinstance(rotary, torch.Tensor) else rotary
+            found["position_ids"] = kwargs.get("position_ids")
             return None if cached else (args, {**kwargs, "past_key_values": recorder})
 
         return hook
@@ -192,7 +246,7 @@ def run_main_path(
         cache: grows by the new positions; without one the keys and values are kept by this call alone.
     """
     layers = [LayerState() for _ in decoder.layers]
-    found: dict[str, torch.Tensor] = {}
+    found: dict[str, Any] = {}
     offset = cache.get_seq_length() if cache is not None else 0
     with _recording(decoder, layers, found, cached=cache is not None):
         decoder.model(
@@ -205,6 +259,9 @@ def run_main_path(
     if cache is not None:
         for layer, kept in zip(layers, cache.layers, strict=True):
             layer.keys, layer.values = kept.keys, kept.values
+    for layer, part in zip(layers, decoder.layers, strict=True):
+        if hasattr(part.self_attn, "expand_kv"):  # latent attention keeps what keys and values are made from
+            layer.keys, layer.values = part.self_attn.expand_kv(layer.keys, layer.values)
     key_mask = segments = None
     if attention_mask is not None:
         key_mask = None if bool(attention_mask.all()) else attention_mask.bool()
@@ -212,4 +269,4 @@ def run_main_path(
         restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
         if bool(restarts.any()):
             segments = restarts.cumsum(1).expand(input_ids.shape[0], -1)
-    return MainPathState(layers, found["hidden"], key_mask, segments, offset)
+    return MainPathState(layers, found["hidden"], key_mask, segments, offset, found["position_ids"])

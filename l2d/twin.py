@@ -23,8 +23,24 @@ from l2d.embeddings import at_least_float32
 from l2d.main_path import Decoder, LayerState
 
 ADAPTER = "diffusion"
-_UNUSED_PROJECTIONS = ("k_proj", "v_proj")
-_ATTENTION_INPUTS = ("hidden_states", "position_embeddings", "attention_mask")
+_UNUSED_PROJECTIONS = ("k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj")  # the latter two: latent attention
+_MLPS = ("mlp", "block_sparse_moe", "shared_mlp")
+_ROUTERS = {"gate", "router"}
+# What the path hands to attention, and what it may leave out.
+_INPUTS = ("hidden_states", "position_embeddings", "attention_mask", "position_ids")
+_OPTIONAL_INPUTS = ("past_key_values", "past_key_value", "use_cache", "cache_position", "output_attentions")
+# Norms before and after attention, before and after the MLP, by the names that transformers gives them.
+_LAYOUTS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("input_layernorm", None, "pre_feedforward_layernorm", None),
+    ("attention_layernorm", None, "feedforward_layernorm", None),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    ("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "post_mlp_layernorm"),
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+    ("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+)
+_NORMS = frozenset(name for layout in _LAYOUTS for name in layout if name is not None)
 
 
 class _NoProjection(nn.Module):
@@ -35,36 +51,44 @@ class _NoProjection(nn.Module):
         self.features = features
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.new_zeros(1).expand(*hidden.shape[:-1], self.features)
+        return hidden.new_zeros(*hidden.shape[:-1], self.features)
+
+
+def _normalised(x: torch.Tensor, eps: Any, centred: bool) -> torch.Tensor:
+    normalise: Any = nn.functional.layer_norm if centred else nn.functional.rms_norm
+    return normalise(at_least_float32(x), x.shape[-1:], eps=eps)
 
 
 class ModulatedNorm:
-    """`xhat * (g + scale) + shift` with the base's frozen RMSNorm weight `g`; xhat is the normalised input.
+    """`xhat * (g + scale) + b + shift` with the base's frozen weight `g` and bias `b`; xhat is the normalised input.
 
-    Not a module: the weights stay the base's. Bases that store `g - 1` (Gemma) are told apart by trying.
+    RMS norms have no `b`, and the method is published for them; LayerNorm, whose xhat is centred, is our reading of it.
+    Not a module: the weights stay the base's. What a norm computes (Gemma stores `g - 1`) is found by trying.
     """
 
     def __init__(self, norm: Any):
         self.norm = norm
         self.eps = next((getattr(norm, name) for name in ("variance_epsilon", "eps") if hasattr(norm, name)), None)
-        self.plus_one = self._stores_difference(norm)
+        self.centred, self.plus_one = self._kind(norm)
 
-    def _stores_difference(self, norm: Any) -> bool:
-        if getattr(norm, "weight", None) is None or self.eps is None or getattr(norm, "bias", None) is not None:
-            raise ValueError(
-                f"base models with {type(norm).__name__} norms are not supported: L2D modulates RMS norms."
-            )
-        probe = copy.deepcopy(norm, {id(norm.weight): nn.Parameter(torch.linspace(0.5, 1.5, norm.weight.numel()))})
-        x = torch.linspace(-1, 2, norm.weight.numel())
-        with torch.no_grad():
-            result, xhat = probe(x), self._normalise(x)
-            for plus_one in (False, True):
-                if torch.allclose(result, xhat * (probe.weight + plus_one), atol=1e-5):
-                    return plus_one
-        raise ValueError(f"base models with {type(norm).__name__} norms are not supported: not an RMS norm.")
-
-    def _normalise(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.rms_norm(at_least_float32(x), x.shape[-1:], eps=self.eps)
+    def _kind(self, norm: Any) -> tuple[bool, bool]:
+        """Whether it centres its input, and whether it stores `g - 1`."""
+        own = dict(norm.named_parameters())
+        if "weight" in own and own.keys() <= {"weight", "bias"} and self.eps is not None:
+            x = torch.linspace(-1, 2, norm.weight.numel())
+            memo: dict[int, object] = {id(p): nn.Parameter(x.cos() + i) for i, p in enumerate(own.values())}
+            probe = copy.deepcopy(norm, memo)
+            bias = probe.bias if "bias" in own else 0.0
+            with torch.no_grad():
+                result = probe(x)
+                for centred, plus_one in itertools.product((False, True), repeat=2):
+                    xhat = _normalised(x, self.eps, centred)
+                    if torch.allclose(result, xhat * (probe.weight + plus_one) + bias, atol=1e-5):
+                        return centred, plus_one
+        raise ValueError(
+            f"base models with {type(norm).__name__} norms are not supported: L2D modulates RMS norms and layer norms "
+            "that have a weight."
+        )
 
     def weight(self) -> torch.Tensor:
         """The frozen weight `g` (H,), to which a scale is added."""
@@ -73,7 +97,10 @@ class ModulatedNorm:
 
     def __call__(self, x: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """Inputs, weights `g + scale` and shifts, each (..., H), to (..., H) in the dtype of `x`; in float32."""
-        return torch.addcmul(at_least_float32(shift), self._normalise(x), weight).to(x.dtype)
+        shift = at_least_float32(shift)
+        if getattr(self.norm, "bias", None) is not None:
+            shift = shift + at_least_float32(self.norm.bias)
+        return torch.addcmul(shift, _normalised(x, self.eps, self.centred), weight).to(x.dtype)
 
 
 class TwinLayer(nn.Module):
@@ -120,6 +147,7 @@ class TwinLayer(nn.Module):
         output = self.self_attn(
             hidden_states=inputs.flatten(0, -2).unsqueeze(0),
             position_embeddings=layout.rotary(layer),
+            position_ids=layout.position_ids(),
             attention_mask=None,
             past_key_values=None,
             main_path=(layout, layer),
@@ -146,30 +174,43 @@ class TwinLayer(nn.Module):
         return output if self._multiplier is None else output * self._multiplier
 
 
+def _parts(layer: Any, model_type: str) -> tuple[nn.Module, nn.Module]:
+    """Attention and MLP of a layer, of whatever kind the MLP is."""
+    attention = getattr(layer, "self_attn", None)
+    mlp = next((part for name in _MLPS if isinstance(part := getattr(layer, name, None), nn.Module)), None)
+    if isinstance(attention, nn.Module) and mlp is not None:
+        return attention, mlp
+    raise ValueError(
+        f"base model type {model_type!r} is not supported: its {type(layer).__name__} has no `self_attn` with an `mlp` "
+        "(layers that mix positions otherwise, by a recurrence for example, have no keys and values to look at)."
+    )
+
+
 def _norm_slots(layer: nn.Module) -> dict[str, nn.Module | None]:
     """Which norms a layer has before and after its attention and its MLP."""
-
-    def get(name: str) -> nn.Module | None:
-        module = getattr(layer, name, None)
-        return module if isinstance(module, nn.Module) else None
-
-    before, after = get("input_layernorm"), get("post_attention_layernorm")
-    mlp_before, mlp_after = get("pre_feedforward_layernorm"), get("post_feedforward_layernorm")
-    if before is not None and after is not None and mlp_before is None and mlp_after is None:
-        return {"attention_in": before, "attention_out": None, "mlp_in": after, "mlp_out": None}
-    if before is not None and after is not None and mlp_before is not None and mlp_after is not None:
-        return {"attention_in": before, "attention_out": after, "mlp_in": mlp_before, "mlp_out": mlp_after}
-    if before is None and mlp_before is None and after is not None and mlp_after is not None:
-        return {"attention_in": None, "attention_out": after, "mlp_in": None, "mlp_out": mlp_after}
+    found: dict[str | None, nn.Module | None] = {
+        name: part for name, part in layer.named_children() if name in _NORMS and part is not None
+    }
+    for layout in _LAYOUTS:
+        if found.keys() == set(layout) - {None}:
+            slots = ("attention_in", "attention_out", "mlp_in", "mlp_out")
+            return {slot: found.get(name) for slot, name in zip(slots, layout, strict=True)}
     raise ValueError(
         f"base models with {type(layer).__name__} layers are not supported: L2D knows layers with norms before "
         "attention and MLP, around both, or after both, and this one has another layout (parallel blocks, for example)."
     )
 
 
-def _refuse_unknown_parts(layer: Any, slots: dict[str, nn.Module | None], model_type: str) -> None:
-    """Raise `ValueError` for a layer that does more than its attention, its MLP and the norms of `slots` do."""
-    known = [layer.self_attn, layer.mlp, *(norm for norm in slots.values() if norm is not None)]
+def _unknown_inputs(module: nn.Module, known: tuple[str, ...]) -> list[str]:
+    """Arguments of a module's forward that are not in `known`."""
+    inputs = inspect.signature(module.forward).parameters.values()
+    named = [p.name for p in inputs if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    return [name for name in named if name not in known]
+
+
+def _refuse_unknown_parts(layer: Any, known: list[nn.Module], model_type: str) -> None:
+    """Raise `ValueError` for a layer that does more than its attention, its MLP and its norms, all `known`, do."""
+    attention = known[0]
     covered = {id(parameter) for module in known for parameter in module.parameters()}
     parts = [name for name, parameter in layer.named_parameters() if id(parameter) not in covered]
     parts += [
@@ -177,10 +218,13 @@ def _refuse_unknown_parts(layer: Any, slots: dict[str, nn.Module | None], model_
         for name, value in vars(layer).items()
         if isinstance(value, float) and name != "residual_multiplier" and "dropout" not in name
     ]
-    inputs = inspect.signature(layer.self_attn.forward).parameters.values()
-    needed = [p.name for p in inputs if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    parts += [f"self_attn({name})" for name in needed if name not in _ATTENTION_INPUTS]
-    if not any(p.kind is p.VAR_KEYWORD for p in inputs) or not hasattr(layer.self_attn, "config"):
+    parts += [f"input {name}" for name in _unknown_inputs(layer, _INPUTS + _OPTIONAL_INPUTS)]
+    parts += [f"self_attn({name})" for name in _unknown_inputs(attention, _INPUTS + _OPTIONAL_INPUTS)]
+    for name, part in attention.named_modules():  # parts with keys of their own, such as an indexer
+        if name and "past_key_values" in inspect.signature(part.forward).parameters:
+            parts.append(f"self_attn.{name}")
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(attention.forward).parameters.values())
+    if not takes_more or not hasattr(attention, "config"):
         parts.append("self_attn")
     if parts:
         raise ValueError(
@@ -206,25 +250,29 @@ def _targets(attention: nn.Module, mlp: nn.Module) -> tuple[list[str], list[str]
     attention_names = [
         name for name, m in attention.named_modules() if isinstance(m, nn.Linear) and name not in _UNUSED_PROJECTIONS
     ]
-    mlp_names = [name for name, m in mlp.named_modules() if isinstance(m, nn.Linear) and name.split(".")[-1] != "gate"]
+    mlp_names = [
+        name for name, m in mlp.named_modules() if isinstance(m, nn.Linear) and _ROUTERS.isdisjoint(name.split("."))
+    ]
     return attention_names, mlp_names
 
 
 def _inject_lora(module: nn.Module, names: list[str], config: L2DConfig) -> None:
     if not names:
         return
+    # PEFT would look at the module's configuration and rename targets of mixture-of-experts models; these are named.
+    holder = nn.ModuleDict({"module": module})
     from peft import LoraConfig, inject_adapter_in_model  # late: peft may be what imports us, through transformers
 
     pattern = "|".join(name.replace(".", r"\.") for name in names)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=rf"({pattern})",
+        target_modules=rf"module\.({pattern})",
         init_lora_weights="gaussian",
         lora_dropout=0.0,
     )
     try:
-        inject_adapter_in_model(lora, module, adapter_name=ADAPTER)
+        inject_adapter_in_model(lora, holder, adapter_name=ADAPTER)
     except (AttributeError, NotImplementedError, ValueError) as error:
         raise ValueError(
             f"variant='lora' is not possible for {type(module).__name__}, to which PEFT adds no deltas ({error}): "
@@ -246,23 +294,18 @@ def build_twin(decoder: Decoder, base_config: PreTrainedConfig, config: L2DConfi
     """
     twins = []
     for layer in decoder.layers:
-        if not isinstance(getattr(layer, "self_attn", None), nn.Module) or not isinstance(
-            getattr(layer, "mlp", None), nn.Module
-        ):
-            raise ValueError(
-                f"base model type {base_config.model_type!r} is not supported: "
-                f"its {type(layer).__name__} has no `self_attn` and `mlp`."
-            )
+        base_attention, base_mlp = _parts(layer, base_config.model_type)
         slots = _norm_slots(layer)
-        _refuse_unknown_parts(layer, slots, base_config.model_type)
-        path_config = copy.copy(layer.self_attn.config)
+        norms = [norm for norm in slots.values() if norm is not None]
+        _refuse_unknown_parts(layer, [base_attention, base_mlp, *norms], base_config.model_type)
+        path_config: Any = copy.copy(base_attention.config)
         path_config._attn_implementation_internal = IMPLEMENTATION
-        attention = _structural_copy(layer.self_attn, path_config)
+        attention = _structural_copy(base_attention, path_config)
         for name in _UNUSED_PROJECTIONS:
             projection = getattr(attention, name, None)
             if isinstance(projection, nn.Linear):
                 setattr(attention, name, _NoProjection(projection.out_features))
-        mlp = _structural_copy(layer.mlp)
+        mlp = _structural_copy(base_mlp)
         attention_names, mlp_names = _targets(attention, mlp)
         for module, names in ((attention, attention_names), (mlp, mlp_names)):
             if config.variant == "lora":

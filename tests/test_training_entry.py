@@ -140,6 +140,7 @@ def test_full_baseline_is_a_plain_checkpoint(recipe, tmp_path, base_dir):
 BASES = {
     "llama": {}, "qwen2": {}, "qwen3": {}, "mistral": {"sliding_window": 8}, "smollm3": {"no_rope_layer_interval": 2},
     "gemma3_text": {"sliding_window": 8, "query_pre_attn_scalar": 8}, "olmo2": {}, "phi3": {},
+    "starcoder2": {}, "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2}, "ministral3": {},
 }  # fmt: skip
 
 
