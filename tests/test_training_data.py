@@ -71,12 +71,18 @@ def test_conversational_prompt_and_completion(chat, training):
     assert targets(chat, encoded[0]) == "9 cats</s>"
 
 
-def test_sharegpt_conversations(chat, training, tmp_path):
-    turns = [{"from": turn["role"], "value": turn["content"]} for turn in TALK]
-    path = write_jsonl(tmp_path / "talk.jsonl", [{"conversations": turns}])
-    rows, _ = load_examples(DataArguments(dataset=str(path)), None, 0)
-    encoded, _ = encode(rows, chat, training(), 64, "train")
-    assert targets(chat, encoded[0]) == "5</s>9 cats</s>"
+@pytest.mark.parametrize("names", [{}, {"user": "human", "assistant": "gpt"}], ids=["chatml", "sharegpt"])
+@pytest.mark.parametrize("unroll", [False, True])
+def test_sharegpt_conversations(chat, training, tmp_path, names, unroll):
+    """They are rendered as the same turns in ChatML, whatever they call the speakers."""
+    turns = [{"from": names.get(turn["role"], turn["role"]), "value": turn["content"]} for turn in TALK]
+    encoded = []
+    for row in ({"conversations": turns}, {"messages": TALK}):
+        path = write_jsonl(tmp_path / f"{next(iter(row))}.jsonl", [row])
+        rows, _ = load_examples(DataArguments(dataset=str(path), unroll=unroll), None, 0)
+        encoded.append(encode(rows, chat, training(), 64, "train")[0])
+    assert encoded[0].to_list() == encoded[1].to_list()
+    assert targets(chat, encoded[0][0]) == ("5</s>" if unroll else "5</s>9 cats</s>")
 
 
 def test_template_without_marks_is_refused(chat, training):

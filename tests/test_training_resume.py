@@ -103,6 +103,40 @@ def test_baselines_resume(tmp_path, settings, method):
     assert same_bits(whole, weights(out)) and losses == logged(out)
 
 
+OTHER_MODELS = {
+    "l2d": [
+        ({"diffusion_dim": 16}, "diffusion_dim"),
+        ({"noise_std": 3.0}, "noise_std"),
+        ({"carried_state": True, "rollout_evaluations": 2}, "carried_state"),
+        ({"base": "other"}, "base"),
+    ],
+    "lora_sft": [({"lora_rank": 8}, "lora_rank"), ({"lora_alpha": 5.0}, "lora_alpha")],
+}
+
+
+@pytest.mark.parametrize("method", ["l2d", "lora_sft"])
+def test_a_run_goes_on_with_the_model_it_began_with(tmp_path, settings, make_base, capsys, method):
+    """Another shape, scale, method or base ends in one sentence: the weights would not fit, or mean something else."""
+    small = {**(SMALL if method == "l2d" else BASELINE), **settings, "method": method, "output_dir": tmp_path / "out"}
+    small |= {"eval_strategy": "no", "eval_holdout": None, "max_steps": 3}
+    train_here(write_recipe(tmp_path / "recipe.yaml", **small))
+    before = weights(tmp_path / "out")
+    plain = {**BASELINE, **settings, "method": "full_sft", "eval_strategy": "no", "eval_holdout": None}
+    cases = [(small | change, name) for change, name in OTHER_MODELS[method]]
+    for given, name in [*cases, (plain | {"output_dir": tmp_path / "out"}, "method")]:
+        if given["base"] == "other":
+            given["base"] = make_base("llama", seed=1)
+        path = write_recipe(tmp_path / "other.yaml", **given)
+        with pytest.raises(SystemExit) as ended:
+            train_here(path, "--resume_from_checkpoint", "auto", "--max_steps", "6")
+        assert ended.value.code == 2
+        assert f"was trained with another {name}" in capsys.readouterr().err
+    assert same_bits(before, weights(tmp_path / "out"))
+    train_here(
+        tmp_path / "recipe.yaml", "--resume_from_checkpoint", "auto", "--max_steps", "6", "--learning_rate", "1e-4"
+    )
+
+
 def test_noise_goes_on(tmp_path, base_dir, monkeypatch):
     """The steps after a resume draw new noise, the same that an uninterrupted run draws."""
     from training.trainer import L2DTrainer

@@ -3,6 +3,7 @@
 - `choose_checkpoint`: `resume_from_checkpoint` -> the newest complete checkpoint, or the one that was named
 - `missing_parts`: what a checkpoint folder lacks for a bit-equal resume
 - `check_sharding_of`: whether a run that is sharded otherwise may resume from it
+- `check_same_model`: a run goes on with the model that it began with
 - `check_output_dir`, `clear_output_dir`: nothing is overwritten without being asked
 
 A checkpoint is complete when weights, optimizer, scheduler, random states of every process and the trainer's state are
@@ -17,6 +18,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable
+from typing import Any
 
 from l2d.command_line import check_folder
 from training.checksums import changed_files
@@ -26,6 +28,11 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.
 _OPTIMIZERS = {"optimizer.pt": "no sharding", "optimizer.bin": "FSDP", "global_step*": "DeepSpeed"}
 UNFINISHED = "unfinished-"  # before the name of a checkpoint that is being written
 NO_RESUME = (None, False, "false", "False")
+_OF_THE_PATH = (
+    "variant", "lora_rank", "lora_alpha", "diffusion_dim", "noise_std", "input_width", "conditioning_width",
+    "frequency_width", "min_noise", "guidance_classes", "carried_state", "noise_free",
+)  # what the trained weights of an L2D model belong to, besides the base  # fmt: skip
+_OF_ADAPTERS = {"lora_rank": "r", "lora_alpha": "lora_alpha"}
 _LEFT_BEHIND = ("runs", "README.md", "recipe.yaml")  # what a run leaves that was killed before its first checkpoint
 _RESULTS = ("all_results.json", "train_results.json", "eval_results.json", "trainer_state.json")
 
@@ -148,6 +155,39 @@ def _whole_safetensors(path: str) -> bool:
             return False
     ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
     return os.path.getsize(path) == 8 + size + max(ends, default=0)
+
+
+def check_same_model(checkpoint: str, model: Any) -> None:
+    """Raise `ValueError` if `checkpoint` is of a model with other settings than `model`, or of another method or base.
+
+    A sharded checkpoint does not say what it is of.
+    """
+    config = _read_mapping(os.path.join(checkpoint, "config.json"))
+    adapter = _read_mapping(os.path.join(checkpoint, "adapter_config.json"))
+    adapters, kind = getattr(model, "peft_config", None), model.config.model_type
+    different: list[str] = []
+    if (adapter and not adapters) or (config and (adapters or config["model_type"] != kind)):
+        different = ["method or base"]
+    elif adapter and adapters:
+        now = adapters["default"]
+        different = [option for option, name in _OF_ADAPTERS.items() if adapter[name] != getattr(now, name)]
+    elif config and kind == "l2d":
+        now, before = model.config, type(model.config).from_dict(config)
+        different = [name for name in _OF_THE_PATH if getattr(before, name) != getattr(now, name)]
+        different += ["base"] if now.base_fingerprint not in (None, before.base_fingerprint) else []
+    if different:
+        raise ValueError(
+            f"resume_from_checkpoint: {checkpoint!r} was trained with another {', '.join(different)}: set what it was "
+            "trained with, or start afresh in another output_dir."
+        )
+
+
+def _read_mapping(path: str) -> dict[str, Any]:
+    """The JSON object in `path`, empty where there is none."""
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8") as file:
+        return json.load(file)
 
 
 def check_output_dir(output_dir: str, resume: str | bool | None, overwrite: bool, base: str) -> None:

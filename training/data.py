@@ -23,7 +23,7 @@ import datasets
 import transformers
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import get_training_chat_template, maybe_convert_to_chatml
+from trl import get_training_chat_template
 
 from training.config import FILE_TYPES, DataArguments, L2DTrainingConfig, ModelArguments, check_file, mapping, named
 from training.mixture import as_turns, class_name, join, leave_out, unroll
@@ -343,7 +343,7 @@ def _encode_pair(example, tokenizer, template: str | None, whole: bool) -> tuple
         prompt_tokens = tokenizer(prompt)["input_ids"]
         empty = not completion
     else:
-        prompt, completion = _turns(prompt), _turns(completion)
+        prompt, completion = as_turns(prompt), as_turns(completion)
         tokens = _render(tokenizer, [*prompt, *completion], template, example)["input_ids"]
         prompt_tokens = _render(tokenizer, prompt, template, example, add_generation_prompt=True)["input_ids"]
         empty = not any(turn.get("content") or turn.get("tool_calls") for turn in completion)
@@ -370,19 +370,13 @@ def _text(value: Any) -> Any:
 
 
 def _encode_conversation(example, tokenizer, template, mark_assistant: bool) -> tuple[list[int], list[int]]:
-    turns = _turns(example["messages"])
+    turns = as_turns(example["messages"])
     if not any(turn["role"] == "assistant" and (turn.get("content") or turn.get("tool_calls")) for turn in turns):
         return [tokenizer.eos_token_id], [IGNORED]
     rendered = _render(tokenizer, turns, template, example, return_assistant_tokens_mask=mark_assistant)
     tokens = rendered["input_ids"]
     mask = rendered["assistant_masks"] if mark_assistant else [1] * len(tokens)
     return tokens, [token if on else IGNORED for token, on in zip(tokens, mask, strict=True)]
-
-
-def _turns(messages: Any) -> list[dict[str, Any]]:
-    """The turns of a conversation with `role` and `content`; raises `ValueError` if they are something else."""
-    turns = as_turns(messages)
-    return maybe_convert_to_chatml({"messages": turns})["messages"] if turns else []
 
 
 def _render(tokenizer, turns: list[dict[str, Any]], template: str | None, example: dict[str, Any], **options: Any):

@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 
+_ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
 SUBSET = "subset"  # column that holds the configuration a row was read from
 
 
@@ -71,8 +72,7 @@ def _unrolled(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
     for number, found in enumerate(batch["messages"]):
         messages = as_turns(found)
         for place, turn in enumerate(messages):
-            role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-            if role not in ("assistant", "gpt") or place == 0 or not content:
+            if turn["role"] != "assistant" or place == 0 or not turn["content"]:
                 continue
             rows["prompt"].append(messages[:place])
             rows["completion"].append([turn])
@@ -82,7 +82,10 @@ def _unrolled(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
 
 
 def as_turns(messages: Any) -> list[dict[str, Any]]:
-    """The turns of a conversation, none for nothing; raises `ValueError` for what is no list of turns."""
+    """The turns of a conversation with role and content, none for nothing.
+
+    ShareGPT's names become those that chat templates know. Raises `ValueError` for what is no list of turns.
+    """
     turns = [] if messages is None else messages
     named = isinstance(turns, list) and all(
         isinstance(turn, dict) and ({"role", "content"} <= turn.keys() or {"from", "value"} <= turn.keys())
@@ -93,7 +96,12 @@ def as_turns(messages: Any) -> list[dict[str, Any]]:
             f"messages must be lists of turns with role and content, and an example holds {messages!r:.80}: correct "
             "them, or set columns."
         )
-    return turns
+    return [_from_sharegpt(turn) if turn.get("from") else turn for turn in turns]
+
+
+def _from_sharegpt(turn: dict[str, Any]) -> dict[str, Any]:
+    others = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return {**others, "role": _ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
 
 
 def class_name(example: dict[str, Any], columns: list[str], translate: dict[str, str] | None) -> str | None:

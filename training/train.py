@@ -25,7 +25,13 @@ from typing import Any
 
 import yaml
 
-from training.checkpoints import check_output_dir, choose_checkpoint, clear_output_dir, clear_unfinished
+from training.checkpoints import (
+    check_output_dir,
+    check_same_model,
+    choose_checkpoint,
+    clear_output_dir,
+    clear_unfinished,
+)
 from training.console import PROCESSES, RANK, end, say
 from training.recipe import Recipe, read_recipe
 from training.writing import Interrupted, writing
@@ -169,6 +175,8 @@ def build_trainer(job: Job) -> Any:
         from training.saving import BaselineTrainer
 
         trainer = BaselineTrainer(model=base, peft_config=model.lora_config(), **common)
+    if job.checkpoint is not None:
+        check_same_model(job.checkpoint, trainer.model)
     if RANK == 0:
         (clear_output_dir if training.overwrite_output_dir else clear_unfinished)(training.output_dir)
     return trainer

@@ -27,6 +27,7 @@ from l2d.diffusion_path import NoisedTargets
 from l2d.modeling import L2DForCausalLM, L2DTrainingOutput
 from training.budgets import budget_accuracy, write_samples
 from training.card import model_card
+from training.checkpoints import check_same_model
 from training.checks import check_objective, refuse_ignored_by_l2d
 from training.config import L2DTrainingConfig
 from training.noising import evaluation_queries, training_queries, window_length
@@ -228,6 +229,7 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         if self.is_deepspeed_enabled or not os.path.isfile(path):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
+        check_same_model(resume_from_checkpoint, self.model)
         saved = safetensors.torch.load_file(path)
         trained = dict(self.model.trained_parameters())
         if different := sorted(saved.keys() ^ trained.keys()):
