@@ -24,7 +24,12 @@ def read_config_file(folder: str | Path) -> dict[str, Any]:
     It is refused, too, if it is not as it was saved.
     """
     if not Path(folder).is_dir():
-        raise ValueError(f"pretrained={str(folder)!r} is not a folder: give the folder of an L2D checkpoint.")
+        hub = (
+            ""
+            if looks_local(str(folder))
+            else ", downloaded with hf download NAME --local-dir FOLDER if it is on the hub"
+        )
+        raise ValueError(f"pretrained={str(folder)!r} is not a folder: give the folder of an L2D checkpoint{hub}.")
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         kind = config["model_type"]

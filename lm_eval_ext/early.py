@@ -2,6 +2,7 @@
 
 - `install`: wraps the harness's configuration, so that mistakes end in one line before its tasks are indexed
 - `check_checkpoint`, `check_device`: parts of it that others use, too
+- `refuse_checkpoint`: an L2D checkpoint for a model class that would not know what to do with it
 - `check_command`: model args, files of the checkpoint, device and generation settings of a configuration
 
 The harness would look at model args only after reading all of its tasks and importing torch, ten seconds later.
@@ -11,7 +12,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from l2d.checkpoint_folder import check_files
+from l2d.checkpoint_folder import check_files, read_config_file
 from lm_eval_ext.arguments import (
     SEARCH,
     Settings,
@@ -24,10 +25,15 @@ from lm_eval_ext.arguments import (
 )
 
 MODEL = "l2d"
+PLAIN_MODELS = ("hf", "hf-auto", "huggingface")
+"""Names of the harness's own Hugging Face class."""
 
 
 def install(configuration: Any) -> None:
-    """Wrap `from_cli` and `process_tasks` of the harness's `EvaluatorConfig`, once; other models are left alone."""
+    """Wrap `from_cli` and `process_tasks` of the harness's `EvaluatorConfig`, once.
+
+    Other models are left alone, unless they are to load an L2D checkpoint.
+    """
     build, process = configuration.from_cli.__func__, configuration.process_tasks
     if getattr(build, "checks_l2d", False):
         return
@@ -37,6 +43,7 @@ def install(configuration: Any) -> None:
         ours = getattr(namespace, "model", None) == MODEL
         asked = _one_line(build, cls, namespace) if ours else build(cls, namespace)
         if asked.model != MODEL:
+            refuse_checkpoint(asked.model, asked.model_args or {})
             return asked
         file = getattr(namespace, "config", None)
         if namespace.device is None and "device" not in (cls.load_yaml_config(file) if file else ()):
@@ -65,6 +72,24 @@ def check_command(asked: Any) -> None:
         raise UsageError("tasks is not set: give --tasks NAME,NAME; lm_eval ls tasks lists what there is.")
     check_checkpoint(settings, asked.gen_kwargs or {})
     check_device(settings.harness.get("device"))
+
+
+def refuse_checkpoint(model: str, model_args: Any) -> None:
+    """Raise `UsageError` if the harness's own class is to load an L2D checkpoint.
+
+    It can, by transformers' Auto classes, and would score with the base and generate with the path.
+    """
+    folder = dict(model_args).get("pretrained")
+    if model not in PLAIN_MODELS or not isinstance(folder, str):
+        return
+    try:
+        read_config_file(folder)
+    except ValueError:  # not one of ours, which is as it should be
+        return
+    raise UsageError(
+        f"pretrained={folder!r} is an L2D checkpoint, which --model {model} would not evaluate at one budget: use "
+        "--model l2d, whose diffusion_budget=1 is the base."
+    )
 
 
 def check_checkpoint(settings: Settings, gen_kwargs: dict[str, Any] | None = None) -> None:

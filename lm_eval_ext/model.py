@@ -268,11 +268,14 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         }
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the results file tells of the model: under `l2d` the settings, fingerprints and compute spent."""
-        self.run_record.peak_memory_bytes = max(self.run_record.peak_memory_bytes, _peak_memory())
-        totals = {"world_size": self.world_size, **self.run_record.summary()}
-        info = RunInfo({**self._identity(), **totals, "command": shlex.join(sys.argv)})
-        info.requests = self.run_record.requests
+        """What the results file tells of the model: under `l2d` the settings, fingerprints and compute spent.
+
+        The harness asks at the end of a run: what is spent from then on counts for the next one.
+        """
+        record, self.run_record = self.run_record, RunRecord()
+        record.peak_memory_bytes = max(record.peak_memory_bytes, _peak_memory())
+        info = RunInfo({**self._identity(), "world_size": self.world_size, **record.summary()})
+        info["command"], info.requests = shlex.join(sys.argv), record.requests
         return {
             "model_num_parameters": self.model.num_parameters(),
             "model_dtype": str(self.model.base.dtype),

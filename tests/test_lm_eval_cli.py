@@ -209,7 +209,8 @@ def command_line(monkeypatch):
     monkeypatch.setattr(TaskManager, "__init__", few)
     monkeypatch.setattr(L2DForCausalLM, "from_pretrained", loaded)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
-    return lambda model_args: main(["--model", "l2d", "--model_args", model_args, "--tasks", OURS[0], *INCLUDE])
+    rest = ["--tasks", OURS[0], *INCLUDE]
+    return lambda model_args, model="l2d": main(["--model", model, "--model_args", model_args, *rest])
 
 
 @pytest.mark.parametrize(("model_args", "sentence"), REFUSED, ids=[model_args for model_args, _ in REFUSED])
@@ -218,6 +219,18 @@ def test_bad_invocations(command_line, l2d_dir, base_dir, model_args, sentence):
         command_line(model_args.format(l2d=l2d_dir, base=base_dir))
     assert sentence in caught.value.code  # an uncaught SystemExit prints a text and ends with status 1
     assert "\n" not in caught.value.code
+
+
+def test_the_harness_own_class_gets_no_l2d_checkpoint(command_line, l2d_dir, base_dir, monkeypatch):
+    """It would score with the base and generate with the path."""
+    from lm_eval.models.huggingface import HFLM
+
+    with pytest.raises(SystemExit) as caught:
+        command_line(f"pretrained={l2d_dir}", model="hf")
+    assert "is an L2D checkpoint, which --model hf would not evaluate" in caught.value.code
+    monkeypatch.setattr(HFLM, "__init__", lambda *_, **__: sys.exit("loaded"))
+    with pytest.raises(SystemExit, match="^loaded$"):
+        command_line(f"pretrained={base_dir}", model="hf")
 
 
 @pytest.mark.parametrize("model_args", ["help=true", "pretrained=help"])

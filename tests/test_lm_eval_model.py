@@ -301,6 +301,17 @@ def test_record_of_a_run(l2d_dir, tokenizer):
     assert fresh.get_model_info()["l2d"]["scored_tokens"] > 0
 
 
+def test_a_model_that_serves_two_runs_counts_each_by_itself(lm):
+    model, seen = lm(), []
+    model.get_model_info()  # whatever other tests left
+    for texts in (PROMPTS, PROMPTS[:1], []):
+        model.loglikelihood(choices(texts))
+        info = model.get_model_info()["l2d"]
+        assert sum(cost.solved_tokens for cost in info.requests) == info["scored_tokens"]
+        seen.append((len(info.requests), info["generated_tokens"]))
+    assert seen == [(len(choices(PROMPTS)), 0), (len(choices(PROMPTS[:1])), 0), (0, 0)]
+
+
 def test_response_cache_belongs_to_its_settings(l2d_dir, base_dir, tmp_path):
     def answers(model, name):
         return CachingLM(model, str(tmp_path / name)).generate_until(generation(PROMPTS))
@@ -333,11 +344,12 @@ def test_repeats_and_the_response_cache(l2d_dir, tmp_path):
 def test_every_request_has_its_cost(l2d_dir):
     fresh = L2DLM(pretrained=str(l2d_dir), device="cpu", batch_size=4)
     for budget in (15, 1):
-        fresh.sampler, fresh.run_record = fresh.sampler.replace(budget=budget), RunRecord()
+        fresh.sampler = fresh.sampler.replace(budget=budget)
         fresh.generate_until(generation(PROMPTS, until=[]))
         fresh.loglikelihood(choices(PROMPTS[:2]))
         fresh.loglikelihood_rolling(rolling(PROMPTS[:2]))
-        costs = fresh.get_model_info()["l2d"].requests
+        summary = fresh.get_model_info()["l2d"]
+        costs = summary.requests
         kinds = [cost.kind for cost in costs]
         assert [kinds.count(kind) for kind in ("generate_until", "loglikelihood", "loglikelihood_rolling")] == [6, 8, 2]
         assert all(cost.asked == budget * cost.solved_tokens for cost in costs)
@@ -345,7 +357,6 @@ def test_every_request_has_its_cost(l2d_dir):
         generated = {cost.prompt_hash: cost.generated_tokens for cost in costs if cost.kind == "generate_until"}
         assert set(generated) == set(map(hash_string, PROMPTS))
         assert all(1 <= tokens <= 8 for tokens in generated.values())
-        summary = fresh.get_model_info()["l2d"]
         assert summary["seconds"] == pytest.approx(sum(cost.seconds for cost in costs))
         assert summary["tokens_per_second"] > 0
         assert summary["peak_memory_bytes"] > 1e7
@@ -409,9 +420,9 @@ def test_beam_search_with_the_base_is_that_of_transformers(lm, tokenizer):
 def test_search_is_recorded(l2d_dir):
     fresh = L2DLM(pretrained=str(l2d_dir), device="cpu", token_search="best_of_3", batch_size=8)
     fresh.generate_until(generation(PROMPTS[:2], until=[], max_gen_toks=4))
-    costs = fresh.get_model_info()["l2d"].requests
-    assert all(cost.solved_tokens > cost.generated_tokens for cost in costs)
     summary = fresh.get_model_info()["l2d"]
+    costs = summary.requests
+    assert all(cost.solved_tokens > cost.generated_tokens for cost in costs)
     assert summary["token_search"] == "best_of_3"
     assert summary["generated_tokens"] == sum(cost.generated_tokens for cost in costs)
     assert summary["solved_tokens"] == sum(cost.solved_tokens for cost in costs)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch.nn.functional import cross_entropy
+from trl import SFTConfig
 
 from l2d import L2DConfig, L2DForCausalLM
 from l2d.diffusion_path import NoisedTargets, Queries
@@ -346,3 +347,15 @@ def test_resumes_from_python_as_trainers_do(make_trainer, tmp_path):
     (tmp_path / "out" / "checkpoint-2" / "optimizer.pt").unlink()
     with pytest.raises(ValueError, match="needs a complete checkpoint .*lacks optimizer.pt"):
         again.train(resume_from_checkpoint=True)
+
+
+def test_parts_of_another_kind_are_refused(make_trainer, base_dir, tokenizer):
+    made = make_trainer()
+    given = dict(model=made.model, args=made.args, train_dataset=made.train_dataset, processing_class=tokenizer)
+    for name, other in (
+        ("model", str(base_dir)),
+        ("args", SFTConfig(report_to="none", use_cpu=True)),
+        ("processing_class", None),
+    ):
+        with pytest.raises(ValueError, match=f"^{name} is"):
+            L2DTrainer(**{**given, name: other})

@@ -48,6 +48,12 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
     _signature_columns: Any
 
     def __init__(self, model: L2DForCausalLM, args: L2DTrainingConfig, **kwargs: Any):
+        if not isinstance(model, L2DForCausalLM):
+            raise ValueError(f"model is a {type(model).__name__}: give an L2DForCausalLM, see its from_base.")
+        if not isinstance(args, L2DTrainingConfig):
+            raise ValueError(f"args is a {type(args).__name__}: give an L2DTrainingConfig, which takes what it takes.")
+        if kwargs.get("processing_class") is None:
+            raise ValueError("processing_class is missing: give the base's tokenizer.")
         for name in ("peft_config", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} has no effect with method l2d: leave it out.")
