@@ -88,7 +88,7 @@ def test_bad_checkpoint_folder(tmp_path, base_dir):
     for arguments, sentence in [
         ({}, "'pretrained' is missing"),
         ({"pretrained": str(tmp_path / "nowhere")}, "is not a folder: give the folder of an L2D checkpoint."),
-        ({"pretrained": "name/on-hub"}, "downloaded with hf download NAME --local-dir FOLDER if it is on the hub"),
+        ({"pretrained": "name/on-hub"}, "hf download NAME --local-dir FOLDER"),
         ({"pretrained": str(tmp_path)}, "holds no readable config.json"),
         ({"pretrained": str(base_dir)}, "is a 'llama' model, not an L2D checkpoint: evaluate it with --model hf"),
     ]:
