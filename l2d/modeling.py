@@ -104,6 +104,11 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         At initialisation the path changes nothing: every budget gives the base's own logits.
         """
         config = copy.deepcopy(config) if config is not None else L2DConfig()
+        if not isinstance(base, (PreTrainedModel, str, os.PathLike)):
+            raise ValueError(
+                f"base is a {type(base).__name__}: give a model of transformers (compile it afterwards), a hub name or "
+                "a folder."
+            )
         if not isinstance(base, PreTrainedModel):
             config.base_revision = load_kwargs.get("revision", config.base_revision)
             base = checkpoint.load_base(base, **load_kwargs)

@@ -258,6 +258,12 @@ def test_what_a_base_cannot_be(model, folder):
     assert torch.equal(model.generate(IDS, max_new_tokens=4), before)
 
 
+def test_a_base_that_is_compiled_already_is_refused(base_dir):
+    compiled = torch.compile(AutoModelForCausalLM.from_pretrained(base_dir))  # nothing is compiled before it is called
+    with pytest.raises(ValueError, match="base is a OptimizedModule: give a model of transformers"):
+        L2DForCausalLM.from_base(compiled)
+
+
 @pytest.mark.parametrize("name", ["state_dict", "output_loading_info", "config"])
 def test_arguments_of_loading_without_effect_are_refused(folder, name):
     given = {"state_dict": {}, "output_loading_info": True, "config": str(folder)}[name]

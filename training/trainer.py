@@ -52,13 +52,13 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
             raise ValueError(f"model is a {type(model).__name__}: give an L2DForCausalLM, see its from_base.")
         if not isinstance(args, L2DTrainingConfig):
             raise ValueError(f"args is a {type(args).__name__}: give an L2DTrainingConfig, which takes what it takes.")
-        if kwargs.get("processing_class") is None:
-            raise ValueError("processing_class is missing: give the base's tokenizer.")
         for name in ("peft_config", "compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if kwargs.get(name) is not None:
                 raise ValueError(f"{name} has no effect with method l2d: leave it out.")
         refuse_ignored_by_l2d(args)
         check_objective(model.config, args)
+        if kwargs.get("processing_class") is None:
+            raise ValueError("processing_class is missing: give the base's tokenizer.")
         if args.rollout_evaluations is not None or model.config.noise_free:
             model.path.vocabulary.requires_grad_(False)  # no gradient would reach it
         backend = take_compile(args)
