@@ -301,17 +301,6 @@ def test_record_of_a_run(l2d_dir, tokenizer):
     assert fresh.get_model_info()["l2d"]["scored_tokens"] > 0
 
 
-def test_a_model_that_serves_two_runs_counts_each_by_itself(lm):
-    model, seen = lm(), []
-    model.get_model_info()  # whatever other tests left
-    for texts in (PROMPTS, PROMPTS[:1], []):
-        model.loglikelihood(choices(texts))
-        info = model.get_model_info()["l2d"]
-        assert sum(cost.solved_tokens for cost in info.requests) == info["scored_tokens"]
-        seen.append((len(info.requests), info["generated_tokens"]))
-    assert seen == [(len(choices(PROMPTS)), 0), (len(choices(PROMPTS[:1])), 0), (0, 0)]
-
-
 def test_response_cache_belongs_to_its_settings(l2d_dir, base_dir, tmp_path):
     def answers(model, name):
         return CachingLM(model, str(tmp_path / name)).generate_until(generation(PROMPTS))

@@ -191,3 +191,15 @@ def test_every_argument_is_in_the_table():
     assert tuple(row.name for row in table) == ARGUMENTS
     assert all(row.allowed and row.default and row.meaning for row in table)
     assert all(row.name in help_text() and f"| `{row.name}` |" in markdown() for row in table)
+
+
+def test_a_model_that_serves_two_runs_counts_each_by_itself(l2d_dir):
+    from lm_eval_ext.model import L2DLM
+
+    model, seen = L2DLM(pretrained=str(l2d_dir), device="cpu", batch_size=4, diffusion_budget=3), []
+    for count in (3, 1, 0):
+        model.loglikelihood([Instance("loglikelihood", {}, ("a", " b"), number) for number in range(count)])
+        info = model.get_model_info()["l2d"]
+        assert sum(cost.solved_tokens for cost in info.requests) == info["scored_tokens"]
+        seen.append(len(info.requests))
+    assert seen == [3, 1, 0]
