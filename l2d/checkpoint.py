@@ -25,13 +25,13 @@ from transformers.utils import (
     GENERATION_CONFIG_NAME,
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
-    cached_file,
 )
 
 from l2d.checkpoint_folder import base_location
 from l2d.config import L2DConfig
 from l2d.digest import check_settings, settings_digest, tensors_digest
 from l2d.fingerprint import fingerprint
+from l2d.hub import checkpoint_folder, config_folder
 
 if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM
@@ -98,9 +98,12 @@ def load(
         kwargs.pop(internal, None)
     hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
     access = {key: value for key, value in hub.items() if key in _ACCESS_ARGUMENTS}
+    if os.path.isdir(name):
+        hub.pop("revision", None)  # as in transformers
     if config is None:
-        config = read_config(name, **hub)
-    tensors = read_tensors(name, **hub)
+        config = read_config(config_folder(name, **hub))  # before the rest is fetched
+    folder = checkpoint_folder(name, **hub)
+    tensors = read_tensors(folder)
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     if isinstance(dtype, str) and dtype != "auto":
         dtype = _dtype(dtype)
@@ -129,8 +132,8 @@ def load(
     if config.variant == "full":  # copies of the base's projections run in the base's dtype
         for layer in model.path.layers:
             layer.twin.to(base.dtype)
-    if _read_json(name, GENERATION_CONFIG_NAME, config.generation_digest, **hub) is not None:  # else the base's stays
-        model.generation_config = GenerationConfig.from_pretrained(name, **hub)
+    if _read_json(folder, GENERATION_CONFIG_NAME, config.generation_digest) is not None:  # else the base's stays
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     model.name_or_path = os.fspath(name)
     return model.eval()
 
@@ -142,9 +145,9 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def read_config(name: str | os.PathLike, **hub: Any) -> L2DConfig:
-    """The configuration of an L2D checkpoint; `ValueError` where there is none, or a damaged one."""
-    content = _read_json(name, CONFIG_NAME, None, **hub)
+def read_config(name: str | os.PathLike) -> L2DConfig:
+    """The configuration of the L2D checkpoint in folder `name`; `ValueError` where there is none, or a damaged one."""
+    content = _read_json(name, CONFIG_NAME, None)
     if content is None:
         raise ValueError(f"pretrained={os.fspath(name)!r} is not an L2D checkpoint: it holds no {CONFIG_NAME}.")
     if content.get("model_type") != L2DConfig.model_type:
@@ -154,32 +157,21 @@ def read_config(name: str | os.PathLike, **hub: Any) -> L2DConfig:
         )
     check_settings(name, CONFIG_NAME, content, content.get("settings_digest"))
     try:
-        return L2DConfig.from_pretrained(name, **hub)
+        return L2DConfig.from_pretrained(name)
     except (ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{CONFIG_NAME} of {os.fspath(name)!r} cannot be used: {reason}") from error
 
 
-def _find(name: str | os.PathLike, file: str, **hub: Any) -> str | None:
-    """Path of a checkpoint's file, here or on the hub; `None` if it has none. `ValueError` if nothing has that name."""
-    try:
-        return cached_file(
-            name, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False, **hub
-        )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"pretrained={os.fspath(name)!r} is not an L2D checkpoint: {reason}") from error
-
-
-def _read_json(name: str | os.PathLike, file: str, digest: str | None, **hub: Any) -> dict[str, Any] | None:
+def _read_json(name: str | os.PathLike, file: str, digest: str | None) -> dict[str, Any] | None:
     """Content of a checkpoint's JSON file, `None` if it has none; `ValueError` if it is not the one of `digest`."""
-    path = _find(name, file, **hub)
-    if path is None:
+    path = Path(name) / file
+    if not path.is_file():
         if digest is not None:
             raise ValueError(f"pretrained={os.fspath(name)!r} lacks {file}: the checkpoint is incomplete.")
         return None
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
             raise ValueError("it holds no mapping")
     except (OSError, ValueError, RecursionError) as error:
@@ -197,10 +189,10 @@ def record_digests(model: "L2DForCausalLM", folder: str | os.PathLike, tensors: 
     model.config.tensors_digest = tensors_digest(tensors)
 
 
-def read_tensors(name: str | os.PathLike, **hub: Any) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint on the CPU; `ValueError` names a missing or unreadable file."""
+def read_tensors(name: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """All tensors of the checkpoint in folder `name` on the CPU; `ValueError` names a missing or unreadable file."""
     files = {SAFE_WEIGHTS_NAME}
-    index = _read_json(name, SAFE_WEIGHTS_INDEX_NAME, None, **hub)
+    index = _read_json(name, SAFE_WEIGHTS_INDEX_NAME, None)
     if index is not None:
         shards = index.get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(f, str) and f == Path(f).name for f in shards.values()):
@@ -208,8 +200,8 @@ def read_tensors(name: str | os.PathLike, **hub: Any) -> dict[str, torch.Tensor]
         files = set(shards.values())
     tensors: dict[str, torch.Tensor] = {}
     for file in sorted(files):
-        path = _find(name, file, **hub)
-        if path is None:
+        path = Path(name) / file
+        if not path.is_file():
             raise ValueError(f"pretrained={os.fspath(name)!r} lacks {file}: the checkpoint is incomplete.")
         try:
             tensors.update(load_file(path))

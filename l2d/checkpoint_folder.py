@@ -1,10 +1,9 @@
-"""What a checkpoint's folder says before anything of it is loaded, without torch.
+"""What a checkpoint says before anything of it is loaded, without torch.
 
 - `read_config_file`: its `config.json`, if it is one of ours
 - `base_location`: where its base is
 - `check_files`: whether the weights and the base are where they should be
 - `check_sampler`: whether its model can follow some sampler settings
-- `looks_local`: whether a name can only mean a folder
 """
 
 import json
@@ -13,36 +12,31 @@ from pathlib import Path
 from typing import Any
 
 from l2d.digest import check_settings
+from l2d.hub import config_folder, looks_local
 from l2d.sampler_config import SamplerConfig
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
-def read_config_file(folder: str | Path) -> dict[str, Any]:
-    """`config.json` of the L2D checkpoint in `folder`; `ValueError` if there is none, or it is another model's.
+def read_config_file(name: str | Path, revision: str | None = None, **access: Any) -> dict[str, Any]:
+    """`config.json` of the L2D checkpoint `name`, a folder or (at `revision`) on the hub, which is asked for no more.
 
-    It is refused, too, if it is not as it was saved.
+    `access`: see `l2d.hub`. Raises `ValueError` if there is none, if it is another model's, or not as it was saved.
     """
-    if not Path(folder).is_dir():
-        hub = (
-            ""
-            if looks_local(str(folder))
-            else ", downloaded with hf download NAME --local-dir FOLDER if it is on the hub"
-        )
-        raise ValueError(f"pretrained={str(folder)!r} is not a folder: give the folder of an L2D checkpoint{hub}.")
+    folder = config_folder(name, revision, **access)
     try:
         config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
         kind = config["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"pretrained={str(folder)!r} holds no readable config.json: give the folder of an L2D checkpoint."
+            f"pretrained={str(name)!r} holds no readable config.json: give the folder of an L2D checkpoint."
         ) from error
     if kind != "l2d":
         raise ValueError(
-            f"pretrained={str(folder)!r} is a {kind!r} model, not an L2D checkpoint: "
-            "evaluate it with --model hf, or give the folder of a model trained on top of it."
+            f"pretrained={str(name)!r} is a {kind!r} model, not an L2D checkpoint: "
+            "evaluate it with --model hf, or give a model trained on top of it."
         )
-    check_settings(folder, "config.json", config, config.get("settings_digest"))
+    check_settings(name, "config.json", config, config.get("settings_digest"))
     return config
 
 
@@ -81,8 +75,3 @@ def check_sampler(config: dict[str, Any], changes: dict[str, Any]) -> SamplerCon
     sampler = SamplerConfig().replace(**{**(config.get("sampler") or {}), **changes})
     sampler.class_index(config.get("guidance_classes"))
     return sampler.for_path(bool(config.get("carried_state")), bool(config.get("noise_free")))
-
-
-def looks_local(name: str | os.PathLike) -> bool:
-    """Whether `name` is written as a path: no model on a hub is named so."""
-    return os.fspath(name).startswith(("/", "./", "../", "~")) or os.fspath(name).count("/") > 1

@@ -1,7 +1,7 @@
 """A loaded checkpoint with its tokenizer, for use by hand: `trace` and `chat`.
 
 - `Session`: prompts and conversations to tokens, exactly as the evaluation does it; end tokens; text of single tokens
-- `load_session`: from a checkpoint's folder; `tokenizer_source`: where its tokenizer is
+- `load_session`: from a checkpoint's folder or hub name; `tokenizer_source`: where its tokenizer is
 - `add_sampler_arguments`, `sampler_from`, `session_from`: sampler settings on a command line, checked before loading
 """
 
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from l2d.budget import ADAPTIVE_SOLVERS, FIXED_SOLVERS
 from l2d.checkpoint_folder import base_location, check_files, check_sampler, read_config_file
+from l2d.hub import checkpoint_folder
 
 if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM
@@ -92,18 +93,21 @@ class Session:
 
 
 def load_session(
-    folder: str | Path,
+    name: str | Path,
     base: str | None = None,
     dtype: str | None = None,
     device: str | None = None,
     template: bool = False,
+    revision: str | None = None,
 ) -> Session:
-    """Load the checkpoint in `folder`, with its own tokenizer or the base's; `template`: one is needed.
+    """Load the checkpoint `name`, a folder or (at `revision`) on the hub, with its own tokenizer or the base's.
 
-    Raises `ValueError`, before any weights are read, for a folder without a whole L2D checkpoint, a tokenizer without
-    the template, or a device that is not there; and for a base that is not the checkpoint's own.
+    `template`: one is needed. Raises `ValueError`, before any weights are read, for a folder without a whole L2D
+    checkpoint, a tokenizer without the template, or a device that is not there; and for a base that is not the
+    checkpoint's own.
     """
-    config = read_config_file(folder)
+    config = read_config_file(name, revision)
+    folder = checkpoint_folder(name, revision)
     check_files(folder, config, base)
     import torch
     from transformers import AutoTokenizer
@@ -146,7 +150,8 @@ def _device(name: str | None) -> Any:
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     """What `trace` and `chat` share; settings that are not given stay as the checkpoint has them."""
-    parser.add_argument("folder", metavar="DIR", help="folder of an L2D checkpoint")
+    parser.add_argument("folder", metavar="DIR", help="folder or hub name of an L2D checkpoint")
+    parser.add_argument("--revision", help="branch, tag or commit of a checkpoint on the hub")
     parser.add_argument("--base", help="name or folder of the base, where it is not where it was")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base's weights")
     parser.add_argument("--device", help="for example cpu or cuda:0")
@@ -163,12 +168,12 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
 
 def session_from(given: argparse.Namespace, template: bool = False) -> Session:
     """Load the checkpoint that a command line names, after a look at all of its settings. Raises `ValueError`."""
-    config = read_config_file(given.folder)
+    config = read_config_file(given.folder, given.revision)
     check_sampler(config, sampler_from(given))
     decoding_options(given.temperature, 1)
     longest = (config.get("base_config") or {}).get("max_position_embeddings")
     _check_answer_length(given.max_new_tokens, longest or sys.maxsize)
-    return load_session(given.folder, given.base, given.dtype, given.device, template)
+    return load_session(given.folder, given.base, given.dtype, given.device, template, given.revision)
 
 
 def sampler_from(given: argparse.Namespace) -> dict[str, Any]:

@@ -226,7 +226,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Trace one prompt and show it. Raises `ValueError`."""
-    _refuse_untraceable(check_sampler(read_config_file(given.folder), sampler_from(given)))
+    _refuse_untraceable(check_sampler(read_config_file(given.folder, given.revision), sampler_from(given)))
     if given.out is not None:
         check_folder("out", given.out.parent)
     session = session_from(given, template=given.chat)

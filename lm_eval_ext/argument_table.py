@@ -13,7 +13,8 @@ from lm_eval_ext.arguments import ARGUMENTS, AUTO, BUDGET, HARNESS_ARGUMENTS, SA
 
 _NUMBER, _TRUTH = "a number above 0", "true or false"
 _OWN: dict[str, tuple[str, str]] = {
-    "pretrained": ("a folder", "folder of the L2D checkpoint (required)"),
+    "pretrained": ("a folder or hub name", "the L2D checkpoint (required)"),
+    "revision": ("a branch, tag or commit", "version of a checkpoint on the hub; a folder has none"),
     "base": ("a folder or hub name", "base to load in place of the recorded one; its weights' fingerprint must match"),
     SEARCH: ("best_of_N, beam_N or none", "search over generated texts, ranked by the model's own likelihood"),
     BUDGET: ("a whole number from 1", "evaluations per token, the last one included; 1 is the base model"),
@@ -81,7 +82,7 @@ def rows() -> list[Row]:
             continue
         allowed, meaning = _OWN[name]
         default = _shown(defaults[SAMPLER_ARGUMENTS[name]]) if name in SAMPLER_ARGUMENTS else "none"
-        table.append(Row(name, allowed, default, meaning, name not in ("pretrained", "base")))
+        table.append(Row(name, allowed, default, meaning, name not in ("pretrained", "revision", "base")))
     return table
 
 

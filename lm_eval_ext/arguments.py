@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from l2d.checkpoint_folder import looks_local, read_config_file
+from l2d.checkpoint_folder import read_config_file
+from l2d.hub import checkpoint_folder, looks_local
 from l2d.sampler_config import SamplerConfig
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,8 @@ class Settings:
     """Validated model args.
 
     Attributes:
-        pretrained: folder of the checkpoint, or the model itself where code hands one over.
+        pretrained: folder or hub name of the checkpoint, or the model itself where code hands one over.
+        revision: branch, tag or commit of a checkpoint on the hub, or `None`.
         base: name or folder of the base that replaces the one recorded in the checkpoint, or `None`.
         sampler: settings of every solve; a request's generation kwargs may change them. Its `guidance_class` may be
             `AUTO`.
@@ -72,10 +74,16 @@ class Settings:
     """
 
     pretrained: Any
+    revision: str | None
     base: str | None
     sampler: SamplerConfig
     token_search: str | None
     harness: dict[str, Any]
+
+    def folder(self) -> str:
+        """Folder with all files of the checkpoint, which are fetched if it is on the hub. Raises `UsageError`."""
+        with one_line():
+            return checkpoint_folder(self.pretrained, self.revision)
 
 
 def _whole(low: int) -> Callable[[Any], Any]:
@@ -176,15 +184,16 @@ SAMPLER_ARGUMENTS: dict[str, str] = {
 }
 """Name for users -> field of `SamplerConfig`. Each may also come with a task's or a run's generation kwargs."""
 
-ARGUMENTS = ("pretrained", "base", *SAMPLER_ARGUMENTS, SEARCH, *HARNESS_ARGUMENTS)
+ARGUMENTS = ("pretrained", "revision", "base", *SAMPLER_ARGUMENTS, SEARCH, *HARNESS_ARGUMENTS)
 """All model args."""
 
 
 def parse_arguments(arguments: dict[str, Any]) -> Settings:
     """Validate model args as the harness hands them over (numbers may arrive as floats, words as strings).
 
-    Raises `UsageError` for unknown names, ill-typed values, a missing folder, a folder that holds no L2D checkpoint,
-    and sampler settings that are impossible in themselves or for this checkpoint.
+    Of a checkpoint on the hub only its `config.json` is fetched. Raises `UsageError` for unknown names, ill-typed
+    values, a checkpoint that is not there or none of ours, and sampler settings that are impossible in themselves or
+    for this checkpoint.
     """
     for name in arguments:
         if name not in ARGUMENTS:
@@ -195,11 +204,20 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
     search = token_search(given.get(SEARCH))
     _sampler({}, changes, lambda sampler: sampler)  # what is impossible anywhere is said before the folder is looked at
     pretrained, base = given.get("pretrained"), given.get("base")
+    revision = _revision(given.get("revision"))
     if pretrained is None:
-        raise UsageError("model argument 'pretrained' is missing: give --model_args pretrained=FOLDER of a checkpoint.")
-    if not isinstance(pretrained, (str, Path)) and not hasattr(pretrained, "config"):
-        raise UsageError(f"pretrained={_shown(pretrained)} must be the folder of an L2D checkpoint.")
-    config = read_checkpoint(pretrained) if isinstance(pretrained, (str, Path)) else pretrained.config.to_dict()
+        raise UsageError(
+            "model argument 'pretrained' is missing: give --model_args pretrained=FOLDER of a checkpoint, or its name "
+            "on the hub."
+        )
+    if isinstance(pretrained, (str, Path)):
+        config = read_checkpoint(pretrained, revision)
+    elif not hasattr(pretrained, "config"):
+        raise UsageError(f"pretrained={_shown(pretrained)} must be the folder or hub name of an L2D checkpoint.")
+    elif revision is not None:
+        raise UsageError(f"revision={revision!r} means nothing for a model that is loaded already: leave it out.")
+    else:
+        config = pretrained.config.to_dict()
     if base is not None:
         _check_base(base)
     classes = config.get("guidance_classes")
@@ -210,7 +228,13 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
 
     sampler = _sampler(config.get("sampler") or {}, changes, fit)
     pretrained = str(pretrained) if isinstance(pretrained, Path) else pretrained
-    return Settings(pretrained, None if base is None else str(base), sampler, search, harness)
+    return Settings(pretrained, revision, None if base is None else str(base), sampler, search, harness)
+
+
+def _revision(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))) or value == "":
+        raise UsageError(f"revision={_shown(value)} must be a branch, a tag or a commit.")
+    return None if value is None else str(value)  # the harness makes numbers of digits
 
 
 def check_guidance(sampler: SamplerConfig, classes: list[str] | None) -> None:
@@ -238,10 +262,13 @@ def sampler_changes(values: dict[str, Any], keep_none: tuple[str, ...] = ()) -> 
     }
 
 
-def read_checkpoint(folder: str | Path) -> dict[str, Any]:
-    """`config.json` of the L2D checkpoint in `folder`; `UsageError` if there is none or it is another model's."""
+def read_checkpoint(name: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """`config.json` of the L2D checkpoint `name`, a folder or (at `revision`) on the hub.
+
+    `UsageError` if there is none or it is another model's.
+    """
     try:
-        return read_config_file(folder)
+        return read_config_file(name, revision)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

@@ -3,6 +3,7 @@
 - `install`: puts a finder on `sys.meta_path`; called when this module is imported
 - `register`: adds the name `l2d` to the harness's registry; called after `lm_eval.models` has filled it
 - `check_early`: lets the harness check what `--model l2d` is given before it reads its tasks
+- `check_calls`: lets `simple_evaluate` refuse L2D checkpoints for the harness's own model class
 - `add_tasks`: lets every `TaskManager` know our tasks; called after the harness has defined it
 
 A `.pth` file imports this module whenever Python starts, so only `sys` is imported here, and nothing happens before the
@@ -88,9 +89,32 @@ def check_early() -> None:
     wrap(sys.modules["lm_eval.config.evaluate_config"].EvaluatorConfig)
 
 
+def check_calls() -> None:
+    """Wrap `simple_evaluate`, see `lm_eval_ext.early.refuse_checkpoint`; nothing is imported before it is called."""
+    import functools
+
+    evaluator = sys.modules["lm_eval.evaluator"]
+    evaluate = evaluator.simple_evaluate
+    if getattr(evaluate, "checks_l2d", False):
+        return
+
+    @functools.wraps(evaluate)
+    def simple_evaluate(*args, **kwargs):
+        given = dict(zip(("model", "model_args"), args, strict=False)) | kwargs
+        if isinstance(given.get("model"), str):
+            from lm_eval_ext.early import refuse_checkpoint
+
+            refuse_checkpoint(given["model"], given.get("model_args") or {})
+        return evaluate(*args, **kwargs)
+
+    vars(simple_evaluate)["checks_l2d"] = True
+    evaluator.simple_evaluate = simple_evaluate
+
+
 AFTER = {
     "lm_eval.models": register,
     "lm_eval.tasks.manager": add_tasks,
     "lm_eval.config.evaluate_config": check_early,
+    "lm_eval.evaluator": check_calls,
 }
 install()

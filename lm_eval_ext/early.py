@@ -9,10 +9,12 @@ The harness would look at model args only after reading all of its tasks and imp
 """
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
 from l2d.checkpoint_folder import check_files, read_config_file
+from l2d.hub import config_folder
 from lm_eval_ext.arguments import (
     SEARCH,
     Settings,
@@ -79,27 +81,39 @@ def refuse_checkpoint(model: str, model_args: Any) -> None:
 
     It can, by transformers' Auto classes, and would score with the base and generate with the path.
     """
-    folder = dict(model_args).get("pretrained")
-    if model not in PLAIN_MODELS or not isinstance(folder, str):
+    if model not in PLAIN_MODELS:
         return
+    if isinstance(model_args, str):
+        from lm_eval.utils import simple_parse_args_string
+
+        model_args = simple_parse_args_string(model_args)
+    name, revision = (dict(model_args).get(argument) for argument in ("pretrained", "revision"))
+    if not isinstance(name, str):
+        return
+    revision = None if revision is None or os.path.isdir(name) else str(revision)
+    access = {"local_files_only": True}  # nothing is asked of the hub but what the harness would ask for next
     try:
-        read_config_file(folder)
+        config_folder(name, revision, **access)
+    except ValueError:
+        access = {}
+    try:
+        read_config_file(name, revision, **access)
     except ValueError:  # not one of ours, which is as it should be
         return
     raise UsageError(
-        f"pretrained={folder!r} is an L2D checkpoint, which --model {model} would not evaluate at one budget: use "
+        f"pretrained={name!r} is an L2D checkpoint, which --model {model} would not evaluate at one budget: use "
         "--model l2d, whose diffusion_budget=1 is the base."
     )
 
 
 def check_checkpoint(settings: Settings, gen_kwargs: dict[str, Any] | None = None) -> None:
     """Raise `UsageError` if files are missing, or if the model cannot follow the sampler's part of `gen_kwargs`."""
-    config = read_checkpoint(settings.pretrained)
+    config = read_checkpoint(settings.pretrained, settings.revision)
     token_search((gen_kwargs or {}).get(SEARCH))
     try:
-        check_files(settings.pretrained, config, settings.base)
         changed = settings.sampler.replace(**sampler_changes(gen_kwargs or {}))
         check_guidance(changed, config.get("guidance_classes"))
+        check_files(settings.folder(), config, settings.base)
     except ValueError as error:
         raise UsageError(str(error)) from error
 

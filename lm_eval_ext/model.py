@@ -29,6 +29,7 @@ from l2d import L2DForCausalLM
 from l2d.checkpoint import read_config
 from l2d.config import base_config_from_dict
 from l2d.fingerprint import fingerprint
+from l2d.hub import commit_of
 from lm_eval_ext import compute_files
 from lm_eval_ext.argument_table import help_text
 from lm_eval_ext.arguments import AUTO, one_line, parse_arguments
@@ -56,7 +57,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
     """An L2D checkpoint in the harness.
 
     Args:
-        pretrained: folder of the checkpoint, or an `L2DForCausalLM` (then give `tokenizer`, too).
+        pretrained: folder or hub name of the checkpoint, or an `L2DForCausalLM` (then give `tokenizer`, too).
         arguments: all others by name; `lm_eval_ext.arguments.ARGUMENTS` lists them.
 
     Raises `UsageError` (a `ValueError` that needs no traceback) for everything that the user can mend.
@@ -75,7 +76,8 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         check_device(harness["device"])
         if harness["device"] == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else each process would do all the work
-        super().__init__(pretrained=self.settings.pretrained, **harness)
+        named = isinstance(self.settings.pretrained, str)
+        super().__init__(pretrained=self.settings.folder() if named else self.settings.pretrained, **harness)
         if hasattr(self, "accelerator"):  # HFLM takes the local index, and none at all without several GPUs
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
@@ -96,6 +98,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         with one_line():
             self._config = read_config(pretrained)
+        self._config._name_or_path = self.settings.pretrained  # the harness's label of a model object
 
     def _get_backend(self, *args: Any, **kwargs: Any) -> None:
         self.backend = "causal"
@@ -260,6 +263,8 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
             "variant": config.variant,
             "carried_state": config.carried_state,
             "noise_free": config.noise_free,
+            "revision": self.settings.revision,
+            "commit": commit_of(self.pretrained) if isinstance(self.pretrained, str) else None,
             "base": self.settings.base or config.base_name_or_path,
             "base_fingerprint": config.base_fingerprint,
             "checkpoint_fingerprint": fingerprint(self.model),

@@ -88,12 +88,19 @@ def test_bad_checkpoint_folder(tmp_path, base_dir):
     for arguments, sentence in [
         ({}, "'pretrained' is missing"),
         ({"pretrained": str(tmp_path / "nowhere")}, "is not a folder: give the folder of an L2D checkpoint."),
-        ({"pretrained": "name/on-hub"}, "hf download NAME --local-dir FOLDER"),
+        ({"pretrained": "name/on-hub"}, "neither a folder nor whole in the hub's cache, and HF_HUB_OFFLINE forbids"),
+        ({"pretrained": str(base_dir), "revision": "v1"}, "revision='v1' means nothing for the folder"),
         ({"pretrained": str(tmp_path)}, "holds no readable config.json"),
         ({"pretrained": str(base_dir)}, "is a 'llama' model, not an L2D checkpoint: evaluate it with --model hf"),
     ]:
         with pytest.raises(UsageError, match=sentence):
             parse_arguments(arguments)
+
+
+@pytest.mark.parametrize("value", [True, "", ["v1"]])
+def test_what_is_no_revision(folder, value):
+    with pytest.raises(UsageError, match="must be a branch, a tag or a commit"):
+        parse_arguments({"pretrained": str(folder), "revision": value})
 
 
 def test_guidance_without_classes(tmp_path):

@@ -103,7 +103,7 @@ def test_push_to_hub_sends_the_finished_folder(recipe, tmp_path, monkeypatch):
     assert len(sent) == 1 and whole <= sent[0]
     card = (tmp_path / "out" / "README.md").read_text()
     assert 'from_pretrained("someone/model")' in card
-    assert "--model_args pretrained=FOLDER" in card  # lm_eval knows no hub
+    assert "--model_args pretrained=someone/model" in card
 
 
 def test_recipe_that_was_saved_repeats_the_run(recipe, tmp_path):

@@ -36,8 +36,7 @@ def model_card(folder: str, name: str, config: L2DConfig, trained: int) -> str:
         "## Use",
         f'    from l2d import L2DForCausalLM\n    model = L2DForCausalLM.from_pretrained("{name}")\n'
         f"    model.generate(input_ids{sampler})  # budget 1 is the base itself",
-        "`lm_eval` takes a folder: this one, or a copy (`hf download NAME --local-dir FOLDER`).",
-        f"    lm_eval --model l2d --model_args pretrained=FOLDER{budget} --tasks gsm8k",
+        f"    lm_eval --model l2d --model_args pretrained={name}{budget} --tasks gsm8k",
     ]
     if options := _options(config, recipe):
         parts.append(options)

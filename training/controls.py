@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from l2d.checkpoint_folder import check_files, check_sampler, read_config_file
 from l2d.command_line import Parser
+from l2d.hub import checkpoint_folder, commit_of
 from l2d.sampler_config import SamplerConfig
 from l2d.session import load_session, tokenizer_source
 
@@ -172,8 +173,10 @@ def verdict(budget: Measurement, single: Measurement) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is asked for, checked: sampler settings of the single evaluations and of the budgets."""
+    """What is asked for, checked: where the checkpoint is, and the sampler settings of the single evaluations and of
+    the budgets."""
 
+    folder: str
     singles: list[dict[str, Any]]
     budgets: list[dict[str, Any]]
 
@@ -183,8 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
     given = _parser().parse_args(arguments)
     try:
         config, plan = _check(given)
-        ids, mask, wanted = _read_data(given, config)
-        session = load_session(given.checkpoint, base=given.base, dtype=given.dtype, device=given.device)
+        ids, mask, wanted = _read_data(given, plan.folder, config)
+        session = load_session(plan.folder, base=given.base, dtype=given.dtype, device=given.device)
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
@@ -193,12 +196,13 @@ def main(arguments: list[str] | None = None) -> None:
         [_told(measure(session.model, ids, mask, wanted, sampler, given.batch_size)) for sampler in part]
         for part in (plan.singles, plan.budgets)
     )
-    report(given, config, singles, budgets)
+    report(given, config, singles, budgets, commit_of(plan.folder))
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m training.controls", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of an L2D checkpoint")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or hub name of an L2D checkpoint")
+    parser.add_argument("--revision", help="branch, tag or commit of a checkpoint on the hub")
     parser.add_argument("--data", required=True, help="file, folder or hub name of data that were not trained on")
     parser.add_argument("--split", default="train", help="of the data; files have the split train (the default)")
     parser.add_argument("--dataset_config", help="configuration (subset) of the data set")
@@ -226,20 +230,21 @@ def _check(given: argparse.Namespace) -> tuple[dict[str, Any], _Plan]:
             raise ValueError(f"{name}={value} must be a whole number of at least 1.")
     if given.json is not None and not Path(given.json).absolute().parent.is_dir():
         raise ValueError(f"json={given.json!r} is in a folder that does not exist: make it, or name another file.")
-    config = read_config_file(given.checkpoint)
-    check_files(given.checkpoint, config, given.base)
+    config = read_config_file(given.checkpoint, given.revision)
     noise_free = config.get("noise_free", False)
     times = _numbers("times", given.times, float, (1.0,) if noise_free else TIMES)
     budgets = _numbers("budgets", given.budgets, int, (1,) if noise_free else BUDGETS)
-    plan = _Plan([single_evaluation(time) for time in times], [{"budget": budget} for budget in budgets])
-    for sampler in [*plan.singles, *plan.budgets]:
+    singles, asked = [single_evaluation(time) for time in times], [{"budget": budget} for budget in budgets]
+    for sampler in [*singles, *asked]:
         settings = check_sampler(config, sampler)
         if settings.adaptive and not settings.is_base:
             raise ValueError(
                 f"budgets={_joined(budgets)} cannot be met by solver={settings.solver!r}, which this checkpoint "
                 "stores: give budgets=1, or store another solver in its config.json."
             )
-    return config, plan
+    folder = checkpoint_folder(given.checkpoint, given.revision)
+    check_files(folder, config, given.base)
+    return config, _Plan(folder, singles, asked)
 
 
 def _numbers(name: str, text: str | None, kind: type, default: Sequence[float]) -> list[Any]:
@@ -259,7 +264,7 @@ def _numbers(name: str, text: str | None, kind: type, default: Sequence[float]) 
 
 
 def _read_data(
-    given: argparse.Namespace, config: dict[str, Any]
+    given: argparse.Namespace, folder: str, config: dict[str, Any]
 ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
     """Tokens, mask and targets (E, S) of the examples. Raises `ValueError`."""
     import torch
@@ -268,7 +273,7 @@ def _read_data(
     from training.config import DataArguments, L2DTrainingConfig, ModelArguments
     from training.data import encode, load_split, load_tokenizer
 
-    recipe = _recipe(given.checkpoint)
+    recipe = _recipe(folder)
     data = DataArguments(
         dataset=given.data,
         dataset_config=[given.dataset_config] if given.dataset_config else None,
@@ -280,7 +285,7 @@ def _read_data(
     if given.limit is not None:
         examples = examples.select(range(min(given.limit, len(examples))))
     training = L2DTrainingConfig(output_dir="unused", report_to="none", too_long="drop", bf16=False)
-    tokenizer = load_tokenizer(ModelArguments(base=tokenizer_source(given.checkpoint, config, given.base)), training)
+    tokenizer = load_tokenizer(ModelArguments(base=tokenizer_source(folder, config, given.base)), training)
     base_config = config.get("base_config") or {}
     base_config = base_config.get("text_config") or base_config
     longest = base_config.get("max_position_embeddings") or sys.maxsize
@@ -309,11 +314,18 @@ def _told(found: Measurement) -> Measurement:
 
 
 def report(
-    given: argparse.Namespace, config: dict[str, Any], singles: list[Measurement], budgets: list[Measurement]
+    given: argparse.Namespace,
+    config: dict[str, Any],
+    singles: list[Measurement],
+    budgets: list[Measurement],
+    commit: str | None = None,
 ) -> None:
-    """Print table, best time, arguments and verdict, and write them to `given.json` where that is asked for."""
+    """Print table, best time, arguments and verdict, and write them to `given.json` where that is asked for.
+
+    `commit`: that of a checkpoint on the hub.
+    """
     best, largest = choose_best(singles), budgets[-1]
-    arguments = model_args(given.checkpoint, config, best.sampler)
+    arguments = model_args(given.checkpoint, config, best.sampler, given.revision)
     sentence = verdict(largest, best)
     print(table([*budgets, *singles], best))
     print(f"\nbest single evaluation: t = {best.sampler.final_time:g}")
@@ -325,6 +337,8 @@ def report(
         return
     content = {
         "checkpoint": str(given.checkpoint),
+        "revision": given.revision,
+        "commit": commit,
         "data": given.data,
         "examples": len(best.counts),
         "targets": int(best.counts.sum()),
@@ -339,14 +353,13 @@ def report(
     os.replace(draft, given.json)
 
 
-def model_args(checkpoint: str, config: dict[str, Any], sampler: SamplerConfig) -> str:
+def model_args(checkpoint: str, config: dict[str, Any], sampler: SamplerConfig, revision: str | None = None) -> str:
     """Arguments of `lm_eval --model l2d` for one evaluation, beside what the checkpoint stores."""
     stored = SamplerConfig().replace(**(config.get("sampler") or {}))
     named = {"diffusion_budget": "budget", "solver": "solver", "final_time": "final_time"}
     named |= {name: name for name in ("start_time", "votes", "mc_samples") if getattr(stored, name) != _SINGLE[name]}
-    return ",".join(
-        [f"pretrained={checkpoint}", *(f"{name}={_word(getattr(sampler, f))}" for name, f in named.items())]
-    )
+    where = [f"pretrained={checkpoint}", *([f"revision={revision}"] if revision is not None else [])]
+    return ",".join([*where, *(f"{name}={_word(getattr(sampler, f))}" for name, f in named.items())])
 
 
 def _word(value: Any) -> str:

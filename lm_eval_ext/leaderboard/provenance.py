@@ -15,7 +15,7 @@ from lm_eval_ext.leaderboard.schema import number
 _SEEDS = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
 _VERSIONS = ("lm_eval_version", "transformers_version")
 _COMMITS = ("git_hash", "upper_git_hash")
-_HASHES = ("base_fingerprint", "checkpoint_fingerprint", "dtype", "world_size")
+_HASHES = ("revision", "commit", "base_fingerprint", "checkpoint_fingerprint", "dtype", "world_size")
 
 
 def provenance(run: Run, out: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 _LARGEST = 1e30
 _OBJECTS = ("configs", "versions", "n-shot", "n-samples", "higher_is_better", "task_hashes", "group_subtasks")
 _TEXTS = ("git_hash", "chat_template_sha", "system_instruction_sha", "lm_eval_version", "transformers_version")
-_L2D_TEXTS = ("base", "variant", "base_fingerprint", "checkpoint_fingerprint", "dtype", "command")
+_L2D_TEXTS = ("revision", "commit", "base", "variant", "base_fingerprint", "checkpoint_fingerprint", "dtype", "command")
 _L2D_NUMBERS = ("generated_tokens", "scored_tokens", "seconds", "world_size", "trained_parameters")
 _SAMPLER_NUMBERS = ("budget", "seed", "final_time", "start_time", "guidance_scale", "mc_samples", "votes")
 _L2D_TRUTHS = ("carried_state", "noise_free")
