@@ -91,7 +91,7 @@ def refuse_checkpoint(model: str, model_args: Any) -> None:
     if not isinstance(name, str):
         return
     revision = None if revision is None or os.path.isdir(name) else str(revision)
-    access = {"local_files_only": True}  # nothing is asked of the hub but what the harness would ask for next
+    access: dict[str, Any] = {"local_files_only": True}  # the hub is asked only for what the harness would ask for next
     try:
         config_folder(name, revision, **access)
     except ValueError:

@@ -184,9 +184,9 @@ def test_lm_eval_by_name_and_its_provenance(cached, versions, tmp_path, monkeypa
 
     write_leaderboard([tmp_path / "main", tmp_path / "v1"], tmp_path / "report")
     rows = json.loads((tmp_path / "report" / "leaderboard.json").read_text())["rows"]
-    found = {row["label"]: row["provenance"][0]["commit"] for row in rows}
-    assert sorted(found.values()) == sorted([NEW, OLD]) and all(NAME in label for label in found)
-    assert OLD in (tmp_path / "report" / "index.html").read_text()
+    found = {row["setting"]["model"]: row["provenance"][0]["commit"] for row in rows}
+    assert found == {f"{NAME}@main": NEW, f"{NAME}@v1": OLD}
+    assert OLD in (tmp_path / "report" / "leaderboard.html").read_text()
 
 
 def test_a_model_object_is_labelled_by_its_name(cached):

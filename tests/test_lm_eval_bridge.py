@@ -31,8 +31,10 @@ def test_bridge_registers_a_placeholder_and_keeps_the_others():
         "print(dict(model_registry.items())['l2d'], 'hf' in model_registry, 'lm_eval_ext.model' in sys.modules)\n"
         "import lm_eval.tasks\n"
         "print(lm_eval_ext.bridge.HarnessFinder in sys.meta_path)\n"
+        "import lm_eval.evaluator\n"
+        "print(lm_eval_ext.bridge.HarnessFinder in sys.meta_path)\n"
     )
-    assert lines == ["lm_eval_ext.model:L2DLM True False", "False"]
+    assert lines == ["lm_eval_ext.model:L2DLM True False", "True", "False"]
 
 
 def test_our_tasks_are_found_by_name_without_include_path():
@@ -73,7 +75,7 @@ def test_installing_twice_or_late_is_harmless():
         "import sys, lm_eval_ext.bridge as bridge\n"
         "bridge.install()\n"
         "print(sys.meta_path.count(bridge.HarnessFinder))\n"
-        "import lm_eval.models, lm_eval.tasks\n"
+        "import lm_eval.models, lm_eval.tasks, lm_eval.evaluator\n"
         "bridge.install()\n"
         "print(sys.meta_path.count(bridge.HarnessFinder))\n"
     )

@@ -53,7 +53,8 @@ _RECIPE_METHODS = {"lora_sft": "lora-ft", "full_sft": "full-ft"}
 class Setting:
     """A model and how it answered.
 
-    kind: a key of `KINDS`; model: folder or hub name; base: the base's, or `None` where it is not known.
+    kind: a key of `KINDS`; model: folder or hub name, NAME@REVISION where one was given; base: the base's, or `None`
+    where it is not known.
     budget, solver, guidance, final_time, votes, seed: of the sampler; budget 1 and `None` for plain models.
     decoding: "greedy", "sampled at TEMPERATURE" (with what else the generation kwargs ask for), "scored" or several of
     them; details: how the path was trained and
@@ -159,12 +160,13 @@ def describe(run: Run) -> Setting:
     tokens = (number(ours.get("generated_tokens")) or 0) + (number(ours.get("scored_tokens")) or 0)
     cost = {name: ours.get(f"{name}_per_token") for name in ("asked", "computed", "rounds")}
     scale = number(sampler.get("guidance_scale"))
+    revision = "@" + ours["revision"].replace("/", "_") if ours.get("revision") else ""  # only folders have slashes
     guidance = sampler.get("guidance_class")
     if guidance is not None or scale not in (None, 1.0):
         guidance = f"{guidance or 'no class'} × {scale if scale is not None else 1:g}"
     return Setting(
         kind=kind,
-        model=str(arguments.get("peft") or model),
+        model=str(arguments.get("peft") or model) + revision,
         base=base,
         budget=None if adaptive else sampler.get("budget") if ours else 1 if kind != "other" else None,
         solver=sampler.get("solver") if sampler.get("budget") != 1 else None,
