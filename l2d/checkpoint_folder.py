@@ -34,7 +34,7 @@ def read_config_file(name: str | Path, revision: str | None = None, **access: An
     if kind != "l2d":
         raise ValueError(
             f"pretrained={str(name)!r} is a {kind!r} model, not an L2D checkpoint: "
-            "evaluate it with --model hf, or give a model trained on top of it."
+            "evaluate it with --model hf, or give the folder or hub name of a model trained on top of it."
         )
     check_settings(name, "config.json", config, config.get("settings_digest"))
     return config

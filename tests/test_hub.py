@@ -25,7 +25,7 @@ from l2d.hub import checkpoint_folder, commit_of, config_folder
 from lm_eval_ext import sweep
 from lm_eval_ext.__main__ import main as lm_eval
 from lm_eval_ext.arguments import UsageError, parse_arguments
-from lm_eval_ext.early import check_checkpoint
+from lm_eval_ext.early import check_checkpoint, refuse_checkpoint
 from lm_eval_ext.leaderboard.__main__ import write_leaderboard
 from lm_eval_ext.model import L2DLM
 from tests.integration.harness import TASKS
@@ -93,7 +93,9 @@ class Remote:
         self.taken += files
         return put(self.cache, NEW, self.folder, files)
 
-    def hf_hub_download(self, name, file, *, subfolder=None, revision=None):
+    def hf_hub_download(self, name, file, *, subfolder=None, revision=None, local_files_only=False):
+        if local_files_only and not self.taken:
+            raise errors.LocalEntryNotFoundError("nothing is in the cache")
         self.asked.append(("file", revision))
         return str(self.take([f"{subfolder}/{file}" if subfolder else file]) / (subfolder or "") / file)
 
@@ -248,6 +250,13 @@ def test_config_is_fetched_and_checked_before_the_rest(remote, monkeypatch):
     check_checkpoint(settings)
     assert remote.asked[-1] == ("snapshot", NEW)  # of the commit that was checked
     assert set(remote.asked[:-1]) == {("file", "v2")}
+
+
+def test_the_harness_own_class_is_refused_before_anything_else_is_fetched(remote):
+    for _ in range(2):  # of the hub, and of the cache
+        with pytest.raises(UsageError, match=f"pretrained='{NAME}' is an L2D checkpoint"):
+            refuse_checkpoint("hf", f"pretrained={NAME},dtype=float32")
+    assert set(remote.taken) == {"config.json"}
 
 
 def test_only_what_is_read_is_fetched(remote, versions):

@@ -119,7 +119,7 @@ def test_a_failing_setting_does_not_stop_the_others(l2d_dir, tmp_path, monkeypat
         (dict(controls={"one_evaluation": []}), "one_evaluation=[] must be times"),
         (dict(controls={"one_evaluation": [0.1, 0.1]}), "'one_evaluation,t=0.1' is there twice"),
         (dict(controls={"one_evaluation": "absent.json"}), "'absent.json' is no file with a best_time"),
-        (dict(controls={"noise_free": "absent"}), "pretrained='absent' is not a folder"),
+        (dict(controls={"noise_free": "absent"}), "pretrained='absent' is neither a folder nor"),
         (dict(controls={"noise_free": 3}), "noise_free=3 must be the folder"),
         (dict(controls={"finetuned": "absent"}), "finetuned='absent' holds no model's config.json"),
     ],

@@ -26,7 +26,7 @@ CORE = (
     "test_solvers", "test_sampler_config", "test_sampling", "test_model", "test_architectures", "test_edge_cases",
     "test_trace", "test_training_config", "test_training_data", "test_training_losses", "test_training_mixture",
     "test_training_recipes", "test_training_trainer", "test_training_entry", "test_lm_eval_arguments",
-    "test_lm_eval_bridge", "test_lm_eval_parts", "test_lm_eval_model", "test_lm_eval_paper",
+    "test_lm_eval_bridge", "test_lm_eval_parts", "test_lm_eval_model", "test_lm_eval_paper", "test_hub",
 )  # fmt: skip
 TOOLS = ("aiohttp", "hatchling", "hypothesis", "matplotlib", "pytest", "tensorboard")
 """Of the extra `test`, what the core needs."""
