@@ -44,7 +44,7 @@ LORA_SFT_ONLY = {"lora_target_modules"}
 _NO_METRICS = "evaluation measures losses and accuracies, and keeps no predictions"
 ALWAYS_IGNORED = {
     "model_init_kwargs": "use base_revision, dtype and attn_implementation",
-    "dataset_text_field": "text without a response has nothing to train on; use columns to name prompt and completion",
+    "dataset_text_field": "use columns: {text: COLUMN}",
     "dataset_kwargs": "the examples are prepared before the trainer sees them",
     "truncation_mode": "use too_long: truncate",
     "pad_token": "set it in the base's tokenizer",

@@ -128,8 +128,8 @@ class DataArguments:
     columns: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "What prompt and completion (or messages) are made of: a column's name, or a text with columns in "
-            "braces, e.g. {prompt: 'Question: {question}\\nAnswer:', completion: ' {answer}'}."
+            "help": "What prompt and completion (or messages, or text) are made of: a column's name, or a text with "
+            "columns in braces, e.g. {prompt: 'Question: {question}\\nAnswer:', completion: ' {answer}'}."
         },
     )
     exclude: dict[str, Any] | str | None = field(

@@ -135,7 +135,7 @@ def read_data(recipe: Recipe) -> Any:
 
 def coloured(example: dict[str, Any], tokenizer: Any) -> str:
     """The decoded example, what is trained on in bold green and what is not in grey."""
-    parts, marked = [], [label != IGNORED for label in example["labels"]]
+    parts, marked = [], [place > 0 and label != IGNORED for place, label in enumerate(example["labels"])]
     start = 0
     for place in range(1, len(marked) + 1):
         if place == len(marked) or marked[place] != marked[start]:
@@ -149,7 +149,7 @@ def describe(encoded: Any) -> tuple[int, int, float]:
     """Number of examples, their mean length and their share of targets, the latter from up to 1,000 of them."""
     sample = encoded.select(range(min(len(encoded), 1000)))
     tokens = sum(len(row) for row in sample["labels"])
-    targets = sum(label != IGNORED for row in sample["labels"] for label in row)
+    targets = sum(label != IGNORED for row in sample["labels"] for label in row[1:])
     return len(encoded), max(round(tokens / len(sample)), 1), targets / tokens
 
 
