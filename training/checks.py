@@ -106,7 +106,10 @@ def _refuse_foreign(model: ModelArguments, given: set[str]) -> None:
         foreign = foreign | {"lora_rank", "lora_alpha"}
     if ignored := sorted(foreign & given):
         kind = "variant full" if model.method == "l2d" else f"method {model.method}"
-        raise ValueError(f"{', '.join(ignored)} would be ignored by {kind}: leave out, or choose another method.")
+        raise ValueError(
+            f"{', '.join(ignored)} would be ignored by {kind}: leave out, which --{ignored[0]} null does for one of "
+            "a recipe, or choose another method."
+        )
 
 
 def _check_data(model: ModelArguments, data: DataArguments, training: L2DTrainingConfig) -> None:
