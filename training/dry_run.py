@@ -19,7 +19,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from l2d.losses import CHUNK_ELEMENTS
+from l2d.losses import chunk_rows
 from training.checks import longest_example
 from training.config import L2DTrainingConfig, named
 from training.console import say
@@ -53,6 +53,7 @@ class Shape:
     draws: int
     max_queries: int
     checkpointing: bool
+    device: str = "cuda"  # kind that it will run on
     scored: int = 1  # evaluations of each draw that have a loss,
     unscored: float = 0.0  # and on average before them, for a rollout
 
@@ -166,6 +167,7 @@ def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, 
         window = window_length(training)
         rollout = {"scored": window, "unscored": (training.rollout_evaluations - window) / 2}
     base, stream_bytes = (model.base if l2d else model).config.get_text_config(), 2 if mixed else 4
+    device = "cuda" if mixed else "cpu"
     return Shape(
         base=base,
         method=recipe.model.method,
@@ -179,8 +181,9 @@ def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, 
         mean_length=length,
         response=response,
         draws=training.draws if l2d else 1,
-        max_queries=training.max_queries or default_queries(base, stream_bytes, "cuda" if mixed else "cpu"),
+        max_queries=training.max_queries or default_queries(base, stream_bytes, device),
         checkpointing=bool(training.activation_checkpointing),
+        device=device,
         **rollout,
     )
 
@@ -193,15 +196,17 @@ def estimate_memory(shape: Shape) -> dict[str, float]:
     kept, tokens = base.num_key_value_heads * head, shape.rows * shape.length
     block = layer_bytes(base, s, modulated=shape.method == "l2d")
     parts: dict[str, float] = {"frozen weights": shape.frozen * shape.frozen_bytes, _STATE: shape.trained * 16}
+    targets = math.ceil(tokens * shape.response)
     if shape.method == "l2d":
-        queries = min(math.ceil(tokens * shape.response) * shape.draws, shape.max_queries)
+        targets = queries = min(targets * shape.draws, shape.max_queries)
         per_layer = hidden * s if shape.checkpointing else block
         parts["keys and values of the main path"] = 2 * layers * kept * tokens * s
         parts["activations"] = queries * (layers * per_layer + (block if shape.checkpointing else 0))
     else:
         block += s * 2 * kept
         parts["activations"] = tokens * (layers * hidden * s + block if shape.checkpointing else layers * block)
-    parts["logits"] = 3 * 4 * CHUNK_ELEMENTS["cuda"]
+    chunk = min(chunk_rows(base.vocab_size, torch.device(shape.device)), targets)
+    parts["logits"] = 3 * 4 * chunk * base.vocab_size
     return parts
 
 
