@@ -162,7 +162,7 @@ class Chat:
 
 def command(chat: Chat, line: str) -> str | None:
     """Do what a line that begins with / says; returns what to tell the user, `None` to quit. Raises `ValueError`."""
-    name, *values = line[1:].split()
+    name, *values = line[1:].split() or [""]
     if name in ("quit", "exit", "q"):
         return None
     if name == "new":
@@ -171,15 +171,20 @@ def command(chat: Chat, line: str) -> str | None:
     if name == "tint":
         chat.tint = not chat.tint
         return f"Tint is {'on' if chat.tint else 'off'}."
-    if name in ("budget", "votes", "seed", "temperature") and len(values) == 1:
+    changes = ("budget", "votes", "seed", "temperature")
+    if name in changes and len(values) == 1:
         chat.change(**{name: _number(name, values[0], float if name == "temperature" else int)})
     elif name == "guidance" and len(values) in (1, 2):
         wanted: dict[str, Any] = {"guidance_scale": _number(name, values[0], float)}
         if len(values) == 2:
             wanted["guidance_class"] = values[1]
         chat.change(**wanted)
-    elif name != "settings":
+    elif name == "help":
         return HELP
+    elif name in (*changes, "guidance"):
+        raise ValueError(f"/{name} takes {'one or two values' if name == 'guidance' else 'one value'}.\n{HELP}")
+    elif name != "settings":
+        raise ValueError(f"/{name} is not known.\n{HELP}")
     return chat.settings()
 
 

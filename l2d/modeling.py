@@ -88,6 +88,8 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         for name, parameter in self.trained_parameters():
             parameter.data = parameter.data.float() if ".twin." in name else parameter.data.to(device, torch.float32)
             parameter.requires_grad_(True)
+        if places := getattr(base, "hf_device_map", None):  # of several devices; the path's layers are where theirs are
+            self.hf_device_map = {f"base.{name}".rstrip("."): place for name, place in places.items()}
         self.generation_config = copy.deepcopy(base.generation_config)
         for module in self.modules():  # nothing here may be initialised a second time
             module._is_hf_initialized = True

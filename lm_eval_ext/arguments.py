@@ -299,7 +299,8 @@ def _sampler(
 
 def _nearest(name: str, known: tuple[str, ...]) -> str:
     near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
+    all_of_them = "python -m lm_eval_ext args lists all"
+    return f"did you mean {near[0]!r}? ({all_of_them})" if near else f"{all_of_them}."
 
 
 def _shown(value: Any) -> str:

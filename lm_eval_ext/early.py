@@ -25,6 +25,7 @@ from lm_eval_ext.arguments import (
     sampler_changes,
     token_search,
 )
+from lm_eval_ext.generation_names import check_names
 
 MODEL = "l2d"
 PLAIN_MODELS = ("hf", "hf-auto", "huggingface")
@@ -107,8 +108,9 @@ def refuse_checkpoint(model: str, model_args: Any) -> None:
 
 
 def check_checkpoint(settings: Settings, gen_kwargs: dict[str, Any] | None = None) -> None:
-    """Raise `UsageError` if files are missing, or if the model cannot follow the sampler's part of `gen_kwargs`."""
+    """Raise `UsageError` if files are missing, or if `gen_kwargs` have names or a sampler that cannot be followed."""
     config = read_checkpoint(settings.pretrained, settings.revision)
+    check_names(gen_kwargs or {})
     token_search((gen_kwargs or {}).get(SEARCH))
     try:
         changed = settings.sampler.replace(**sampler_changes(gen_kwargs or {}))

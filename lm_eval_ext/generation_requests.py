@@ -18,13 +18,10 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from l2d.noise import request_key
 from l2d.sampler_config import SamplerConfig
 from lm_eval_ext.arguments import AUTO, SAMPLER_ARGUMENTS, SEARCH, UsageError, sampler_changes, token_search
+from lm_eval_ext.generation_names import check_names
 from lm_eval_ext.guidance import class_of_task
 from lm_eval_ext.record import Source
 
-_OURS = (
-    *("input_ids", "inputs", "attention_mask", "sampler", "request_keys", "noise", "return_record", "pad_token_id"),
-    *("stopping_criteria", "logits_processor", "streamer", "return_dict_in_generate", "generation_config"),
-)
 Claim = tuple[str, tuple]
 """(digest of a prompt and its kwargs, place of the request among all that share it)"""
 
@@ -75,6 +72,7 @@ def parse_generation(
     Names of sampler settings (`diffusion_budget`, `guidance_scale`, ...) and `token_search` change `sampler` and
     `search` for these requests; all others go to `generate`. Raises `UsageError`.
     """
+    check_names(gen_kwargs)
     try:
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, max_gen_toks))
         stops = handle_stop_sequences(kwargs.pop("until"), eos=eos)
@@ -86,16 +84,11 @@ def parse_generation(
     max_tokens = kwargs.pop("max_gen_toks")
     if max_tokens < 1:
         raise UsageError(f"max_gen_toks={max_tokens} must be at least 1.")
-    if "max_length" in kwargs:
-        raise UsageError("generation setting 'max_length' depends on the prompt's length: set max_gen_toks instead.")
     temperature = kwargs.pop("temperature", 0.0)
     if kwargs["do_sample"]:
         if temperature <= 0:
             raise UsageError(f"temperature={temperature} cannot be sampled at: set it above 0, or do_sample=False.")
         kwargs["temperature"] = temperature
-    for name in _OURS:
-        if name in kwargs:
-            raise UsageError(f"generation setting {name!r} is set by the model class: leave it out.")
     options = {name: value for name, value in kwargs.items() if name not in SAMPLER_ARGUMENTS}
     if search is not None and search.startswith("beam") and options != {"do_sample": False}:
         raise UsageError(f"{SEARCH}={search} takes no {_named(options)}: leave it out, or use best_of_N.")

@@ -164,6 +164,7 @@ CASES = [
     _eval("pretrained=l2d", "tasks is not set", "give --tasks", more=""),
     _eval("pretrained=l2d", "--output_path", "Specify --output_path", more="--tasks gsm8k --log_samples"),
     _eval("pretrained=l2d", "nowhere.yaml", "see lm_eval run --help", more="--config nowhere.yaml"),
+    _eval("pretrained=l2d", "'budget'", "did you mean 'diffusion_budget'", more="--tasks x --gen_kwargs budget=3"),
     _eval("pretrained=l2d", "diffusion_budget=4", "use 3 or 5", more="--tasks x --gen_kwargs diffusion_budget=4"),
     # leaderboard
     Case("lm_eval_ext.leaderboard", "RESULTS_DIR", "--help", alone=True),

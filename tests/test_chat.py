@@ -11,7 +11,7 @@ import torch
 from lm_eval.api.instance import Instance
 
 from l2d.__main__ import main
-from l2d.chat import Chat, Streamer, command, tinted
+from l2d.chat import HELP, Chat, Streamer, command, tinted
 from l2d.session import Session, load_session
 from l2d.trace import trace_prompt
 from lm_eval_ext.model import L2DLM
@@ -106,6 +106,23 @@ def test_impossible_changes_change_nothing(session, line):
     with pytest.raises(ValueError):
         command(chat, line)
     assert chat.sampler == {"budget": 3} and chat.temperature == 0.0
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/bugdet 3", "/bugdet is not known."),
+        ("/", "/ is not known."),
+        ("/budget", "/budget takes one value."),
+        ("/guidance", "/guidance takes one or two values."),
+        ("/Help", "/Help is not known."),
+    ],
+)
+def test_unknown_words_are_called_so(session, line, words):
+    """Before what there is; /help alone is no mistake."""
+    with pytest.raises(ValueError) as caught:
+        command(Chat(session, {"budget": 3}), line)
+    assert str(caught.value) == f"{words}\n{HELP}" and command(Chat(session), "/help") == HELP
 
 
 def test_tint_shows_compute(session):

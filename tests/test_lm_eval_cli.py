@@ -210,7 +210,7 @@ def command_line(monkeypatch):
     monkeypatch.setattr(L2DForCausalLM, "from_pretrained", loaded)
     monkeypatch.setattr(sys, "argv", list(sys.argv))
     rest = ["--tasks", OURS[0], *INCLUDE]
-    return lambda model_args, model="l2d": main(["--model", model, "--model_args", model_args, *rest])
+    return lambda model_args, model="l2d", more=(): main(["--model", model, "--model_args", model_args, *rest, *more])
 
 
 @pytest.mark.parametrize(("model_args", "sentence"), REFUSED, ids=[model_args for model_args, _ in REFUSED])
@@ -219,6 +219,26 @@ def test_bad_invocations(command_line, l2d_dir, base_dir, model_args, sentence):
         command_line(model_args.format(l2d=l2d_dir, base=base_dir))
     assert sentence in caught.value.code  # an uncaught SystemExit prints a text and ends with status 1
     assert "\n" not in caught.value.code
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ("foo=1", "'foo' is not known: python -m lm_eval_ext args lists the sampler's, transformers'"),
+        ("budget=3", "'budget' is not known: did you mean 'diffusion_budget'?"),
+        ("topk=3", "'topk' is not known: did you mean 'top_k'?"),
+        ("pad_token_id=3", "'pad_token_id' is set by the model class"),
+        ("max_length=20", "set max_gen_toks instead"),
+        (
+            "top_p=0.9,max_new_tokens=4,until=x,votes=2,token_search=best",
+            "token_search='best' must be",
+        ),  # names are right
+    ],
+)
+def test_wrong_names_of_generation_settings_are_refused_before_any_task(command_line, l2d_dir, given, sentence):
+    with pytest.raises(SystemExit) as caught:
+        command_line(f"pretrained={l2d_dir}", more=["--gen_kwargs", given])
+    assert sentence in caught.value.code and "\n" not in caught.value.code
 
 
 def test_the_harness_own_class_gets_no_l2d_checkpoint(command_line, l2d_dir, base_dir, monkeypatch):

@@ -234,7 +234,7 @@ def test_long_prompts_are_cut_from_the_left(lm):
         (dict(max_length=20), "set max_gen_toks instead"),
         (dict(do_sample=True), "temperature=0.0 cannot be sampled at"),
         (dict(temperature="warm"), "could not convert string to float"),
-        (dict(diffusion_bugdet=3), "diffusion_bugdet"),
+        (dict(diffusion_bugdet=3), "'diffusion_bugdet' is not known: did you mean 'diffusion_budget'"),
         (dict(penalty_alpha=0.6, top_k=4), "decodes greedily or samples"),
         (dict(pad_token_id=3), "'pad_token_id' is set by the model class"),
     ],

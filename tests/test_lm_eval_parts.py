@@ -95,8 +95,14 @@ def jobs_for(requests, docs=None, gather=lambda claims: claims):
 
 
 def test_requests_are_batched_by_settings_longest_first():
-    plain, nested = {"until": ["a"]}, {"until": ["a"], "extra": {"x": 1}}
-    requests = [("b", plain), ("ccc", nested), ("aa", plain), ("b", plain), ("d", {"until": ["a"], "extra": {"x": 2}})]
+    plain, nested = {"until": ["a"]}, {"until": ["a"], "sequence_bias": {"x": 1}}
+    requests = [
+        ("b", plain),
+        ("ccc", nested),
+        ("aa", plain),
+        ("b", plain),
+        ("d", {"until": ["a"], "sequence_bias": {"x": 2}}),
+    ]
     found = [[job.index for job in batch] for batch in batches(jobs_for(requests), 2)]
     assert found == [[2, 0], [3], [1], [4]]
 

@@ -178,6 +178,35 @@ def test_refused(recipe, capsys, settings, words):
     assert words in error and error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_null_takes_an_option_back(recipe, tmp_path):
+    """On the command line and in YAML; not where null is a value of its own."""
+    lora = str(recipe(variant="lora", lora_rank=4, lora_alpha=8.0, eval_budgets=[3], eval_holdout=2))
+    read = read_recipe(["--config", lora, "--variant", "full", "--lora_rank", "null", "--lora-alpha=null"])
+    assert not {"lora_rank", "lora_alpha"} & read.settings.keys() and read.model.variant == "full"
+    path = ["--variant", "--diffusion_dim", "--input_width", "--conditioning_width", "--frequency_width", "--noise_std"]
+    nulls = [word for name in [*path, "--eval_budgets"] for word in (name, "null")]
+    read = read_recipe(["--config", lora, *nulls, "--method", "lora_sft"])
+    assert read.model.method == "lora_sft" and read.model.lora_rank == 4 and read.training.eval_budgets is None
+    with pytest.raises(ValueError, match="lora_alpha, lora_rank would be ignored.*which --lora_alpha null does"):
+        read_recipe(["--config", lora, "--variant", "full"])
+    for name in (["--dataset", "null"], ["--dataset=null"]):
+        with pytest.raises(ValueError, match="dataset is not set"):
+            read_recipe(["--config", lora, *name])
+    with pytest.raises(ValueError, match="'lora_rnk'.*did you mean 'lora_rank'"):
+        read_recipe(["--config", lora, "--lora_rnk", "null"])
+    with pytest.raises(ValueError, match="--draws is set and taken back: keep one"):
+        read_recipe(["--config", lora, "--draws", "null", "--draws", "2"])
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: recipe.yaml\nvariant: full\nlora_rank: null\nlora_alpha: null\nmax_steps: null\n")
+    read = read_recipe(["--config", str(child)])
+    assert read.model.variant == "full" and read.training.max_steps == -1
+    for given in (["--config", lora, "--ddp_find_unused_parameters", "null"], ["--config", str(child)]):
+        child.write_text("extends: recipe.yaml\nddp_find_unused_parameters: null\n")
+        read = read_recipe(given)
+        assert read.training.ddp_find_unused_parameters is None
+        assert read.settings["ddp_find_unused_parameters"] is None
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [

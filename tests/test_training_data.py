@@ -2,10 +2,15 @@
 
 import datasets
 import pytest
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
 
-from tests.training_runs import sums, write_jsonl
+from tests.training_runs import BASELINE, SMALL, sums, write_jsonl, write_recipe
 from training.config import DataArguments, L2DTrainingConfig
 from training.data import encode, load_examples
+from training.dry_run import coloured
+from training.recipe import read_recipe
+from training.train import build_trainer, prepare
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{% if m['role'] == 'assistant' %}{% generation %}"
@@ -176,6 +181,47 @@ def test_guidance_classes(tmp_path):
         load_examples(DataArguments(dataset=str(path), guidance_column="kind"), ["code", "math"], 0)
 
 
+TEXTS = [{"text": "The cat sat on the mat."}, {"text": "It ended</s>"}, {"text": "7"}]
+
+
+@pytest.mark.parametrize("method", ["l2d", "lora_sft", "full_sft"])
+def test_plain_text_is_trained_on_as_trl_does(tmp_path, base_dir, tokenizer, method):
+    """The same tokens and labels as TRL makes of the same rows, whatever else they hold."""
+    path = write_jsonl(tmp_path / "data.jsonl", [row | {"source": "web"} for row in TEXTS])
+    settings = {**(SMALL if method == "l2d" else BASELINE), "method": method, "output_dir": tmp_path / "out"}
+    recipe = write_recipe(tmp_path / "recipe.yaml", **settings, base=base_dir, dataset=path, seed=3)
+    job = prepare(read_recipe(["--config", str(recipe)]))
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, max_length=None)
+    model = AutoModelForCausalLM.from_pretrained(base_dir)
+    theirs = SFTTrainer(model, args, train_dataset=datasets.Dataset.from_list(TEXTS), processing_class=tokenizer)
+    wanted = [(row["input_ids"], row["labels"]) for row in theirs.train_dataset]
+    assert [(row["input_ids"], row["labels"]) for row in job.train] == wanted
+    assert tokenizer.decode(wanted[0][0]) == "<s>The cat sat on the mat.</s>" and wanted[1][0].count(2) == 1
+    trainer = build_trainer(job)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert (batch["labels"][:, 1:] != -100).sum() == sum(len(tokens) - 1 for tokens, _ in wanted)
+    trainer.train()
+
+
+def test_text_is_the_last_choice_unless_it_is_asked_for(chat, training, tmp_path):
+    path = str(write_jsonl(tmp_path / "data.jsonl", [PAIR | {"text": "some words", "body": "others", "talk": TALK}]))
+    for options, found in {
+        (): " 4</s>",
+        (("messages", "talk"),): "5</s>9 cats</s>",
+        (("text", "text"),): "<s>some words</s>",
+        (("text", "{body}, {text}"),): "<s>others, some words</s>",
+    }.items():
+        examples, _ = load_examples(DataArguments(dataset=path, columns=dict(options) or None), None, seed=0)
+        encoded, summary = encode(examples, chat, training(), 64, "train")
+        assert targets(chat, encoded[0]) == found
+        assert ("plain text, of which every token but an example's first" in summary) == (found[:3] == "<s>")
+    rows = datasets.Dataset.from_list([*TEXTS, {"text": ""}, {"text": None}])
+    encoded, summary = encode(rows, chat, training(), 64, "train")
+    assert len(encoded) == 3 and "left out 2 without a response" in summary
+    # what a dry run shows of it: all but the first token is green
+    assert coloured(encoded[2], chat) == "\033[90m<s>\033[0m\033[1;32m7</s>\033[0m"
+
+
 REFUSED = {
     "no file": ({"dataset": "nowhere.jsonl"}, "does not exist"),
     "no hub name": ({"dataset": "no/such-data"}, "dataset='no/such-data' cannot be read"),
@@ -198,7 +244,7 @@ def test_empty_or_unusable(tmp_path):
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(ValueError, match="is empty"):
         load_examples(DataArguments(dataset=str(tmp_path / "empty.jsonl")), None, 0)
-    path = write_jsonl(tmp_path / "text.jsonl", [{"text": "just words"}])
+    path = write_jsonl(tmp_path / "text.jsonl", [{"words": "just words"}])
     with pytest.raises(ValueError, match="set columns"):
         load_examples(DataArguments(dataset=str(path)), None, 0)
     (tmp_path / "broken.jsonl").write_text("{not json")
@@ -219,6 +265,13 @@ REFUSED = {
         [PAIR | {"messages": TALK}], {"columns": {"messages": "messages", "prompt": "prompt"}}, {}, "keep one"
     ),
     "completions of a conversation": ([{"messages": TALK}], {}, {"completion_only_loss": False}, "assistant_only_loss"),
+    "text of nothing": ([{"text": "a"}], {"columns": {"prompt": "", "completion": "text"}}, {}, "{text: COLUMN}"),
+    "text and prompt": ([PAIR], {"columns": {"text": "prompt", "prompt": "prompt"}}, {}, "completion and text, of"),
+    "half a pair": ([{"text": "a", "body": "b"}], {"columns": {"prompt": "body"}}, {}, "so that prompt and completion"),
+    "turns of a text": ([{"text": "a"}], {}, {"assistant_only_loss": True}, "plain texts: leave it out"),
+    "completions of a text": ([{"text": "a"}], {}, {"completion_only_loss": True}, "plain texts: leave it out"),
+    "text that is none": ([{"text": ["a"]}], {}, {}, "text must be texts, and an example holds"),
+    "unrolled text": ([{"text": "a"}], {"unroll": True}, {}, "an example of every assistant turn"),
     "all too long": ([PAIR], {}, {"too_long": "drop", "max_length": 3}, "every train example is longer than"),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from tests.training_runs import REPOSITORY, SMALL, sums, train_here, write_jsonl, write_recipe
@@ -50,6 +51,8 @@ def test_dry_run_needs_no_weights(dry, path):
     assert "memory per device" in printed and "schedule:" in printed and "examples are not shown" in printed
     row = next(line for line in (RECIPES / "README.md").read_text().splitlines() if f"`{path.stem}`" in line)
     assert f"{trained:,}" in row
+    memory = re.search(r"([\d.]+) GiB  in all; ([\d.]+) GiB with", printed)
+    assert torch.accelerator.is_available() or f"| {memory[1]} | {memory[2]} |" in row  # with one, bf16 is the default
     if path.stem in PAPER:
         assert trained == pytest.approx(PAPER[path.stem], rel=0.05)
     recipe = read_recipe(["--config", str(path)])
@@ -81,10 +84,9 @@ def test_memory_estimate_is_near_what_is_measured():
     shape = Shape(
         LlamaConfig(**SHAPES["135m"]), "l2d", "lora", trained=38_000_000, frozen=134_515_008, frozen_bytes=4,
         stream_bytes=4, rows=4, length=256, mean_length=256, response=0.3, draws=1, max_queries=512,
-        checkpointing=False,
+        checkpointing=False, device="cpu",
     )  # fmt: skip
     parts = estimate_memory(shape)
-    parts["logits"] /= 4  # chunks are smaller on a CPU
     assert sum(parts.values()) / 2**20 == pytest.approx(2263, rel=0.25)
     # The main path is run once; of a rollout's evaluations those without a loss cost less.
     plain, four, more = (
@@ -92,6 +94,22 @@ def test_memory_estimate_is_near_what_is_measured():
         for scored, unscored in ((1, 0), (4, 0), (4, 2))
     )
     assert 2 * plain < four < 4 * plain and four < more < four + 2 * (four - plain) / 3
+
+
+def test_logits_are_estimated_as_the_loss_makes_them():
+    """A chunk at a time, which is smaller on a CPU, and no more rows than there are, whatever the vocabulary."""
+    base = AutoConfig.for_model("llama", vocab_size=2**15, num_hidden_layers=2)
+    shape = Shape(
+        base, "l2d", "lora", trained=1, frozen=1, frozen_bytes=4, stream_bytes=4, rows=4, length=1024,
+        mean_length=1024, response=1.0, draws=1, max_queries=4096, checkpointing=False,
+    )  # fmt: skip
+    for change, rows in (
+        ({}, 2048), ({"device": "cpu"}, 512), ({"max_queries": 100}, 100), ({"rows": 1, "response": 0.1}, 103),
+        ({"method": "lora_sft", "rows": 1, "draws": 2}, 1024), ({"rows": 1, "draws": 2}, 2048),
+    ):  # fmt: skip
+        assert estimate_memory(dataclasses.replace(shape, **change))["logits"] == 12 * rows * 2**15, change
+    few = AutoConfig.for_model("llama", vocab_size=400, num_hidden_layers=2)
+    assert estimate_memory(dataclasses.replace(shape, base=few))["logits"] == 12 * 4096 * 400
 
 
 def test_extends(tmp_path, base_dir):

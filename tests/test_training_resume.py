@@ -103,6 +103,38 @@ def test_baselines_resume(tmp_path, settings, method):
     assert same_bits(whole, weights(out)) and losses == logged(out)
 
 
+@pytest.mark.parametrize("method", ["l2d", "lora_sft"])
+def test_a_finished_run_that_is_started_again_keeps_its_results(tmp_path, settings, capsys, method):
+    """Also one that was killed after its last checkpoint gets its model and evaluation, and no loss of 0."""
+    settings = {**(SMALL if method == "l2d" else BASELINE), **settings, "method": method}
+    settings |= {"eval_strategy": "no", "max_steps": 3, "output_dir": tmp_path / "out"}
+    path, out = write_recipe(tmp_path / "recipe.yaml", **settings), tmp_path / "out"
+    names = ("train_results.json", "eval_results.json", "all_results.json", "trainer_state.json")
+
+    def results() -> list[dict]:
+        found = [json.loads((out / name).read_text()) for name in names]
+        return [{k: v for k, v in part.items() if not k.startswith("eval_") or "loss" in k} for part in found]
+
+    train_here(path)
+    before, whole = results(), weights(out)
+    assert before[0]["train_loss"] > 0 and before[3]["log_history"][-1]["train_loss"] == before[0]["train_loss"]
+    train_here(path, "--resume_from_checkpoint", "auto")
+    assert results() == before and same_bits(weights(out), whole)
+    assert "all 3 steps were made before, train_results.json stays as it is" in capsys.readouterr().out
+    for name in (*names, "model.safetensors", "config.json"):
+        (out / name).unlink()
+    (out / "trainer_state.json").write_text("{")
+    train_here(path, "--resume_from_checkpoint", "auto")
+    assert "their train_results.json was never written" in capsys.readouterr().out
+    assert same_bits(weights(out), whole) and not (out / "train_results.json").exists()
+    (out / "train_results.json").write_text(json.dumps(before[0]))
+    after = results()
+    assert after[1] == before[1] and not any("train_loss" in entry for entry in after[3]["log_history"])
+    assert logged(out) == {entry["step"]: entry["loss"] for entry in before[3]["log_history"] if "loss" in entry}
+    train_here(path, "--resume_from_checkpoint", "auto", "--max_steps", "5")
+    assert json.loads((out / "train_results.json").read_text())["train_loss"] > 0 and len(logged(out)) == 5
+
+
 OTHER_MODELS = {
     "l2d": [
         ({"diffusion_dim": 16}, "diffusion_dim"),

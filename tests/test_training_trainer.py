@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from l2d import L2DConfig, L2DForCausalLM
@@ -359,3 +360,18 @@ def test_parts_of_another_kind_are_refused(make_trainer, base_dir, tokenizer):
     ):
         with pytest.raises(ValueError, match=f"^{name} is"):
             L2DTrainer(**{**given, name: other})
+
+
+def test_a_base_on_several_devices_says_so_of_the_whole_model(base_dir, tmp_path, tokenizer):
+    """As transformers does of its own models: a trainer would otherwise move all of it to one device."""
+    base = AutoModelForCausalLM.from_pretrained(base_dir)
+    assert not hasattr(L2DForCausalLM.from_base(base), "hf_device_map")
+    base.hf_device_map = {"model.embed_tokens": 0, "lm_head": 1}
+    model = L2DForCausalLM.from_base(base)
+    assert model.hf_device_map == {"base.model.embed_tokens": 0, "base.lm_head": 1}
+    args = L2DTrainingConfig(output_dir=str(tmp_path), use_cpu=True)
+    rows = datasets.Dataset.from_list([{"text": "The cat sat."}])
+    trainer = L2DTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
+    assert trainer.is_model_parallel
+    trainer.save_model(str(tmp_path / "out"))
+    L2DForCausalLM.from_pretrained(tmp_path / "out", base=base_dir)

@@ -4,6 +4,7 @@
 - `missing_parts`: what a checkpoint folder lacks for a bit-equal resume
 - `check_sharding_of`: whether a run that is sharded otherwise may resume from it
 - `check_same_model`: a run goes on with the model that it began with
+- `saved_step`: how far the run came whose results are in a folder
 - `check_output_dir`, `clear_output_dir`: nothing is overwritten without being asked
 
 A checkpoint is complete when weights, optimizer, scheduler, random states of every process and the trainer's state are
@@ -188,6 +189,12 @@ def _read_mapping(path: str) -> dict[str, Any]:
         return {}
     with open(path, encoding="utf-8") as file:
         return json.load(file)
+
+
+def saved_step(folder: str) -> int | None:
+    """The step of the trainer's state in `folder`, `None` where there is none or not all of it."""
+    path = os.path.join(folder, "trainer_state.json")
+    return _read_mapping(path).get("global_step") if _whole(path) else None
 
 
 def check_output_dir(output_dir: str, resume: str | bool | None, overwrite: bool, base: str) -> None:

@@ -44,7 +44,7 @@ LORA_SFT_ONLY = {"lora_target_modules"}
 _NO_METRICS = "evaluation measures losses and accuracies, and keeps no predictions"
 ALWAYS_IGNORED = {
     "model_init_kwargs": "use base_revision, dtype and attn_implementation",
-    "dataset_text_field": "text without a response has nothing to train on; use columns to name prompt and completion",
+    "dataset_text_field": "use columns: {text: COLUMN}",
     "dataset_kwargs": "the examples are prepared before the trainer sees them",
     "truncation_mode": "use too_long: truncate",
     "pad_token": "set it in the base's tokenizer",
@@ -106,7 +106,10 @@ def _refuse_foreign(model: ModelArguments, given: set[str]) -> None:
         foreign = foreign | {"lora_rank", "lora_alpha"}
     if ignored := sorted(foreign & given):
         kind = "variant full" if model.method == "l2d" else f"method {model.method}"
-        raise ValueError(f"{', '.join(ignored)} would be ignored by {kind}: leave out, or choose another method.")
+        raise ValueError(
+            f"{', '.join(ignored)} would be ignored by {kind}: leave out, which --{ignored[0]} null does for one of "
+            "a recipe, or choose another method."
+        )
 
 
 def _check_data(model: ModelArguments, data: DataArguments, training: L2DTrainingConfig) -> None:

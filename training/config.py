@@ -3,6 +3,7 @@
 - `ModelArguments`: the method, the base, and the shape of the diffusion path
 - `DataArguments`: where the examples come from and which columns hold what
 - `L2DTrainingConfig`: TRL's `SFTConfig` with the options of diffusion training and a few other defaults
+- `option_types`, `unset_by_null`: of all options
 - `one_of`, `at_least`, `named`, `check_file`, `mapping`: single values
 
 `checks` has what must hold between them.
@@ -128,8 +129,8 @@ class DataArguments:
     columns: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "What prompt and completion (or messages) are made of: a column's name, or a text with columns in "
-            "braces, e.g. {prompt: 'Question: {question}\\nAnswer:', completion: ' {answer}'}."
+            "help": "What prompt and completion (or messages, or text) are made of: a column's name, or a text with "
+            "columns in braces, e.g. {prompt: 'Question: {question}\\nAnswer:', completion: ' {answer}'}."
         },
     )
     exclude: dict[str, Any] | str | None = field(
@@ -381,3 +382,10 @@ def option_types() -> dict[str, Any]:
     classes = (ModelArguments, DataArguments, L2DTrainingConfig)
     hints = [(dataclasses.fields(cls), typing.get_type_hints(cls)) for cls in classes]
     return {f.name: types[f.name] for fields, types in hints for f in fields if f.init}
+
+
+def unset_by_null() -> set[str]:
+    """Names of the options that null leaves at their default: it is the default, or nothing that their type allows."""
+    nullable = {name for name, hint in option_types().items() if type(None) in typing.get_args(hint)}
+    fields = [f for cls in (ModelArguments, DataArguments, L2DTrainingConfig) for f in dataclasses.fields(cls)]
+    return {f.name for f in fields if f.default is None or f.name not in nullable}

@@ -5,9 +5,9 @@
 - `load_tokenizer`: the base's tokenizer, ready for training
 - `encode`: examples -> `input_ids`, `labels` (-100 wherever nothing is to be learned), optional `guidance_class`
 
-Two kinds of examples: `prompt` and `completion` (texts or lists of messages), where the completion and the
-end-of-sequence token are targets, and `messages`, where the assistant's turns are. Labels are aligned with
-`input_ids`; the shift by one happens in the loss.
+Three kinds of examples: `prompt` and `completion` (texts or lists of messages), where the completion and the
+end-of-sequence token are targets, `messages`, where the assistant's turns are, and plain `text`, where every token but
+the first is. Labels are aligned with `input_ids`; the shift by one happens in the loss.
 """
 
 import contextlib
@@ -29,7 +29,10 @@ from training.config import FILE_TYPES, DataArguments, L2DTrainingConfig, ModelA
 from training.mixture import as_turns, class_name, join, leave_out, unroll
 
 IGNORED = -100  # label of a token that is no target
-_KEPT = ("prompt", "completion", "messages", "tools", "guidance_class")
+_TARGETS = ("prompt", "completion", "messages", "text")  # what `columns` can make
+_PAIR, _CONVERSATION, _PLAIN = frozenset(("prompt", "completion")), frozenset(("messages",)), frozenset(("text",))
+_KINDS = (_PAIR, _CONVERSATION, _PLAIN)
+_KEPT = (*_TARGETS, "tools", "guidance_class")
 
 
 class Unavailable(ValueError):
@@ -61,7 +64,7 @@ def _quietly() -> Iterator[None]:
 def load_examples(
     data: DataArguments, guidance_classes: list[str] | None, seed: int, processes: int | None = None
 ) -> tuple[datasets.Dataset, datasets.Dataset | None]:
-    """Training and evaluation examples with columns `prompt`, `completion` or `messages` (and `guidance_class`).
+    """Training and evaluation examples: `prompt` and `completion`, `messages` or `text` (and `guidance_class`).
 
     What was computed with the same settings before is read from the cache of `datasets`.
 
@@ -137,28 +140,13 @@ def _read_one(argument: str, source: str, config: str | None, split: str) -> dat
 def _name_columns(
     dataset: datasets.Dataset, data: DataArguments, guidance_classes: list[str] | None, processes: int | None
 ) -> datasets.Dataset:
-    """Build `prompt` and `completion` or `messages`, and `guidance_class`, and drop the other columns."""
+    """Build `prompt` and `completion`, `messages` or `text`, and `guidance_class`, and drop the other columns."""
     available = dataset.column_names
-    columns = dict(mapping("columns", data.columns) or {})
-    for target, source in columns.items():
-        if target not in ("prompt", "completion", "messages"):
-            raise ValueError(f"columns names {target!r}: only prompt, completion and messages can be made of columns.")
-        for name in _fields(source):
-            if name not in available:
-                raise ValueError(f"columns refers to {name!r}, which is not in the data: {', '.join(available)}.")
-    if "messages" not in available and "conversations" in available and "messages" not in columns:
-        columns["messages"] = "conversations"
+    columns = _asked_columns(data, available)
     for column in data.guidance_column or []:
         if column not in available:
             raise ValueError(f"guidance_column={column!r} is not in the data: {', '.join(available)}.")
-    known = {*available, *columns}
-    if "messages" in columns and {"prompt", "completion"} & columns.keys():
-        raise ValueError("columns makes both messages and prompt or completion, of which one is used: keep one.")
-    if not {"prompt", "completion"} <= known and "messages" not in known:
-        raise ValueError(
-            f"the data have the columns {', '.join(available)}: set columns, so that prompt and completion, or "
-            "messages, can be made of them, for example columns: {prompt: question, completion: answer}."
-        )
+    used = _used_columns(available, columns, data.unroll)
     if columns or guidance_classes:
         dataset = dataset.map(
             _named,
@@ -172,12 +160,46 @@ def _name_columns(
             num_proc=processes,
             desc="Naming columns",
         )
-    conversations = "messages" in known and (
-        data.unroll or "messages" in columns or not {"prompt", "completion"} <= known
-    )
-    unused = {"prompt", "completion"} if conversations else {"messages"}
+    unused = {*_TARGETS} - used
     unused |= set() if guidance_classes else {"guidance_class"}  # a column of that name is the data's own
     return dataset.select_columns([name for name in _KEPT if name in dataset.column_names and name not in unused])
+
+
+def _asked_columns(data: DataArguments, available: list[str]) -> dict[str, Any]:
+    """What `columns` makes of which columns; ShareGPT's `conversations` become `messages` unasked."""
+    columns = dict(mapping("columns", data.columns) or {})
+    for target, source in columns.items():
+        if target not in _TARGETS:
+            raise ValueError(f"columns names {target!r}: only {', '.join(_TARGETS)} can be made of columns.")
+        if source == "":
+            raise ValueError(
+                f"columns makes {target} of nothing: name a column; texts without prompts go by columns: "
+                "{text: COLUMN}, and every token of them is trained on."
+            )
+        for name in _fields(source):
+            if name not in available:
+                raise ValueError(f"columns refers to {name!r}, which is not in the data: {', '.join(available)}.")
+    if len(kinds := [kind for kind in _KINDS if kind & columns.keys()]) > 1:
+        first, second = (" or ".join(name for name in _TARGETS if name in kind) for kind in kinds[:2])
+        raise ValueError(f"columns makes both {first} and {second}, of which one is used: keep one.")
+    if "messages" not in available and "conversations" in available and not columns:
+        columns["messages"] = "conversations"
+    return columns
+
+
+def _used_columns(available: list[str], columns: dict[str, Any], unroll: bool) -> frozenset[str]:
+    """Which of the kinds of examples is trained on: what `columns` makes, else the first that is there."""
+    known = {*available, *columns}
+    asked = [kind for kind in _KINDS if kind & columns.keys()]
+    if unroll and "messages" in known and _PLAIN not in asked:
+        return _CONVERSATION
+    whole = [kind for kind in asked or _KINDS if kind <= known]
+    if not whole:
+        raise ValueError(
+            f"the data have the columns {', '.join(available)}: set columns, so that prompt and completion, messages, "
+            "or text, can be made of them, for example columns: {prompt: question, completion: answer}."
+        )
+    return whole[0]
 
 
 def _fields(source: Any) -> list[str]:
@@ -255,18 +277,10 @@ def encode(
 
     Raises `ValueError` if an example is too long, or if no example with a response remains.
     """
-    chat = "messages" in examples.column_names or isinstance(examples[0]["prompt"], list)
+    plain = "text" in examples.column_names
+    chat = not plain and ("messages" in examples.column_names or isinstance(examples[0]["prompt"], list))
     mark = chat and "messages" in examples.column_names and training.assistant_only_loss is not False
-    if training.assistant_only_loss and not mark:
-        raise ValueError(
-            "assistant_only_loss=True is for conversations (messages), and these are prompts and completions: leave it "
-            "out, only completions are trained on."
-        )
-    if "messages" in examples.column_names and training.completion_only_loss is not None:
-        raise ValueError(
-            f"completion_only_loss={training.completion_only_loss} is for prompts and completions, and these are "
-            "conversations (messages): use assistant_only_loss, or leave it out."
-        )
+    _check_loss(training, plain, "messages" in examples.column_names)
     every_turn = chat and training.assistant_only_loss is False and training.completion_only_loss is None
     encoded = examples.map(
         _encode_example,
@@ -289,12 +303,28 @@ def encode(
         )
     if not keep:
         raise ValueError(
-            f"no {name} example has a response to train on: check that completions, or assistant turns, are not empty."
+            f"no {name} example has a response to train on: check that completions, assistant turns or texts are not "
+            "empty."
         )
     without = len(encoded) - len(keep)
     encoded = encoded.select(keep) if without else encoded
     summary = _summary(encoded, name, without, too_long, training, limit)
+    summary += "; plain text, of which every token but an example's first is a target" if plain else ""
     return encoded.remove_columns(["length", "targets", "split"]), summary
+
+
+def _check_loss(training: L2DTrainingConfig, plain: bool, conversations: bool) -> None:
+    """Raise `ValueError` for a choice of targets that these examples do not offer."""
+    found = "conversations (messages)" if conversations else "plain texts" if plain else "prompts and completions"
+    if training.assistant_only_loss and not conversations:
+        remedy = "leave it out" if plain else "leave it out, only completions are trained on"
+        raise ValueError(f"assistant_only_loss=True is for conversations (messages), and these are {found}: {remedy}.")
+    if training.completion_only_loss is not None and (conversations or plain):
+        remedy = "use assistant_only_loss, or leave it out" if conversations else "leave it out"
+        raise ValueError(
+            f"completion_only_loss={training.completion_only_loss} is for prompts and completions, and these are "
+            f"{found}: {remedy}."
+        )
 
 
 def _chat_template(tokenizer: PreTrainedTokenizerBase, mark_assistant: bool) -> str | None:
@@ -316,6 +346,12 @@ def _encode_example(
     example: dict[str, Any], tokenizer: PreTrainedTokenizerBase, template: str | None, mark_assistant: bool, whole: bool
 ) -> dict[str, Any]:
     """`input_ids`, `labels` and their counts for one example; without a response all labels are -100."""
+    if "text" in example:
+        text = _text(example["text"])
+        if not isinstance(text, str):
+            raise ValueError(f"text must be texts, and an example holds {text!r:.80}: set columns to another column.")
+        tokens = _ended(tokenizer, text)
+        return _counted(tokens, tokens if text else [IGNORED] * len(tokens)) | {"split": False}
     if "messages" in example:
         tokens, labels = _encode_conversation(example, tokenizer, template, mark_assistant)
         return _counted(tokens, labels) | {"split": False}
@@ -328,6 +364,12 @@ def _counted(tokens: list[int], labels: list[int]) -> dict[str, Any]:
     return {"input_ids": tokens, "labels": labels, "length": len(tokens), "targets": targets}
 
 
+def _ended(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text and the end-of-sequence token, which is there once."""
+    tokens = tokenizer(text)["input_ids"]
+    return tokens if tokens and tokens[-1] == tokenizer.eos_token_id else [*tokens, tokenizer.eos_token_id]
+
+
 def _encode_pair(example, tokenizer, template: str | None, whole: bool) -> tuple[list[int], list[int], bool]:
     """Token ids, labels, and whether the prompt ends inside a token."""
     prompt, completion = _text(example["prompt"]), _text(example["completion"])
@@ -337,9 +379,7 @@ def _encode_pair(example, tokenizer, template: str | None, whole: bool) -> tuple
             f"{prompt!r:.60} and {completion!r:.60}: see columns."
         )
     if isinstance(prompt, str):
-        tokens = tokenizer(prompt + completion)["input_ids"]
-        if not tokens or tokens[-1] != tokenizer.eos_token_id:
-            tokens = [*tokens, tokenizer.eos_token_id]
+        tokens = _ended(tokenizer, prompt + completion)
         prompt_tokens = tokenizer(prompt)["input_ids"]
         empty = not completion
     else:

@@ -19,7 +19,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from l2d.losses import CHUNK_ELEMENTS
+from l2d.losses import chunk_rows
 from training.checks import longest_example
 from training.config import L2DTrainingConfig, named
 from training.console import say
@@ -53,6 +53,7 @@ class Shape:
     draws: int
     max_queries: int
     checkpointing: bool
+    device: str = "cuda"  # kind that it will run on
     scored: int = 1  # evaluations of each draw that have a loss,
     unscored: float = 0.0  # and on average before them, for a rollout
 
@@ -135,7 +136,7 @@ def read_data(recipe: Recipe) -> Any:
 
 def coloured(example: dict[str, Any], tokenizer: Any) -> str:
     """The decoded example, what is trained on in bold green and what is not in grey."""
-    parts, marked = [], [label != IGNORED for label in example["labels"]]
+    parts, marked = [], [place > 0 and label != IGNORED for place, label in enumerate(example["labels"])]
     start = 0
     for place in range(1, len(marked) + 1):
         if place == len(marked) or marked[place] != marked[start]:
@@ -149,7 +150,7 @@ def describe(encoded: Any) -> tuple[int, int, float]:
     """Number of examples, their mean length and their share of targets, the latter from up to 1,000 of them."""
     sample = encoded.select(range(min(len(encoded), 1000)))
     tokens = sum(len(row) for row in sample["labels"])
-    targets = sum(label != IGNORED for row in sample["labels"] for label in row)
+    targets = sum(label != IGNORED for row in sample["labels"] for label in row[1:])
     return len(encoded), max(round(tokens / len(sample)), 1), targets / tokens
 
 
@@ -166,6 +167,7 @@ def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, 
         window = window_length(training)
         rollout = {"scored": window, "unscored": (training.rollout_evaluations - window) / 2}
     base, stream_bytes = (model.base if l2d else model).config.get_text_config(), 2 if mixed else 4
+    device = "cuda" if mixed else "cpu"
     return Shape(
         base=base,
         method=recipe.model.method,
@@ -179,8 +181,9 @@ def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, 
         mean_length=length,
         response=response,
         draws=training.draws if l2d else 1,
-        max_queries=training.max_queries or default_queries(base, stream_bytes, "cuda" if mixed else "cpu"),
+        max_queries=training.max_queries or default_queries(base, stream_bytes, device),
         checkpointing=bool(training.activation_checkpointing),
+        device=device,
         **rollout,
     )
 
@@ -193,15 +196,17 @@ def estimate_memory(shape: Shape) -> dict[str, float]:
     kept, tokens = base.num_key_value_heads * head, shape.rows * shape.length
     block = layer_bytes(base, s, modulated=shape.method == "l2d")
     parts: dict[str, float] = {"frozen weights": shape.frozen * shape.frozen_bytes, _STATE: shape.trained * 16}
+    targets = math.ceil(tokens * shape.response)
     if shape.method == "l2d":
-        queries = min(math.ceil(tokens * shape.response) * shape.draws, shape.max_queries)
+        targets = queries = min(targets * shape.draws, shape.max_queries)
         per_layer = hidden * s if shape.checkpointing else block
         parts["keys and values of the main path"] = 2 * layers * kept * tokens * s
         parts["activations"] = queries * (layers * per_layer + (block if shape.checkpointing else 0))
     else:
         block += s * 2 * kept
         parts["activations"] = tokens * (layers * hidden * s + block if shape.checkpointing else layers * block)
-    parts["logits"] = 3 * 4 * CHUNK_ELEMENTS["cuda"]
+    chunk = min(chunk_rows(base.vocab_size, torch.device(shape.device)), targets)
+    parts["logits"] = 3 * 4 * chunk * base.vocab_size
     return parts
 
 

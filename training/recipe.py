@@ -5,6 +5,8 @@
 
 A recipe may begin with `extends: FILE` (or a list of files), relative to itself, and then says only what differs.
 
+`null`, in YAML or as `--option null`, takes an option back, unless null is a value of its own.
+
 Unknown names, wrong types, `--config=FILE` and files that are not there are one-sentence `ValueError`s, raised before
 anything heavy is imported where that is possible.
 """
@@ -44,36 +46,40 @@ def read_recipe(arguments: list[str]) -> Recipe:
     Raises `ValueError`, one sentence each, for whatever cannot be followed.
     """
     settings, rest = _split_config(arguments)
+    settings |= dict.fromkeys(_take_nulls(rest))
     if not {"-h", "--help"} & set(rest):
         held = (name for name, value in settings.items() if value not in (None, ""))
-        given = {*held, *(word[2:].split("=")[0].replace("-", "_") for word in rest if word.startswith("--"))}
+        given = {*held, *(_name_of(word) for word in rest if word.startswith("--"))}
         _check_required(given)
 
     from trl import TrlParser
 
     from training.checks import check_recipe
-    from training.config import DataArguments, L2DTrainingConfig, ModelArguments, option_types
+    from training.config import DataArguments, L2DTrainingConfig, ModelArguments, option_types, unset_by_null
 
     class Parser(TrlParser):
         def error(self, message: str) -> typing.NoReturn:
             raise ValueError(f"{message} (usage: {USAGE})")
 
     hints = option_types()
-    for name, value in settings.items():
+    for name in settings:
         _check_known(name, hints)
+    unset = unset_by_null()
+    settings = {name: value for name, value in settings.items() if value is not None or name not in unset}
+    for name, value in settings.items():
         settings[name] = _fitted(name, value, hints[name])
     parser = Parser((ModelArguments, DataArguments, L2DTrainingConfig), allow_abbrev=False, prog="training.train")
     parser.set_defaults_with_config(**settings)
     if not rest or not {"-h", "--help"} & set(rest):
         for flag in (word for word in rest if word.startswith("--")):
-            _check_known(re.sub("^no_", "", flag[2:].split("=")[0].replace("-", "_")), hints)
+            _check_known(re.sub("^no_", "", _name_of(flag)), hints)
     model, data, training, stray = parser.parse_args_and_config(rest, return_remaining_strings=True)
     if stray:
         raise ValueError(f"{stray[0]!r} belongs to no option: leave it out (usage: {USAGE})")
     given = set(settings)
     for word in rest:
         if word.startswith("--"):
-            name = word[2:].split("=")[0].replace("-", "_")
+            name = _name_of(word)
             name = name if name in hints else name.removeprefix("no_")
             given.add(name)
             value = next(getattr(part, name) for part in (model, data, training) if hasattr(part, name))
@@ -97,6 +103,26 @@ def _split_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     path = rest[position + 1]
     del rest[position : position + 2]
     return _load(path, "--config", ()), rest
+
+
+def _take_nulls(words: list[str]) -> list[str]:
+    """Remove every `--option null` (or `--option=null`) from `words`, and return the names of these options."""
+    taken = []
+    for place in reversed(range(len(words))):
+        alone = place + 2 >= len(words) or words[place + 2].startswith("--")
+        if words[place].startswith("--") and words[place].endswith("=null"):
+            taken.append(_name_of(words.pop(place)))
+        elif words[place].startswith("--") and words[place + 1 : place + 2] == ["null"] and alone:
+            taken.append(_name_of(words[place]))
+            del words[place : place + 2]
+    for word in words:
+        if word.startswith("--") and _name_of(word) in taken:
+            raise ValueError(f"--{_name_of(word)} is set and taken back: keep one.")
+    return taken
+
+
+def _name_of(flag: str) -> str:
+    return flag[2:].split("=")[0].replace("-", "_")
 
 
 def _load(path: str, asked_by: str, above: tuple[str, ...]) -> dict[str, Any]:

@@ -33,12 +33,13 @@ class SafeCheckpoints(SFTTrainer):
     """A trainer's checkpoints, atomic: a kill leaves an `unfinished-checkpoint-N`, never half of one."""
 
     resumed_from: str | None = None
+    began_at = 0  # step
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.stop = StopOnSignal(self)
         self.add_callback(self.stop)
-        self.add_callback(_RestoreCurve(self))
+        self.add_callback(_Beginning(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train, from the beginning or from a complete checkpoint of a run that was launched alike.
@@ -63,6 +64,16 @@ class SafeCheckpoints(SFTTrainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    @property
+    def made_steps(self) -> bool:
+        """Whether the training of this process made a step; all may have been made before it was started."""
+        return self.state.global_step > self.began_at
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; where no step was made there is no loss and no speed to sum up."""
+        if "train_runtime" not in logs or self.made_steps:
+            super().log(logs, start_time)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         name = f"checkpoint-{self.state.global_step}"
@@ -182,11 +193,12 @@ def _readable(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-class _RestoreCurve(TrainerCallback):
+class _Beginning(TrainerCallback):
     def __init__(self, trainer: SafeCheckpoints):
         self.trainer = trainer
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *others: Any, **kwargs: Any) -> None:
+        self.trainer.began_at = state.global_step
         if self.trainer.resumed_from:
             self.trainer.restore_curve(self.trainer.resumed_from)
 

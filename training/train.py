@@ -31,6 +31,7 @@ from training.checkpoints import (
     choose_checkpoint,
     clear_output_dir,
     clear_unfinished,
+    saved_step,
 )
 from training.console import PROCESSES, RANK, end, say
 from training.recipe import Recipe, read_recipe
@@ -234,9 +235,16 @@ def check_finite(trainer: Any) -> None:
 
 def leave_results(trainer: Any, job: Job, metrics: dict[str, float]) -> None:
     """Evaluate, and write metrics and the final model."""
-    trainer.log_metrics("train", metrics)
-    trainer.save_metrics("train", metrics)
-    trainer.save_state()
+    folder, step = job.recipe.training.output_dir, trainer.state.global_step
+    if trainer.made_steps:
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+    else:
+        there = os.path.isfile(os.path.join(folder, "train_results.json"))
+        kept = "train_results.json stays as it is" if there else "their train_results.json was never written"
+        say(f"all {step} steps were made before, {kept}: only evaluating and saving the final model")
+    if trainer.made_steps or saved_step(folder) != step:
+        trainer.save_state()
     if job.evaluation is not None:
         metrics = last_evaluation(trainer) or trainer.evaluate()
         trainer.log_metrics("eval", metrics)
