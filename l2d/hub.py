@@ -45,15 +45,17 @@ def checkpoint_folder(
     folder = config_folder(name, revision, subfolder, **access)
     if os.path.isdir(name):
         return folder
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
+    # Releases before 2 ask the hub what a commit holds even if it is not to be asked.
+    offline = {"local_files_only": True} if constants.HF_HUB_OFFLINE else {}
     place = f"{subfolder}/" if subfolder else ""
     wanted = [*(f"{place}{kind}" for kind in _KINDS), f"{place}*.jinja", f"{place}recipe.yaml"]
     unwanted = [*(f"{place}*/{kind}" for kind in _KINDS), f"{place}trainer_state.json"]
     commit = commit_of(folder)
     with _one_sentence(name, revision, access):
         snapshot = snapshot_download(
-            name, revision=commit or revision, allow_patterns=wanted, ignore_patterns=unwanted, **access
+            name, revision=commit or revision, allow_patterns=wanted, ignore_patterns=unwanted, **access | offline
         )
     folder = os.path.join(snapshot, subfolder) if subfolder else snapshot
     if not any(Path(folder).glob("*.safetensors")):

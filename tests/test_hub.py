@@ -119,6 +119,7 @@ def remote(cache, versions, tmp_path, monkeypatch) -> Remote:
     found = Remote(cache, folder)
     for name in ("hf_hub_download", "snapshot_download"):
         monkeypatch.setattr(huggingface_hub, name, getattr(found, name))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     return found
 
 
