@@ -46,7 +46,9 @@ def install(configuration: Any) -> None:
         ours = getattr(namespace, "model", None) == MODEL
         asked = _one_line(build, cls, namespace) if ours else build(cls, namespace)
         if asked.model != MODEL:
-            refuse_checkpoint(asked.model, asked.model_args or {})
+            given = asked.model_args or {}
+            if os.path.isdir(str(given.get("pretrained"))):  # names on a hub are for `simple_evaluate`, see `bridge`
+                refuse_checkpoint(asked.model, given)
             return asked
         file = getattr(namespace, "config", None)
         if namespace.device is None and "device" not in (cls.load_yaml_config(file) if file else ()):

@@ -5,6 +5,7 @@ The hub itself is replaced where `huggingface_hub` is called: files are put into
 Run: `python -m pytest tests/test_hub.py` (about 15 seconds)
 """
 
+import functools
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import torch
 import yaml
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from l2d import L2DForCausalLM
@@ -258,6 +260,19 @@ def test_the_harness_own_class_is_refused_before_anything_else_is_fetched(remote
         with pytest.raises(UsageError, match=f"pretrained='{NAME}' is an L2D checkpoint"):
             refuse_checkpoint("hf", f"pretrained={NAME},dtype=float32")
     assert set(remote.taken) == {"config.json"}
+
+
+def test_the_command_line_asks_the_hub_once_for_other_models(remote, monkeypatch):
+    """Without a network every question waits; a model of another kind is left to the harness."""
+    (remote.folder / "config.json").write_text('{"model_type": "llama"}')
+    few = functools.partialmethod(TaskManager.__init__, include_defaults=False)
+    monkeypatch.setattr(TaskManager, "__init__", few)
+    monkeypatch.setattr(HFLM, "__init__", lambda *_, **__: sys.exit("loaded"))
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    given = ["--model", "hf", "--model_args", f"pretrained={NAME}", "--tasks", "l2d_test_choice"]
+    with pytest.raises(SystemExit, match="^loaded$"):
+        lm_eval([*given, "--include_path", str(TASKS)])
+    assert remote.asked == [("file", None)]
 
 
 def test_only_what_is_read_is_fetched(remote, versions):

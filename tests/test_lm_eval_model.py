@@ -439,15 +439,6 @@ def test_what_a_task_changes_of_the_sampler_is_recorded(make_l2d, base_dir):
     }
 
 
-def test_records_of_several_processes_hold_each_setting_once():
-    one, two = RunRecord(), RunRecord()
-    one.add_sampler("gsm8k", {"budget": 3})
-    two.add_sampler("gsm8k", {"budget": 3})
-    two.add_sampler("math", {})
-    one.merge(two)
-    assert one.summary()["task_samplers"] == {"gsm8k": [{"budget": 3}], "math": [{}]}
-
-
 # ---- guidance by task -------------------------------------------------------------------------------------------
 
 

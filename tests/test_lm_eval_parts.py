@@ -209,3 +209,12 @@ def test_a_model_that_serves_two_runs_counts_each_by_itself(l2d_dir):
         assert sum(cost.solved_tokens for cost in info.requests) == info["scored_tokens"]
         seen.append(len(info.requests))
     assert seen == [3, 1, 0]
+
+
+def test_records_of_several_processes_hold_each_setting_once():
+    one, two = RunRecord(), RunRecord()
+    one.add_sampler("gsm8k", {"budget": 3})
+    two.add_sampler("gsm8k", {"budget": 3})
+    two.add_sampler("math", {})
+    one.merge(two)
+    assert one.summary()["task_samplers"] == {"gsm8k": [{"budget": 3}], "math": [{}]}
