@@ -1,11 +1,11 @@
 """`python -m l2d trace DIR ...` shows how tokens form; `python -m l2d chat DIR ...` talks to a checkpoint."""
 
-from l2d.command_line import Parser
+from l2d.cli.parser import Parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; users' mistakes end it with one line."""
-    from l2d import chat, trace
+    from l2d.cli import chat, trace
 
     parser = Parser(prog="python -m l2d", description="An L2D checkpoint at hand")
     commands = parser.add_subparsers(required=True, metavar="trace | chat")

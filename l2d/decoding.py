@@ -24,12 +24,12 @@ from transformers import (
     SynthIDTextWatermarkLogitsProcessor,
 )
 
-from l2d.evaluator import SiteSolution
-from l2d.main_path import MainPathState
-from l2d.noise import RequestNoise, default_keys, draw_token
+from l2d.network.main_path import MainPathState
 from l2d.sampler_config import SamplerConfig
-from l2d.sampling import speculates
-from l2d.speculation import queries_per_pass
+from l2d.sampling.evaluator import SiteSolution
+from l2d.sampling.noise import RequestNoise, default_keys, draw_token
+from l2d.sampling.solve import speculates
+from l2d.sampling.speculation import queries_per_pass
 from l2d.votes import solve_next
 
 if TYPE_CHECKING:

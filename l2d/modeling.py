@@ -21,16 +21,16 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput, logging
 
-from l2d import checkpoint
-from l2d.attention import QueryLayout
+from l2d.checkpoint import loading as checkpoint
 from l2d.config import L2DConfig, SamplerConfig
-from l2d.diffusion_path import DiffusionPath, NoisedTargets, Queries
 from l2d.fingerprint import fingerprint
 from l2d.generation import generate
-from l2d.main_path import Decoder, MainPathState, run_main_path
-from l2d.merging import DeltaMerger
-from l2d.objective import training_output
-from l2d.sampling import Solution, solve
+from l2d.loss import training_output
+from l2d.network.attention import QueryLayout
+from l2d.network.diffusion_path import DiffusionPath, NoisedTargets, Queries
+from l2d.network.main_path import Decoder, MainPathState, run_main_path
+from l2d.network.merged_weights import DeltaMerger
+from l2d.sampling.solve import Solution, solve
 from l2d.scoring import ScoreOutput, score
 
 __all__ = ["L2DConfig", "L2DForCausalLM", "L2DTrainingOutput"]

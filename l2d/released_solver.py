@@ -13,13 +13,13 @@ import torch
 from torchdiffeq import odeint
 
 from l2d.budget import FIXED_SOLVERS
-from l2d.diffusion_path import Queries
-from l2d.evaluator import clean_estimate
-from l2d.main_path import MainPathState
 from l2d.modeling import L2DForCausalLM
-from l2d.noise import draw_token
+from l2d.network.diffusion_path import Queries
+from l2d.network.main_path import MainPathState
 from l2d.sampler_config import temperature_at
-from l2d.sampling import Solution
+from l2d.sampling.evaluator import clean_estimate
+from l2d.sampling.noise import draw_token
+from l2d.sampling.solve import Solution
 
 
 @dataclasses.dataclass(frozen=True)

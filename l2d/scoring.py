@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from l2d.evaluator import Sites
-from l2d.main_path import MainPathState
-from l2d.noise import RequestNoise, default_keys
+from l2d.network.main_path import MainPathState
 from l2d.sampler_config import SamplerConfig
-from l2d.sampling import choice_uniforms_needed, solve_sites
-from l2d.solvers import fixed_grid
+from l2d.sampling.evaluator import Sites
+from l2d.sampling.fixed_grid import fixed_grid
+from l2d.sampling.noise import RequestNoise, default_keys
+from l2d.sampling.solve import choice_uniforms_needed, solve_sites
 
 if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM

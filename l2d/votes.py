@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from l2d.evaluator import LOGIT_ELEMENTS, Sites, SiteSolution
-from l2d.main_path import MainPathState
-from l2d.noise import RequestNoise
+from l2d.network.main_path import MainPathState
 from l2d.sampler_config import SamplerConfig
-from l2d.sampling import solve_sites
+from l2d.sampling.evaluator import LOGIT_ELEMENTS, Sites, SiteSolution
+from l2d.sampling.noise import RequestNoise
+from l2d.sampling.solve import solve_sites
 from l2d.scoring import make_sites
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ It needs no installed hook, so it also works where the package is only on `PYTHO
 import itertools
 import sys
 
-from lm_eval_ext import bridge
+from lm_eval_ext.harness import plugin as bridge
 
 
 def main(arguments: list[str] | None = None) -> None:

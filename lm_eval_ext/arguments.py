@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from l2d.checkpoint_folder import read_config_file
-from l2d.hub import checkpoint_folder, looks_local
+from l2d.checkpoint.hub import checkpoint_folder, looks_local
+from l2d.checkpoint.preflight import read_config_file
 from l2d.sampler_config import SamplerConfig
 
 logger = logging.getLogger(__name__)
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 BUDGET = "diffusion_budget"
 """Name under which users set `SamplerConfig.budget`."""
 AUTO = "auto"
-"""Value of `guidance_class` that chooses the class by task (`lm_eval_ext.guidance`)."""
+"""Value of `guidance_class` that chooses the class by task (`lm_eval_ext.requests.guidance`)."""
 SEARCH = "token_search"
-"""Name under which users choose a search over tokens (`lm_eval_ext.token_search`)."""
+"""Name under which users choose a search over tokens (`lm_eval_ext.requests.token_search`)."""
 
 
 class UsageError(SystemExit, ValueError):

@@ -26,19 +26,19 @@ from lm_eval.utils import simple_parse_args_string
 from transformers import AutoTokenizer
 
 from l2d import L2DForCausalLM
-from l2d.checkpoint import read_config
+from l2d.checkpoint.hub import commit_of
+from l2d.checkpoint.loading import read_config
 from l2d.config import base_config_from_dict
 from l2d.fingerprint import fingerprint
-from l2d.hub import commit_of
-from lm_eval_ext import compute_files
 from lm_eval_ext.argument_table import help_text
 from lm_eval_ext.arguments import AUTO, one_line, parse_arguments
-from lm_eval_ext.cache import claim_cache
-from lm_eval_ext.early import check_device
-from lm_eval_ext.generating import AnswersGeneration
-from lm_eval_ext.generation_requests import GenerationJob, resolve_guidance
-from lm_eval_ext.record import RunInfo, RunRecord, Source, sources
-from lm_eval_ext.scoring import AnswersScoring, ScoringRequest
+from lm_eval_ext.harness import compute_files
+from lm_eval_ext.harness.preflight import check_device
+from lm_eval_ext.harness.response_cache import claim_cache
+from lm_eval_ext.requests.compute_record import RunInfo, RunRecord, Source, sources
+from lm_eval_ext.requests.generate_until import AnswersGeneration
+from lm_eval_ext.requests.jobs import GenerationJob, resolve_guidance
+from lm_eval_ext.requests.loglikelihood import AnswersScoring, ScoringRequest
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@
       diffusion_budget: [3, 7, 15]
       guidance_scale: [1.0, 1.5]
     controls:                               # what a curve over the budget has to be compared with
-      one_evaluation: [0.02, 0.1]           # times, or the --json FILE of training.controls: its best time
+      one_evaluation: [0.02, 0.1]           # times, or the --json FILE of training.compare_budgets: its best time
       noise_free: CHECKPOINT                # trained with noise_free
       finetuned: [CHECKPOINT]               # plain models: --model hf
     run: {num_fewshot: 5, batch_size: 8}    # options of the lm_eval command line, of every setting
@@ -37,10 +37,10 @@ from typing import Any
 
 import yaml
 
-from l2d.command_line import Parser, check_folder
-from l2d.files import write_files
+from l2d.cli.files import write_files
+from l2d.cli.parser import Parser, check_folder
 from lm_eval_ext.arguments import BUDGET, SAMPLER_ARGUMENTS, SEARCH, UsageError, parse_arguments
-from lm_eval_ext.early import check_checkpoint
+from lm_eval_ext.harness.preflight import check_checkpoint
 from lm_eval_ext.sweep_controls import Point, read_controls
 
 KEYS = ("output", "tasks", "base", "model_args", "grid", "controls", "run")

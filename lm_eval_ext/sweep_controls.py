@@ -3,7 +3,8 @@
 - `Point`: a model and how it is sampled, with a name
 - `read_controls`: the key `controls` of a sweep's file -> points
 
-`one_evaluation` evaluates the path once, at the times given or at the best one of a file that `training.controls`
+`one_evaluation` evaluates the path once, at the times given or at the best one of a file that
+`training.compare_budgets`
 wrote; `noise_free` is the folder of a checkpoint trained with `noise_free`, `finetuned` one or more folders of
 plain models. What the harness itself takes (dtype, device, ...) is that of the sweep.
 """
@@ -68,14 +69,14 @@ def read_controls(controls: dict[str, Any], shared: dict[str, Any]) -> list[Poin
 
 
 def _times(value: Any) -> list[float]:
-    """Times of one evaluation: a list, or the best one in a file that `training.controls` wrote."""
+    """Times of one evaluation: a list, or the best one in a file that `training.compare_budgets` wrote."""
     if isinstance(value, str):
         try:
             value = [json.loads(Path(value).read_text(encoding="utf-8"))["best_time"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
                 f"controls: one_evaluation={value!r} is no file with a best_time: give one that "
-                "python -m training.controls --json FILE wrote, or a list of times."
+                "python -m training.compare_budgets --json FILE wrote, or a list of times."
             ) from error
     value = value if isinstance(value, list) else [value]
     try:

@@ -111,7 +111,7 @@ def test_the_hook_at_interpreter_start_loads_nothing_heavy(tmp_path):
         f"extra = set(sys.modules) - before; site.addsitedir({str(tmp_path)!r}); "
         "print(*sorted(set(sys.modules) - before - extra))"
     )
-    assert run(code, "-S", "-I").split() == ["lm_eval_ext", "lm_eval_ext.bridge"]
+    assert run(code, "-S", "-I").split() == ["lm_eval_ext", "lm_eval_ext.harness", "lm_eval_ext.harness.plugin"]
 
 
 # ---- public names ------------------------------------------------------------------------------------------------

@@ -45,7 +45,8 @@ BASELINE = {name: SMALL[name] for name in SMALL if name not in (
 INTERRUPTED = """
 import os, signal, sys
 from transformers import TrainerCallback
-from training import saving, train
+from training import train
+from training.checkpointing import atomic as saving
 
 at, where = int(os.environ["SIGNAL_AT"]), os.environ.get("SIGNAL_WHERE", "end")
 number = getattr(signal, "SIG" + os.environ.get("SIGNAL", "KILL"))
@@ -125,8 +126,8 @@ def draw_by_example(trainer: Any, inputs: dict[str, torch.Tensor], index: torch.
     """What `L2DTrainer._draw` gives, each row drawn from its own tokens; windows of rollouts must be whole rollouts."""
     from torch.nn.functional import pad
 
-    from l2d.diffusion_path import NoisedTargets
-    from training.noising import training_queries
+    from l2d.network.diffusion_path import NoisedTargets
+    from training.draws import training_queries
 
     rows, width = [], index.shape[1]
     for row, count in enumerate((index >= 0).sum(1).tolist()):

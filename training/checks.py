@@ -24,9 +24,9 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 from transformers.trainer_utils import SchedulerType
 
+from l2d.checkpoint.hub import looks_local
 from l2d.config import L2DConfig
-from l2d.hub import looks_local
-from training.checkpoints import NO_RESUME
+from training.checkpointing.resume import NO_RESUME
 from training.config import DataArguments, L2DTrainingConfig, ModelArguments, check_file, mapping, one_of
 from training.console import RANK
 

@@ -19,13 +19,13 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from l2d.losses import chunk_rows
+from l2d.network.cross_entropy import chunk_rows
 from training.checks import longest_example
 from training.config import L2DTrainingConfig, named
 from training.console import say
-from training.data import IGNORED, Unavailable
-from training.noising import window_length
-from training.pieces import default_queries, layer_bytes
+from training.data.loading import IGNORED, Unavailable
+from training.draws import window_length
+from training.microbatches import default_queries, layer_bytes
 from training.recipe import Recipe
 
 ASSUMED_LENGTH, ASSUMED_RESPONSE = 700, 0.5  # mean tokens per example and share of targets, where the data are not here
@@ -117,7 +117,7 @@ def build_on_meta(recipe: Recipe) -> PreTrainedModel:
 
 def read_data(recipe: Recipe) -> Any:
     """The encoded training examples, after printing three of them; `None`, with a note, if they are not at hand."""
-    from training.data import encode, load_examples, load_tokenizer
+    from training.data.loading import encode, load_examples, load_tokenizer
 
     model, training = recipe.model, recipe.training
     limit = longest_example(base_configuration(recipe), model, training)

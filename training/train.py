@@ -25,7 +25,8 @@ from typing import Any
 
 import yaml
 
-from training.checkpoints import (
+from training.checkpointing.disk_errors import Interrupted, writing
+from training.checkpointing.resume import (
     check_output_dir,
     check_same_model,
     choose_checkpoint,
@@ -35,7 +36,6 @@ from training.checkpoints import (
 )
 from training.console import PROCESSES, RANK, end, say
 from training.recipe import Recipe, read_recipe
-from training.writing import Interrupted, writing
 
 
 @dataclasses.dataclass
@@ -91,7 +91,7 @@ def prepare(recipe: Recipe) -> Job:
     say(why)
     limit = length_limit(recipe)
 
-    from training.data import encode, load_examples, load_tokenizer
+    from training.data.loading import encode, load_examples, load_tokenizer
 
     with training.main_process_first(desc="preparing data"):
         tokenizer = load_tokenizer(model, training)
@@ -146,7 +146,7 @@ def build_trainer(job: Job) -> Any:
     import torch
     from transformers import set_seed
 
-    from l2d.checkpoint import load_base
+    from l2d.checkpoint.loading import load_base
     from training.config import named
 
     model, training = job.recipe.model, job.recipe.training
@@ -173,7 +173,7 @@ def build_trainer(job: Job) -> Any:
         trainer = L2DTrainer(model=L2DForCausalLM.from_base(model.base, model.l2d_config(), **options), **common)
     else:
         base = load_base(named("base", model.base), **options)
-        from training.saving import BaselineTrainer
+        from training.checkpointing.atomic import BaselineTrainer
 
         trainer = BaselineTrainer(model=base, peft_config=model.lora_config(), **common)
     if job.checkpoint is not None:

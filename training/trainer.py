@@ -23,16 +23,16 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from l2d.diffusion_path import NoisedTargets
 from l2d.modeling import L2DForCausalLM, L2DTrainingOutput
-from training.budgets import budget_accuracy, write_samples
-from training.card import model_card
-from training.checkpoints import check_same_model
+from l2d.network.diffusion_path import NoisedTargets
+from training.budget_metrics import budget_accuracy, write_samples
+from training.checkpointing.atomic import SafeCheckpoints
+from training.checkpointing.resume import check_same_model
 from training.checks import check_objective, refuse_ignored_by_l2d
 from training.config import L2DTrainingConfig
-from training.noising import evaluation_queries, training_queries, window_length
-from training.pieces import default_queries, split_queries
-from training.saving import SafeCheckpoints
+from training.draws import evaluation_queries, training_queries, window_length
+from training.microbatches import default_queries, split_queries
+from training.model_card import model_card
 
 
 class L2DTrainer(SafeCheckpoints, SFTTrainer):

@@ -6,8 +6,8 @@
 import sys
 from pathlib import Path
 
-from l2d.command_line import Parser, check_folder
-from l2d.files import write_files
+from l2d.cli.files import write_files
+from l2d.cli.parser import Parser, check_folder
 from lm_eval_ext.leaderboard.board import Board, build_board
 from lm_eval_ext.leaderboard.files import read_runs
 from lm_eval_ext.leaderboard.page import html_page

@@ -19,7 +19,17 @@ from tests.training_runs import SMALL, sums, write_jsonl, write_recipe
 
 TRAIN, SWEEP, REPORT, TOOL = "training.train", "lm_eval_ext.sweep", "lm_eval_ext.leaderboard.__main__", "l2d.__main__"
 EVALUATE = "lm_eval_ext.__main__"
-_MODULES = [TRAIN, SWEEP, REPORT, TOOL, EVALUATE, "training.trainer", "training.data", "l2d.modeling", "datasets"]
+_MODULES = [
+    TRAIN,
+    SWEEP,
+    REPORT,
+    TOOL,
+    EVALUATE,
+    "training.trainer",
+    "training.data.loading",
+    "l2d.modeling",
+    "datasets",
+]
 _MODULES += ["lm_eval_ext.model", "lm_eval._cli", "lm_eval_ext.leaderboard.page", "jinja2", "scipy.stats"]
 # The harness's own tasks are left out: looking through them takes most of a short run's time.
 _FEW_TASKS = """

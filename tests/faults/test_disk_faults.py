@@ -16,9 +16,9 @@ from tests.faults.conftest import EVALUATE, REPORT, SWEEP, TOOL, TRAIN
 from tests.faults.nursery import Command
 from tests.faults.test_killed_evaluation import answers, write_sweep
 from tests.integration.harness import TASKS
-from tests.test_leaderboard import write_demo
+from tests.lm_eval_ext.test_leaderboard import write_demo
 from tests.training_runs import same_bits, weights, write_recipe
-from training.checkpoints import missing_parts
+from training.checkpointing.resume import missing_parts
 
 
 def refused(done: Command, *said: str) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from l2d import L2DForCausalLM
 from l2d.released import load_released, read_folder
-from lm_eval_ext.cache import claim_cache
+from lm_eval_ext.harness.response_cache import claim_cache
 from tests.conftest import REPOSITORY
 from tests.faults.conftest import EVALUATE, TOOL, TRAIN
 from tests.faults.test_disk_faults import refused

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from l2d.trace import Candidate, TokenTrace, Trace, terminal_text
-from l2d.trace_page import html_page
+from l2d.cli.trace import Candidate, TokenTrace, Trace, terminal_text
+from l2d.cli.trace_page import html_page
 from lm_eval_ext.leaderboard.__main__ import write_leaderboard
 from tests.browser.chromium import Browser, find_chromium
-from tests.test_leaderboard import write_run
+from tests.lm_eval_ext.test_leaderboard import write_run
 
 ACT = "window.hacked=1"
 PIECES = [

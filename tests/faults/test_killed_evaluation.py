@@ -15,7 +15,7 @@ from lm_eval_ext.leaderboard.files import read_runs
 from lm_eval_ext.sweep import read_plan, table
 from tests.faults.conftest import REPORT, SWEEP
 from tests.integration.harness import TASKS
-from tests.test_leaderboard import write_demo
+from tests.lm_eval_ext.test_leaderboard import write_demo
 
 SWEEP_KILLS, REPORT_KILLS = 6, 20
 

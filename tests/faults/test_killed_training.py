@@ -13,7 +13,7 @@ import pytest
 from l2d import L2DForCausalLM
 from tests.faults.conftest import STEPS, TRAIN
 from tests.training_runs import logged, same_bits, train_in_process, weights, write_recipe
-from training.checkpoints import missing_parts
+from training.checkpointing.resume import missing_parts
 
 KILLS = 20
 

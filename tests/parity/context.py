@@ -8,9 +8,9 @@ import functools
 
 import torch
 
-from l2d.diffusion_path import Queries
-from l2d.main_path import MainPathState
 from l2d.modeling import L2DForCausalLM
+from l2d.network.diffusion_path import Queries
+from l2d.network.main_path import MainPathState
 from tests.parity.fixtures import Case
 from tests.parity.report import Recorder
 

@@ -8,7 +8,7 @@
 import torch
 from transformers import DynamicCache
 
-from l2d.diffusion_path import Queries
+from l2d.network.diffusion_path import Queries
 from l2d.sampler_config import SamplerConfig
 from tests.parity.context import Context
 

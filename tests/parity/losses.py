@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from l2d.diffusion_path import NoisedTargets, Queries
+from l2d.network.diffusion_path import NoisedTargets, Queries
 from l2d.released import parameter_name
 from tests.parity.context import Context
 from tests.parity.report import TOLERANCES

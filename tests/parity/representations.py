@@ -6,8 +6,8 @@
 
 import torch
 
-from l2d.evaluator import clean_estimate
 from l2d.released import parameter_name
+from l2d.sampling.evaluator import clean_estimate
 from tests.parity.context import Context
 
 

@@ -14,7 +14,7 @@ import torch
 from l2d.budget import ADAPTIVE_SOLVERS, FIXED_SOLVERS, budget_for_levels
 from l2d.released_solver import ReleasedSolver, released_solve
 from l2d.sampler_config import SamplerConfig
-from l2d.sampling import Solution
+from l2d.sampling.solve import Solution
 from tests.parity.context import Context
 from tests.parity.report import TOLERANCES
 

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from l2d.command_line import Parser
+from l2d.cli.parser import Parser
 from training.demo.plan import NOISE_FREE_STEPS, SETTINGS, STEPS, TASKS, build_steps, recipes, write_recipes
 from training.demo.runner import ROOT, environment, run_or_exit
 from training.demo.workspace import Workspace, open_workspace

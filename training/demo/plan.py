@@ -3,7 +3,7 @@
 * `recipes`: what the five trainings are told; one YAML file each
 * `SETTINGS`: which models are evaluated, and how
 * `build_steps`: data, base, five trainings (`python -m training.train`), the best time of one evaluation for the two
-  budget curves (`python -m training.controls`, on validation data), and for every setting its evaluations
+  budget curves (`python -m training.compare_budgets`, on validation data), and for every setting its evaluations
 * `lm_eval_command`: one evaluation; every setting has two, one greedy and one sampled at temperature 1
 """
 
@@ -150,13 +150,13 @@ def build_steps(out: Path) -> list[Step]:
 
 
 def chosen(out: Path, folder: str) -> dict[str, Any]:
-    """What `training.controls` found for the checkpoint in `folder`."""
+    """What `training.compare_budgets` found for the checkpoint in `folder`."""
     return json.loads((out / f"{folder}_controls.json").read_text(encoding="utf-8"))
 
 
 def _choice(out: Path, folder: str) -> Step:
     file = out / f"{folder}_controls.json"
-    command = (sys.executable, "-m", "training.controls", str(out / folder), "--json", str(file))
+    command = (sys.executable, "-m", "training.compare_budgets", str(out / folder), "--json", str(file))
     return Step(
         f"choose time {folder}",
         (*command, "--data", str(out / "data" / "products_validation.jsonl"), "--batch_size", "256", "--device", "cpu"),

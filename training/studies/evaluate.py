@@ -5,7 +5,8 @@
 * `measure`: per problem, whether greedy decoding gives the answer, and how likely sampling at temperature 1 is to
 * `settings`: what is measured of a path, carried or not, or of a noise-free one
 
-Both come from scoring the true answers, as `training.controls` does. An answer is sampled with the product of its
+Both come from scoring the true answers, as `training.compare_budgets` does. An answer is sampled with the product
+of its
 tokens' probabilities: that is the expectation of sampled exact match, without the noise of drawing.
 
 Legend: N problems, S positions.
@@ -24,8 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from l2d import L2DForCausalLM
 from l2d.sampler_config import NOISE_FREE_SAMPLER
-from training import controls
-from training.controls import BUDGETS, single_evaluation
+from training import compare_budgets as controls
+from training.compare_budgets import BUDGETS, single_evaluation
 from training.demo.base import encode_rows
 from training.demo.data import read_rows
 

@@ -20,7 +20,7 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from training.controls import BUDGETS
+from training.compare_budgets import BUDGETS
 from training.demo.runner import ROOT
 from training.studies.evaluate import VOTES
 from training.studies.plan import METHODS, SEEDS, Run, result_file, timing_file

@@ -1,0 +1,244 @@
+"""Loading: a checkpoint's trained tensors, and the base that they belong to.
+
+- `load`: what `L2DForCausalLM.from_pretrained` does
+- `load_base`, `base_name`, `describe_base`: the frozen base and what a checkpoint records of it
+- `read_tensors`: trained tensors of a checkpoint folder, whole or sharded (safetensors only)
+- `record_digests`: what `save_pretrained` notes of the files that belong together
+
+A checkpoint without its base, with another base, with missing, extra, misshapen or non-finite tensors, or with files
+that are not those that were saved together is refused. Checkpoints without digests are taken without that last check.
+"""
+
+import copy
+import json
+import os
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils import (
+    CONFIG_NAME,
+    GENERATION_CONFIG_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+)
+
+from l2d.checkpoint.hub import checkpoint_folder, config_folder
+from l2d.checkpoint.preflight import base_location
+from l2d.config import L2DConfig
+from l2d.digest import check_settings, settings_digest, tensors_digest
+from l2d.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from l2d.modeling import L2DForCausalLM
+
+_ACCESS_ARGUMENTS = ("cache_dir", "token", "local_files_only", "force_download")  # to the checkpoint and to its base
+_HUB_ARGUMENTS = ("revision", "subfolder", *_ACCESS_ARGUMENTS)
+
+
+def base_name(base: PreTrainedModel) -> str | None:
+    """Where `base` was loaded from: the absolute path of a folder, or a hub name; `None` if it never was."""
+    name = base.config._name_or_path or None
+    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
+
+
+def describe_base(config: L2DConfig, base: PreTrainedModel) -> None:
+    """Record the base's configuration in `config`, and the token ids that transformers reads from there."""
+    description = base.config.to_dict()
+    for volatile in ("_name_or_path", "transformers_version"):
+        description.pop(volatile, None)
+    config.base_config = description
+    text = base.config.get_text_config()
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(text, name, None))
+    config.vocab_size = text.vocab_size
+    config.hidden_size = text.hidden_size
+    config.tie_word_embeddings = False  # the base ties its own
+
+
+def load_base(name: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
+    """Load a base by folder or hub name; `dtype` defaults to the one it is stored in."""
+    kwargs.setdefault("dtype", "auto")
+    given = os.fspath(name)
+    try:
+        known = {key: value for key, value in kwargs.items() if key in (*_HUB_ARGUMENTS, "trust_remote_code")}
+        model_type = AutoConfig.from_pretrained(name, **known).model_type
+        if model_type != "l2d":
+            base, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
+            if lacking := sorted(info["missing_keys"]):
+                raise ValueError(f"its files lack {len(lacking)} tensors, {lacking[0]!r} first")
+            return base
+    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"base={given!r} could not be loaded ({reason}); give a folder or hub name of the base model."
+        ) from error
+    raise ValueError(f"base={given!r} is itself an L2D checkpoint; name the model that it was trained on.")
+
+
+def load(
+    cls: "type[L2DForCausalLM]",
+    name: str | os.PathLike,
+    *,
+    base: Any = None,
+    config: L2DConfig | None = None,
+    **kwargs: Any,
+) -> "L2DForCausalLM":
+    """Load checkpoint `name`, around its recorded base or around `base`; see `L2DForCausalLM.from_pretrained`."""
+    for unused in ("state_dict", "output_loading_info"):
+        if kwargs.pop(unused, None) not in (None, False):
+            raise ValueError(f"{unused} cannot be used: the trained tensors are those of the folder; leave it out.")
+    if not isinstance(config, (L2DConfig, type(None))):
+        raise ValueError(f"config={config!r} must be an L2DConfig; leave it out to take that of the checkpoint.")
+    for internal in ("_from_auto", "adapter_kwargs", "_commit_hash"):
+        kwargs.pop(internal, None)
+    hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
+    access = {key: value for key, value in hub.items() if key in _ACCESS_ARGUMENTS}
+    if os.path.isdir(name):
+        hub.pop("revision", None)  # as in transformers
+    if config is None:
+        config = read_config(config_folder(name, **hub))  # before the rest is fetched
+    folder = checkpoint_folder(name, **hub)
+    tensors = read_tensors(folder)
+    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+    if isinstance(dtype, str) and dtype != "auto":
+        dtype = _dtype(dtype)
+    given = base
+    if not isinstance(base, PreTrainedModel):
+        where = base_location(name, config.base_name_or_path, base)
+        base = load_base(where, revision=config.base_revision, **access, **kwargs)
+    _check_base(name, config, base)
+    on_meta = [p.is_meta for p in base.parameters()]
+    if any(on_meta) and not all(on_meta):
+        raise ValueError(
+            "device_map offloads a part of the base, whose weights the diffusion path shares: name a device_map that "
+            "keeps all of it on devices."
+        )
+    if not config.base_config:
+        describe_base(config, base)
+    if isinstance(dtype, torch.dtype) and any(p.dtype != dtype for p in base.parameters()):
+        base = (copy.deepcopy(base) if base is given else base).to(dtype)  # the caller's model stays as it is
+    model = cls(config, base=base)
+    _fill(model, tensors, os.fspath(name))
+    if config.tensors_digest not in (None, tensors_digest(tensors)):
+        raise ValueError(
+            f"pretrained={os.fspath(name)!r}: the tensors are not those that config.json was saved with: the files are "
+            "damaged or of several checkpoints, copy the whole folder again."
+        )
+    if config.variant == "full":  # copies of the base's projections run in the base's dtype
+        for layer in model.path.layers:
+            layer.twin.to(base.dtype)
+    if _read_json(folder, GENERATION_CONFIG_NAME, config.generation_digest) is not None:  # else the base's stays
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.name_or_path = os.fspath(name)
+    return model.eval()
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype={name!r} is not known; choose 'auto', 'float32', 'bfloat16' or 'float16'.")
+    return dtype
+
+
+def read_config(name: str | os.PathLike) -> L2DConfig:
+    """The configuration of the L2D checkpoint in folder `name`; `ValueError` where there is none, or a damaged one."""
+    content = _read_json(name, CONFIG_NAME, None)
+    if content is None:
+        raise ValueError(f"pretrained={os.fspath(name)!r} is not an L2D checkpoint: it holds no {CONFIG_NAME}.")
+    if content.get("model_type") != L2DConfig.model_type:
+        raise ValueError(
+            f"pretrained={os.fspath(name)!r} holds a {content.get('model_type')!r} model, not an L2D checkpoint: "
+            "train one with training.train, or use the model as it is."
+        )
+    check_settings(name, CONFIG_NAME, content, content.get("settings_digest"))
+    try:
+        return L2DConfig.from_pretrained(name)
+    except (ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{CONFIG_NAME} of {os.fspath(name)!r} cannot be used: {reason}") from error
+
+
+def _read_json(name: str | os.PathLike, file: str, digest: str | None) -> dict[str, Any] | None:
+    """Content of a checkpoint's JSON file, `None` if it has none; `ValueError` if it is not the one of `digest`."""
+    path = Path(name) / file
+    if not path.is_file():
+        if digest is not None:
+            raise ValueError(f"pretrained={os.fspath(name)!r} lacks {file}: the checkpoint is incomplete.")
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("it holds no mapping")
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read ({error}): the file is damaged, restore it or save again.") from error
+    check_settings(name, file, content, digest)
+    return content
+
+
+def record_digests(model: "L2DForCausalLM", folder: str | os.PathLike, tensors: dict[str, torch.Tensor]) -> None:
+    """Note in the model's configuration what is about to be saved in `folder`, and write its generation settings."""
+    if os.path.isfile(folder):
+        raise ValueError(f"save_directory={os.fspath(folder)!r} is a file: give a folder.")
+    model.generation_config.save_pretrained(folder)
+    model.config.generation_digest = settings_digest(_read_json(folder, GENERATION_CONFIG_NAME, None) or {})
+    model.config.tensors_digest = tensors_digest(tensors)
+
+
+def read_tensors(name: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """All tensors of the checkpoint in folder `name` on the CPU; `ValueError` names a missing or unreadable file."""
+    files = {SAFE_WEIGHTS_NAME}
+    index = _read_json(name, SAFE_WEIGHTS_INDEX_NAME, None)
+    if index is not None:
+        shards = index.get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(f, str) and f == Path(f).name for f in shards.values()):
+            raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} of {os.fspath(name)!r} names no files: restore it.")
+        files = set(shards.values())
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(files):
+        path = Path(name) / file
+        if not path.is_file():
+            raise ValueError(f"pretrained={os.fspath(name)!r} lacks {file}: the checkpoint is incomplete.")
+        try:
+            tensors.update(load_file(path))
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path} cannot be read ({error}): the file is damaged, restore it or save again."
+            ) from error
+    return tensors
+
+
+def _check_base(name: str | os.PathLike, config: L2DConfig, base: PreTrainedModel) -> None:
+    if config.base_fingerprint is None or any(p.is_meta for p in base.parameters()):
+        return
+    found = fingerprint(base)
+    if found != config.base_fingerprint:
+        where = base.config._name_or_path or "the given model"
+        raise ValueError(
+            f"base={where!r} is not the base that {os.fspath(name)!r} was trained on (fingerprint {found}, expected "
+            f"{config.base_fingerprint}): pass base= with the original weights."
+        )
+
+
+@torch.no_grad()
+def _fill(model: "L2DForCausalLM", tensors: dict[str, torch.Tensor], name: str) -> None:
+    wanted = dict(model.trained_parameters())
+    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    for what, names in (("lacks", missing), ("holds unexpected", extra)):
+        if names:
+            raise ValueError(f"pretrained={name!r} {what} {len(names)} tensors ({names[0]}, ...): it is not intact.")
+    for key, parameter in wanted.items():
+        value = tensors[key]
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"pretrained={name!r}: tensor {key} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}."
+            )
+        if not value.is_floating_point():
+            raise ValueError(f"pretrained={name!r}: tensor {key} holds {value.dtype}, expected floating point.")
+        if not torch.isfinite(value).all():
+            raise ValueError(f"pretrained={name!r}: tensor {key} holds values that are not finite.")
+        parameter.copy_(value)

@@ -1,0 +1,1 @@
+"""The commands of `python -m l2d` and what they share."""

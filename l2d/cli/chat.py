@@ -1,0 +1,261 @@
+"""Talk to a checkpoint: streaming, with budget, guidance, votes and seed changeable on the way.
+
+- `Chat`: the conversation; `answer` gives the next reply through `generate`, as the evaluation would
+- `command`: what `/budget 31` and its like do
+- `run`: `python -m l2d chat DIR [--budget T ...]`
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from l2d.cli.session import Session, add_sampler_arguments, decoding_options, sampler_from, session_from
+from l2d.cli.terminal import harmless, shade
+
+HELP = """/budget T          evaluations per token; 1 is the base
+/guidance G [NAME] guidance scale and class; 1 is none
+/votes M           noise draws per token, whose probabilities are averaged
+/seed N            of all noise
+/temperature X     of the output tokens; 0 is greedy
+/tint              answers once more, tinted by compute: on or off
+/new               forget the conversation
+/settings          what holds now
+/help, /quit"""
+
+
+USUAL_LENGTH = 256
+"""Most tokens of an answer where nothing else is asked for."""
+
+
+@dataclasses.dataclass
+class Reply:
+    """One answer: its text, the texts of its tokens, and their cost (rounds, computed and asked evaluations)."""
+
+    text: str
+    pieces: list[str]
+    asked: list[int]
+    computed: list[int]
+    rounds: list[int]
+
+
+class Streamer:
+    """Writes tokens as they come; passed to `generate`.
+
+    Args:
+        session: decodes; write: takes text; hidden: tokens that are not shown.
+    """
+
+    def __init__(self, session: Session, write: Callable[[str], Any], hidden: list[int]):
+        self.session, self.write, self.hidden = session, write, hidden
+        self.tokens: list[int] = []
+        self.written = 0
+        self.prompt = True
+
+    def put(self, tokens: Any) -> None:
+        """Take the next token of the only row, and write what is certain of the text so far.
+
+        What comes first is the prompt (transformers' convention): it is not shown.
+        """
+        if self.prompt:
+            self.prompt = False
+            return
+        self.tokens += [token for token in tokens.flatten().tolist() if token not in self.hidden]
+        text = self.session.tokenizer.decode(self.tokens, skip_special_tokens=False)
+        if not text.endswith("\ufffd"):  # the rest of a character is still to come
+            self._write(text)
+
+    def end(self) -> None:
+        """Write what is left."""
+        self._write(self.session.tokenizer.decode(self.tokens, skip_special_tokens=False))
+
+    def _write(self, text: str) -> None:
+        self.write(harmless(text[self.written :]))
+        self.written = len(text)
+
+
+class Chat:
+    """A conversation with a model.
+
+    Attributes:
+        messages: roles and contents so far.
+        sampler: settings that differ from the checkpoint's own; temperature, max_new_tokens: of the answers.
+        plain: no chat template: the prompt is what the user wrote, and nothing is remembered.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        sampler: dict[str, Any] | None = None,
+        temperature: float = 0.0,
+        max_new_tokens: int | None = None,
+        system: str | None = None,
+        plain: bool = False,
+    ):
+        self.session, self.plain = session, plain
+        self.sampler = dict(sampler or {})
+        self.temperature, self.max_new_tokens = temperature, session.answer_length(max_new_tokens, USUAL_LENGTH)
+        self.start = [{"role": "system", "content": system}] if system else []
+        self.messages: list[dict[str, str]] = list(self.start)
+        self.tint = False
+        self._check(self.sampler, temperature)
+        if not plain and session.tokenizer.chat_template is None:
+            raise ValueError("the tokenizer of this checkpoint has no chat template: use --plain.")
+
+    def _check(self, sampler: dict[str, Any], temperature: float) -> None:
+        self.session.model.sampler(sampler)
+        decoding_options(temperature, self.max_new_tokens)
+
+    def change(self, temperature: float | None = None, **sampler: Any) -> None:
+        """Change settings from the next answer on; impossible ones raise `ValueError` and change nothing."""
+        merged = {**self.sampler, **sampler}
+        warmth = self.temperature if temperature is None else temperature
+        self._check(merged, warmth)
+        self.sampler, self.temperature = merged, warmth
+
+    def reset(self) -> None:
+        """Forget the conversation, not the settings."""
+        self.messages = list(self.start)
+
+    def prompt(self, text: str) -> list[int]:
+        """Tokens of the conversation with `text` as the user's next words, the last ones that leave room to answer."""
+        if not self.plain:
+            text = self.session.conversation_text([*self.messages, {"role": "user", "content": text}])
+        return self.session.encode(text)[-(self.session.longest - self.max_new_tokens) :]
+
+    def answer(self, text: str, write: Callable[[str], Any] = lambda piece: None) -> Reply:
+        """Answer the user's `text`, streaming through `write`; the conversation grows by both.
+
+        Noise is keyed by the prompt's tokens, as in the evaluation: the same words get the same answer.
+        """
+        import torch
+
+        model, end = self.session.model, self.session.end_tokens()
+        ids = self.prompt(text)
+        sequences, record = model.generate(
+            torch.tensor([ids], device=model.device),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
+            sampler=model.sampler(self.sampler),
+            return_record=True,
+            streamer=Streamer(self.session, write, end),
+            **self.session.ending(),
+            **decoding_options(self.temperature, self.max_new_tokens),
+        )
+        tokens = [token for token in sequences[0, len(ids) :].tolist() if token not in end]
+        pieces = self.session.pieces(tokens)
+        said = self.session.tokenizer.decode(tokens, skip_special_tokens=False)
+        if not self.plain:
+            self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
+        return Reply(said, pieces, *(getattr(record, name)[0] for name in ("asked", "computed", "rounds")))
+
+    def settings(self) -> str:
+        """What holds now, in one line."""
+        sampler = self.session.model.sampler(self.sampler)
+        parts = [f"T = {sampler.budget}, {sampler.solver}", f"seed {sampler.seed}", f"temperature {self.temperature:g}"]
+        if sampler.guided or sampler.guidance_class is not None:
+            parts.append(f"guidance {sampler.guidance_scale:g} towards {sampler.guidance_class}")
+        if sampler.votes > 1:
+            parts.append(f"{sampler.votes} votes")
+        return ", ".join(parts)
+
+
+def command(chat: Chat, line: str) -> str | None:
+    """Do what a line that begins with / says; returns what to tell the user, `None` to quit. Raises `ValueError`."""
+    name, *values = line[1:].split() or [""]
+    if name in ("quit", "exit", "q"):
+        return None
+    if name == "new":
+        chat.reset()
+        return "The conversation starts anew."
+    if name == "tint":
+        chat.tint = not chat.tint
+        return f"Tint is {'on' if chat.tint else 'off'}."
+    changes = ("budget", "votes", "seed", "temperature")
+    if name in changes and len(values) == 1:
+        chat.change(**{name: _number(name, values[0], float if name == "temperature" else int)})
+    elif name == "guidance" and len(values) in (1, 2):
+        wanted: dict[str, Any] = {"guidance_scale": _number(name, values[0], float)}
+        if len(values) == 2:
+            wanted["guidance_class"] = values[1]
+        chat.change(**wanted)
+    elif name == "help":
+        return HELP
+    elif name in (*changes, "guidance"):
+        raise ValueError(f"/{name} takes {'one or two values' if name == 'guidance' else 'one value'}.\n{HELP}")
+    elif name != "settings":
+        raise ValueError(f"/{name} is not known.\n{HELP}")
+    return chat.settings()
+
+
+def _number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
+    try:
+        return kind(text)
+    except ValueError as error:
+        raise ValueError(f"/{name} {text} must be a number: write for example /{name} 1.") from error
+
+
+def tinted(reply: Reply, colour: bool = True) -> str:
+    """The answer's tokens on backgrounds that are the brighter the more evaluations they took."""
+    most, least = max(reply.computed, default=0), min(reply.computed, default=0)
+    spread = max(1, most - least)
+    shares = [(count - least) / spread for count in reply.computed]
+    return "".join(shade(piece, share, colour) for piece, share in zip(reply.pieces, shares, strict=False))
+
+
+def summary(reply: Reply) -> str:
+    """What the answer cost, in one line."""
+    count = max(1, len(reply.computed))
+    return (
+        f"{len(reply.computed)} tokens, {sum(reply.computed) / count:.1f} evaluations and "
+        f"{sum(reply.rounds) / count:.2f} rounds each"
+    )
+
+
+# ---- command line ------------------------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m l2d chat`."""
+    add_sampler_arguments(parser)
+    parser.add_argument("--system", help="system message")
+    parser.add_argument("--plain", action="store_true", help="no chat template: continue what is typed")
+    parser.add_argument("--tint", action="store_true", help="show each answer once more, tinted by compute")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Chat on the terminal until /quit or the end of the input. Raises `ValueError`."""
+    session = session_from(given, template=not given.plain)
+    sampler = sampler_from(given)
+    chat = Chat(session, sampler, given.temperature, given.max_new_tokens, given.system, given.plain)
+    chat.tint = given.tint
+    print(f"{chat.settings()}. /help lists what may be changed.")
+    colour = sys.stdout.isatty()
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line.startswith("/"):
+            try:
+                told = command(chat, line)
+            except ValueError as error:
+                told = str(error)
+            if told is None:
+                return
+            print(told)
+        elif line.strip():
+            _turn(chat, line, colour)
+
+
+def _turn(chat: Chat, line: str, colour: bool) -> None:
+    try:
+        reply = chat.answer(line, write=lambda piece: print(piece, end="", flush=True))
+    except KeyboardInterrupt:
+        print("\n(stopped; this turn is forgotten)")
+        return
+    print()
+    if chat.tint:
+        print(tinted(reply, colour))
+        print(summary(reply))

@@ -1,0 +1,196 @@
+"""A loaded checkpoint with its tokenizer, for use by hand: `trace` and `chat`.
+
+- `Session`: prompts and conversations to tokens, exactly as the evaluation does it; end tokens; text of single tokens
+- `load_session`: from a checkpoint's folder or hub name; `tokenizer_source`: where its tokenizer is
+- `add_sampler_arguments`, `sampler_from`, `session_from`: sampler settings on a command line, checked before loading
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2d.budget import ADAPTIVE_SOLVERS, FIXED_SOLVERS
+from l2d.checkpoint.hub import checkpoint_folder
+from l2d.checkpoint.preflight import base_location, check_files, check_sampler, read_config_file
+
+if TYPE_CHECKING:
+    from l2d.modeling import L2DForCausalLM
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclasses.dataclass
+class Session:
+    """A model and its tokenizer."""
+
+    model: "L2DForCausalLM"
+    tokenizer: Any
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a prompt; a start token is added unless the text begins with it. At least one token.
+
+        Raises `ValueError` where there is none.
+        """
+        begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
+        tokens = self.tokenizer(text, **({"add_special_tokens": False} if begins else {}))["input_ids"]
+        fallback = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        found = tokens or [token for token in fallback if token is not None][:1]
+        if not found:
+            raise ValueError("prompt is empty, and the tokenizer has no token to start from: give some text.")
+        return found
+
+    def conversation_text(self, messages: list[dict[str, str]]) -> str:
+        """The chat template's text of a conversation, ready for the model's turn.
+
+        Raises `ValueError` if the tokenizer has no template.
+        """
+        if self.tokenizer.chat_template is None:
+            raise ValueError("the tokenizer of this checkpoint has no chat template: give a plain prompt instead.")
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def end_tokens(self) -> list[int]:
+        """All tokens that end an answer: the tokenizer's and those of the base's generation settings."""
+        others = self.model.generation_config.eos_token_id if self.model.generation_config is not None else None
+        found = [self.tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])]
+        return list(dict.fromkeys(token for token in found if token is not None))
+
+    def ending(self) -> dict[str, Any]:
+        """End and padding tokens as arguments of `generate`."""
+        end, pad = self.end_tokens(), self.tokenizer.pad_token_id
+        return {"eos_token_id": end or None, "pad_token_id": end[0] if pad is None and end else pad}
+
+    @property
+    def longest(self) -> int:
+        """Most tokens that the base takes, prompt and answer together."""
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return found or min(self.tokenizer.model_max_length, 1 << 20)
+
+    def answer_length(self, given: int | None, usual: int) -> int:
+        """Most tokens of an answer: `given`, else `usual`, but then at most half of what the base takes.
+
+        Raises `ValueError` where no room is left for a prompt.
+        """
+        _check_answer_length(given, self.longest)
+        return given or min(usual, self.longest // 2)
+
+    def pieces(self, tokens: list[int]) -> list[str]:
+        """Text that each of `tokens` adds to those before it; a character of several tokens belongs to its last one."""
+        texts, start, known = [], 0, ""
+        for place in range(len(tokens)):
+            text = self.tokenizer.decode(tokens[start : place + 1], skip_special_tokens=False)
+            if text.endswith("\ufffd") and place + 1 < len(tokens):
+                texts.append("")
+                continue
+            texts.append(text[len(known) :])
+            start, known = place, self.tokenizer.decode(tokens[place : place + 1], skip_special_tokens=False)
+        return texts
+
+    def token_text(self, token: int) -> str:
+        """Text of one token by itself."""
+        return self.tokenizer.decode([token], skip_special_tokens=False)
+
+
+def load_session(
+    name: str | Path,
+    base: str | None = None,
+    dtype: str | None = None,
+    device: str | None = None,
+    template: bool = False,
+    revision: str | None = None,
+) -> Session:
+    """Load the checkpoint `name`, a folder or (at `revision`) on the hub, with its own tokenizer or the base's.
+
+    `template`: one is needed. Raises `ValueError`, before any weights are read, for a folder without a whole L2D
+    checkpoint, a tokenizer without the template, or a device that is not there; and for a base that is not the
+    checkpoint's own.
+    """
+    config = read_config_file(name, revision)
+    folder = checkpoint_folder(name, revision)
+    check_files(folder, config, base)
+    import torch
+    from transformers import AutoTokenizer
+
+    from l2d.modeling import L2DForCausalLM
+
+    device = _device(device)
+    source = tokenizer_source(folder, config, base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer can be loaded from {str(source)!r}: put the base's beside it.") from error
+    if template and tokenizer.chat_template is None:
+        raise ValueError("the tokenizer of this checkpoint has no chat template: use --plain, or trace without --chat.")
+    options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
+    model = L2DForCausalLM.from_pretrained(folder, base=base, **options).eval()
+    return Session(model.to(device), tokenizer)
+
+
+def tokenizer_source(folder: str | Path, config: dict[str, Any], base: str | None = None) -> str:
+    """Where the tokenizer of the checkpoint in `folder`, with this `config.json`, is: there, or with its base."""
+    own = any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
+    return str(folder if own else base_location(folder, config.get("base_name_or_path"), base))
+
+
+def _device(name: str | None) -> Any:
+    """The device of that name, by default a GPU where there is one. Raises `ValueError`."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        raise ValueError(f"device={name!r} is not there: use cpu, or cuda on a machine with a GPU.") from error
+    return device
+
+
+# ---- command line ------------------------------------------------------------------------------------------------
+
+
+def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `trace` and `chat` share; settings that are not given stay as the checkpoint has them."""
+    parser.add_argument("folder", metavar="DIR", help="folder or hub name of an L2D checkpoint")
+    parser.add_argument("--revision", help="branch, tag or commit of a checkpoint on the hub")
+    parser.add_argument("--base", help="name or folder of the base, where it is not where it was")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base's weights")
+    parser.add_argument("--device", help="for example cpu or cuda:0")
+    parser.add_argument("--budget", type=int, help="evaluations per token, T; 1 is the base")
+    parser.add_argument("--solver", choices=(*FIXED_SOLVERS, *ADAPTIVE_SOLVERS))
+    parser.add_argument("--final-time", type=float, help="where the trajectory ends and the output is read")
+    parser.add_argument("--guidance", type=float, dest="guidance_scale", help="guidance scale; 1 is none")
+    parser.add_argument("--guidance-class", help="name or index of the guidance class")
+    parser.add_argument("--votes", type=int, help="noise draws per token, whose probabilities are averaged")
+    parser.add_argument("--seed", type=int, help="of all noise")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the output tokens; 0 (default) is greedy")
+    parser.add_argument("--max-new-tokens", type=int, help="longest answer")
+
+
+def session_from(given: argparse.Namespace, template: bool = False) -> Session:
+    """Load the checkpoint that a command line names, after a look at all of its settings. Raises `ValueError`."""
+    config = read_config_file(given.folder, given.revision)
+    check_sampler(config, sampler_from(given))
+    decoding_options(given.temperature, 1)
+    longest = (config.get("base_config") or {}).get("max_position_embeddings")
+    _check_answer_length(given.max_new_tokens, longest or sys.maxsize)
+    return load_session(given.folder, given.base, given.dtype, given.device, template, given.revision)
+
+
+def sampler_from(given: argparse.Namespace) -> dict[str, Any]:
+    """The sampler settings that were given."""
+    names = ("budget", "solver", "final_time", "guidance_scale", "guidance_class", "votes", "seed")
+    return {name: value for name in names if (value := getattr(given, name)) is not None}
+
+
+def _check_answer_length(given: int | None, longest: int) -> None:
+    if given is not None and not 1 <= given < longest:
+        raise ValueError(f"max_new_tokens={given} must be at least 1 and below the base's {longest} tokens.")
+
+
+def decoding_options(temperature: float, max_new_tokens: int) -> dict[str, Any]:
+    """Arguments of `generate`. Raises `ValueError` for a negative temperature."""
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature={temperature:g} must be at least 0 (greedy).")
+    if temperature == 0:
+        return {"do_sample": False, "max_new_tokens": max_new_tokens}
+    return {"do_sample": True, "temperature": temperature, "max_new_tokens": max_new_tokens}

@@ -1,0 +1,242 @@
+"""How tokens form: every evaluation of every generated token, as data, in the terminal, and as a page.
+
+- `trace_prompt`: generate, then record each token's candidates over time -> `Trace`
+- `Trace`, `TokenTrace`, `Candidate`
+- `terminal_text`: the compact form; `main`: `python -m l2d trace DIR --prompt ... [--out trace.html]`
+
+The answer is what `generate` gives; its trajectories are solved again from the same noise, all positions at once.
+
+Legend: N generated tokens, E velocity evaluations (the output is read at evaluation E), d diffusion dimension.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from l2d.checkpoint.preflight import check_sampler, read_config_file
+from l2d.cli.files import write_files
+from l2d.cli.parser import check_folder
+from l2d.cli.session import Session, add_sampler_arguments, decoding_options, sampler_from, session_from
+from l2d.cli.terminal import harmless, shade, visible
+from l2d.cli.trace_page import html_page
+from l2d.sampler_config import SamplerConfig
+
+USUAL_LENGTH = 64
+"""Most tokens of an answer where nothing else is asked for."""
+SHOWN = 6
+"""Most candidates of a token."""
+_QUERIES = 512  # places of one batch of evaluations
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A token that was likely at some evaluation; `probabilities` (E + 1,) of the network's own distribution."""
+
+    token: int
+    text: str
+    probabilities: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenTrace:
+    """One generated token.
+
+    chosen (E,): token chosen at each velocity evaluation; changes: numbers of the evaluations whose choice differs
+    from the one before; base_token: what the base would say here (argmax); asked, computed, rounds: its cost.
+    """
+
+    position: int
+    token: int
+    text: str
+    chosen: list[int]
+    chosen_texts: list[str]
+    changes: list[int]
+    base_token: int
+    base_text: str
+    candidates: list[Candidate]
+    asked: int
+    computed: int
+    rounds: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A prompt's answer; `times` (E + 1,) of the evaluations, the last one gives the output."""
+
+    model: str
+    sampler: dict[str, Any]
+    decoding: dict[str, Any]
+    prompt: str
+    prompt_tokens: list[int]
+    answer: str
+    times: list[float]
+    tokens: list[TokenTrace]
+
+
+def trace_prompt(
+    session: Session,
+    prompt: str,
+    sampler: dict[str, Any] | None = None,
+    temperature: float = 0.0,
+    max_new_tokens: int | None = None,
+) -> Trace:
+    """Generate an answer to `prompt` and record how each of its tokens formed.
+
+    Raises `ValueError` for adaptive solvers, whose evaluations differ from token to token, and for too long prompts.
+    """
+    import torch
+
+    model = session.model
+    settings = model.sampler(sampler)
+    _refuse_untraceable(settings)
+    ids = session.encode(prompt)
+    longest = session.answer_length(max_new_tokens, USUAL_LENGTH)
+    if len(ids) + longest > session.longest:
+        raise ValueError(
+            f"prompt has {len(ids)} tokens and max_new_tokens is {longest}: the base takes {session.longest} in all."
+        )
+    options = decoding_options(temperature, longest)
+    sequences, record = model.generate(
+        torch.tensor([ids], device=model.device),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
+        sampler=settings,
+        return_record=True,
+        **session.ending(),
+        **options,
+    )
+    times, chosen, probabilities = _trajectories(session, sequences, len(ids), settings)
+    new = sequences[0, len(ids) :].tolist()
+    pieces = session.pieces(new)
+    tokens = []
+    for place, (token, piece) in enumerate(zip(new, pieces, strict=True)):
+        cost = {name: getattr(record, name)[0][place] for name in ("asked", "computed", "rounds")}
+        found = _token_trace(session, token, piece, chosen[place], probabilities[place])
+        tokens.append(TokenTrace(position=len(ids) + place, token=token, text=piece, **found, **cost))
+    return Trace(
+        model=str(model.config._name_or_path or model.config.base_name_or_path),
+        sampler=settings.to_dict(),
+        decoding=options,
+        prompt=prompt,
+        prompt_tokens=ids,
+        answer="".join(pieces),
+        times=times,
+        tokens=tokens,
+    )
+
+
+def _refuse_untraceable(settings: SamplerConfig) -> None:
+    if settings.votes > 1:
+        raise ValueError(f"votes={settings.votes} make several trajectories for each token: trace with votes=1.")
+    if settings.adaptive and not settings.is_base:
+        raise ValueError(
+            f"solver={settings.solver!r} has no fixed evaluation times: trace a fixed-grid solver instead."
+        )
+
+
+def _trajectories(session: Session, sequences: Any, start: int, settings: Any) -> tuple[list[float], Any, Any]:
+    """Evaluation times, chosen tokens (N, E), and probabilities (N, E + 1, V), of tokens `start` to the last."""
+    import torch
+
+    from l2d.sampling.fixed_grid import fixed_grid
+    from l2d.sampling.noise import RequestNoise, default_keys
+    from l2d.sampling.solve import solve_sites
+    from l2d.scoring import make_sites
+
+    model, count = session.model, sequences.shape[1] - start
+    with torch.no_grad():
+        state = model.main_path(sequences[:, :-1])
+        index = torch.arange(start - 1, start - 1 + count, device=sequences.device)
+        if settings.is_base:
+            base = torch.softmax(model.base_logits(state, index[None])[0].float(), -1)
+            return [0.0], torch.zeros(count, 0, dtype=torch.int64), base[:, None].cpu()
+        (key,) = default_keys([sequences[0, :start].tolist()])
+        noises = [RequestNoise(settings.seed, key)] * count
+        positions = list(range(start, start + count))
+        sites = make_sites(model, settings, torch.zeros_like(index), index, positions, noises)
+        site_class = settings.class_index(model.config.guidance_classes)
+        settings = settings.replace(speculation=False)  # which then records every evaluation
+        solved: Any = solve_sites(model, state, sites, settings, site_class, record=True)
+        probabilities = [
+            torch.softmax(model._decoder.logits(part).float(), -1).cpu()
+            for part in solved.evaluated.flatten(0, 1).split(_QUERIES)
+        ]
+    times, shape = fixed_grid(settings).times.tolist(), solved.evaluated.shape[:2]
+    return times, solved.chosen[..., 0].cpu(), torch.cat(probabilities).unflatten(0, shape)
+
+
+def _token_trace(session: Session, token: int, piece: str, chosen: Any, probabilities: Any) -> dict[str, Any]:
+    chosen = chosen.tolist()
+    peaks = probabilities.amax(0)  # (V,)
+    must = list(dict.fromkeys([token, *chosen]))[:SHOWN]
+    likely = peaks.topk(min(SHOWN, len(peaks))).indices.tolist()
+    wanted = list(dict.fromkeys(must + [other for other in likely if peaks[other] >= 0.01]))[:SHOWN]
+    candidates = [
+        Candidate(other, session.token_text(other), [round(p, 6) for p in probabilities[:, other].tolist()])
+        for other in wanted
+    ]
+    base = int(probabilities[0].argmax())
+    return {
+        "chosen": chosen,
+        "chosen_texts": [session.token_text(other) for other in chosen],
+        "changes": [n for n in range(1, len(chosen)) if chosen[n] != chosen[n - 1]],
+        "base_token": base,
+        "base_text": session.token_text(base),
+        "candidates": candidates,
+    }
+
+
+# ---- output ------------------------------------------------------------------------------------------------------
+
+
+def terminal_text(trace: Trace, colour: bool = False) -> str:
+    """The answer tinted by rounds, then one line per token: cost, and the chosen token wherever it changed."""
+    most = max((token.rounds for token in trace.tokens), default=1)
+    answer = "".join(shade(token.text, (token.rounds - 1) / max(1, most - 1), colour) for token in trace.tokens)
+    lines = [
+        visible(trace.prompt) if not colour else harmless(trace.prompt),
+        answer,
+        "",
+        "token       rounds  computed  trajectory",
+    ]
+    for token in trace.tokens:
+        steps = [*([0] if token.chosen else []), *token.changes]
+        path = " -> ".join(f"{visible(token.chosen_texts[n])!r} at t = {trace.times[n]:.2f}" for n in steps)
+        last = f"{visible(token.text)!r}"
+        lines.append(f"{last:<10}  {token.rounds:>6}  {token.computed:>8}  {path or 'the base'}")
+    changed = sum(bool(token.changes) for token in trace.tokens)
+    differing = sum(token.token != token.base_token for token in trace.tokens)
+    computed = sum(token.computed for token in trace.tokens) / max(1, len(trace.tokens))
+    lines.append(
+        f"{len(trace.tokens)} tokens, {computed:.1f} evaluations each; the choice changed on the way in {changed} of "
+        f"them, {differing} differ from what the base would say next."
+    )
+    return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m l2d trace`."""
+    add_sampler_arguments(parser)
+    parser.add_argument("--prompt", required=True, help="text to continue; - reads it from the standard input")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
+    parser.add_argument("--out", type=Path, help="page to write, with the data as .json beside it")
+
+
+def run(given: argparse.Namespace) -> None:
+    """Trace one prompt and show it. Raises `ValueError`."""
+    _refuse_untraceable(check_sampler(read_config_file(given.folder, given.revision), sampler_from(given)))
+    if given.out is not None:
+        check_folder("out", given.out.parent)
+    session = session_from(given, template=given.chat)
+    prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
+    if given.chat:
+        prompt = session.conversation_text([{"role": "user", "content": prompt}])
+    trace = trace_prompt(session, prompt, sampler_from(given), given.temperature, given.max_new_tokens)
+    print(terminal_text(trace, colour=sys.stdout.isatty()))
+    if given.out is not None:
+        page = given.out if given.out.suffix == ".html" else given.out.with_name(given.out.name + ".html")
+        data = json.dumps(dataclasses.asdict(trace), ensure_ascii=False, indent=1) + "\n"
+        write_files(page.parent, {page.name: html_page(trace), page.with_suffix(".json").name: data}, "--out")
+        print(f"{page} and {page.with_suffix('.json')}")

@@ -1,0 +1,86 @@
+"""Cross-entropy over a large vocabulary without a (tokens x vocabulary) tensor.
+
+- `chunked_cross_entropy`: hidden states through a frozen head to losses and tokens, a few rows at a time
+
+Every row's loss depends on its own hidden state alone, and the head is frozen. So the gradient of each row is formed
+while its logits are there, in the forward pass, and the backward pass only scales it: no logits are kept, and none are
+computed twice. Softmax and loss are in float32 (float64 for float64 logits).
+Legend: N rows, H hidden size, V vocabulary, C rows of a chunk.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from l2d.network.embeddings import at_least_float32
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}  # logits (C, V) that are alive at a time: 64 MiB, 256 MiB
+
+
+def chunk_rows(vocabulary: int, device: torch.device) -> int:
+    """How many rows of logits are computed at a time, at least 1."""
+    return max(1, CHUNK_ELEMENTS.get(device.type, 1 << 24) // vocabulary)
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of `targets` under `head(hidden)`, and the most likely tokens.
+
+    Args:
+        hidden: (N, H), the only tensor that receives gradients.
+        targets: (N,) int64.
+        head: hidden states (C, H) to logits (C, V), row by row; its weights must be frozen.
+        rows: C, rows of logits that exist at the same time.
+
+    Returns losses (N,) in float32 or float64, and tokens (N,) int64.
+    """
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        return _ChunkedCrossEntropy.apply(hidden, targets, head, rows)
+    pieces = [_forward(head(part), wanted) for part, wanted in _chunks(hidden, targets, rows)]
+    return torch.cat([loss for loss, _, _ in pieces]), torch.cat([chosen for _, chosen, _ in pieces])
+
+
+def _chunks(hidden: torch.Tensor, targets: torch.Tensor, rows: int) -> zip:
+    return zip(hidden.split(rows), targets.split(rows), strict=True)
+
+
+@torch.no_grad()
+def _forward(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses (C,), most likely tokens (C,), and the normaliser (C, 1) of the logits (C, V)."""
+    full = at_least_float32(logits)
+    normaliser = torch.logsumexp(full, dim=-1, keepdim=True)
+    losses = (normaliser - full.gather(1, targets[:, None])).squeeze(1)
+    return losses, full.argmax(-1), normaliser
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, rows: int):
+        """Losses (N,) and tokens (N,); keeps the gradient of every row's loss, (N, H), and no logits."""
+        gradient = torch.empty_like(hidden)
+        losses, chosen = [], []
+        for number, (part, wanted) in enumerate(_chunks(hidden, targets, rows)):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_()
+                logits = head(part)
+            loss, tokens, normaliser = _forward(logits, wanted)
+            # softmax - one_hot, for every row on its own
+            slope = torch.sub(at_least_float32(logits.detach()), normaliser).exp_()
+            slope.scatter_add_(1, wanted[:, None], slope.new_full((len(wanted), 1), -1.0))
+            own = torch.autograd.grad(logits, part, slope.to(logits.dtype))[0]
+            gradient[number * rows : number * rows + len(wanted)] = own
+            losses.append(loss)
+            chosen.append(tokens)
+            del logits, slope, normaliser  # before the next chunk's are made
+        ctx.save_for_backward(gradient)
+        found = torch.cat(chosen)
+        ctx.mark_non_differentiable(found)
+        return torch.cat(losses), found
+
+    @staticmethod
+    def backward(ctx: Any, grad_losses: torch.Tensor, _: torch.Tensor):
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_losses[:, None]).to(gradient.dtype), None, None, None

@@ -1,0 +1,269 @@
+"""The diffusion path: the base's layers again, with a few trained weights, over the main path's keys and values.
+
+- `Queries`, `NoisedTargets`: what the path is asked, in decoding and scoring, and in training
+- `Modulation`: scales, shifts and gates of every layer for a list of times
+- `DiffusionPath`: trained modules; flat queries in, hidden states out
+
+A query is (row, position, state x, time t, class). Queries never see each other, so any number of them, for any
+purpose, is one batch. Legend: N flat queries, H hidden size, C conditioning width, d diffusion dimension, V vocabulary.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from l2d.config import L2DConfig
+from l2d.network.attention import QueryLayout
+from l2d.network.embeddings import (
+    CarriedState,
+    InputProjection,
+    TimeEmbedding,
+    VocabularyEmbedding,
+    full_precision,
+    modulation_head,
+    version,
+)
+from l2d.network.main_path import Decoder, LayerState
+from l2d.network.path_layers import TwinLayer, build_twin
+
+
+@dataclasses.dataclass
+class Queries:
+    """Padded queries: index (B, Q) int64 with -1 at padding, x (B, Q, d), time (B, Q), classes (B, Q) int64 or None."""
+
+    index: torch.Tensor
+    x: torch.Tensor
+    time: torch.Tensor
+    classes: torch.Tensor | None = None
+
+
+@dataclasses.dataclass
+class NoisedTargets:
+    """Training queries: K noise draws for every response position, each evaluated once or rolled out.
+
+    Attributes:
+        index: (B, Q) int64, position whose next token is predicted; -1 at padding.
+        targets: (B, Q) int64, that next token.
+        time: (K, B, Q) float32, t of every draw; for a rollout (J, K, B, Q), rising, of its J evaluations.
+        noise: (K, B, Q, d) float32, unit normal.
+        classes: (K, B, Q) int64 after dropout, or `None` for "no class" everywhere.
+        sources: (K, B, Q) int64 tokens that `x_t` is built from in place of the targets; -1 where it is to be a sample
+            of the base's own distribution, which `uniforms` (K, B, Q) float64 fix.
+        unscored: makes it a rollout: how many of its first evaluations have no loss.
+    """
+
+    index: torch.Tensor
+    targets: torch.Tensor
+    time: torch.Tensor
+    noise: torch.Tensor
+    classes: torch.Tensor | None = None
+    sources: torch.Tensor | None = None
+    uniforms: torch.Tensor | None = None
+    unscored: int | None = None
+
+    @property
+    def scored_time(self) -> torch.Tensor:
+        """Times (K', B, Q) of all evaluations that have a loss; K' is K times their number per draw."""
+        return self.time if self.unscored is None else self.time[self.unscored :].flatten(0, 1)
+
+    def select(self, index: torch.Tensor, draws: slice) -> "NoisedTargets":
+        """Some of the draws, at the positions `index` (B, Q)."""
+
+        time = self.time[draws] if self.unscored is None else self.time[:, draws]
+        per_draw = {name: getattr(self, name) for name in ("noise", "classes", "sources", "uniforms")}
+        chosen: dict[str, Any] = {name: None if values is None else values[draws] for name, values in per_draw.items()}
+        return dataclasses.replace(self, index=index, time=time, **chosen)
+
+
+@dataclasses.dataclass
+class Modulation:
+    """What time and class do to the path: a row per query, or per query of a pattern that the batch repeats.
+
+    Attributes (P rows for N = repeats * P queries):
+        output: (P, H), `w(t) - w(0)`.
+        embedding: (P, C), of which each layer makes its own modulation once it is its turn, so that training need not
+            keep those of all layers.
+        layers: (P, 6H) per layer where they were made beforehand, for a grid of times: scale, shift and gate of
+            attention, then of the MLP, with the norms' weights added to the scales.
+    """
+
+    output: torch.Tensor
+    embedding: torch.Tensor | None = None
+    layers: list[torch.Tensor] | torch.Tensor | None = None
+    repeats: int = 1
+
+    def select(self, rows: torch.Tensor, repeats: int = 1) -> "Modulation":
+        """The modulation of rows (P,) of a table, for a batch that repeats them."""
+        table: Any = self.layers
+        if rows.device.type != "cpu":
+            return Modulation(self.output[rows], layers=table[:, rows], repeats=repeats)
+        count = len(rows)
+        part: slice | torch.Tensor = rows
+        if count and bool((rows.diff() == 1).all()):  # a view; copies of large tables are slow on a CPU
+            part = slice(int(rows[0]), int(rows[0]) + count)
+        return Modulation(self.output[part], layers=[layer[part] for layer in table], repeats=repeats)
+
+
+class DiffusionLayer(nn.Module):
+    """One layer of the path: a twin of the base's layer and the head that modulates it."""
+
+    def __init__(self, twin: TwinLayer, width: int, hidden_size: int):
+        super().__init__()
+        self.twin = twin
+        self.modulation = modulation_head(width, 6 * hidden_size)
+
+    def modulate(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Scale, shift and gate (P, H) of attention and of the MLP for embeddings (P, C); norms' weights are in."""
+        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(embedding).chunk(6, dim=-1)
+        weight1, weight2 = self.twin.norm_weights()
+        return weight1 + scale1, shift1, gate1, weight2 + scale2, shift2, gate2
+
+    def forward(
+        self,
+        hidden: torch.Tensor,
+        made: Any,
+        embedding: Any,
+        layout: QueryLayout,
+        layer: LayerState,
+    ) -> torch.Tensor:
+        """Hidden stream (R, P, H) through attention and MLP; R P queries in flat order.
+
+        The modulation is `made` (P, 6H) already, or `None` and made here from `embedding` (P, C).
+        """
+        parts = self.modulate(embedding) if made is None else made.chunk(6, dim=-1)
+        scale1, shift1, gate1, scale2, shift2, gate2 = parts
+        hidden = hidden + gate1.to(hidden.dtype) * self.twin.attend(hidden, scale1, shift1, layout, layer)
+        return hidden + gate2.to(hidden.dtype) * self.twin.transform(hidden, scale2, shift2)
+
+
+class DiffusionPath(nn.Module):
+    """All trained weights of an L2D model."""
+
+    def __init__(self, config: L2DConfig, base: PreTrainedModel):
+        super().__init__()
+        text = base.config.get_text_config()
+        hidden_size, width = text.hidden_size, config.conditioning_width
+        decoder = Decoder(base)
+        self.vocabulary = VocabularyEmbedding(
+            decoder.embeddings.weight.shape[1], config.diffusion_dim, config.token_norm
+        )
+        self.input_projection = InputProjection(
+            config.diffusion_dim,
+            config.input_width,
+            hidden_size,
+            config.noise_std,
+            config.token_norm**2 / config.diffusion_dim,
+            config.input_scale,
+        )
+        self.time_embedding = TimeEmbedding(config.frequency_width, width)
+        classes = len(config.guidance_classes or [])
+        self.class_embedding = nn.Embedding(classes + 1, width, dtype=torch.float32) if classes else None
+        if self.class_embedding is not None:
+            nn.init.normal_(self.class_embedding.weight, std=0.02)
+        twins = build_twin(decoder, base.config, config)
+        self.layers: Any = nn.ModuleList(DiffusionLayer(twin, width, hidden_size) for twin in twins)
+        self.output_modulation = modulation_head(width, hidden_size)
+        self.noise_free = config.noise_free
+        # Made last, so that all other weights are those of a model without.
+        self.carried_state = CarriedState(hidden_size) if config.carried_state else None
+        self.checkpointing: tuple[Callable, int] | None = None  # function, and every how many layers
+        self._decoder = decoder
+        # What a table of modulations depends on.
+        parts: tuple[Any, ...] = (
+            self.time_embedding,
+            self.class_embedding,
+            self.output_modulation,
+            *(layer.modulation for layer in self.layers),
+            *(norm for twin in twins for norm in twin.modulated_norms()),
+        )
+        self._conditioning = tuple(m for part in parts if part is not None for m in part.modules() if m._parameters)
+        self._table: tuple[tuple, Modulation] | None = None
+
+    def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Embeddings (..., d) float32 of tokens (...), with gradients to the vocabulary embedding."""
+        return self.vocabulary(nn.functional.embedding(tokens, self._decoder.embeddings.weight).detach())
+
+    def vocabulary_table(self) -> torch.Tensor:
+        """Embeddings of all tokens, (V, d) float32, cached."""
+        return self.vocabulary.table(self._decoder.embeddings.weight)
+
+    def forget(self) -> None:
+        """Drop what was made from the weights and kept for inference."""
+        self.vocabulary.forget()
+        self._table = None
+
+    def conditioning(self, time: torch.Tensor, classes: torch.Tensor | None = None) -> torch.Tensor:
+        """Time embedding plus class embedding, (..., C); `classes=None` is "no class"."""
+        embedding = self.time_embedding(time)
+        if self.class_embedding is None:
+            return embedding
+        if classes is None:
+            return embedding + self.class_embedding.weight[-1]
+        return embedding + self.class_embedding(classes)
+
+    def modulate(self, time: torch.Tensor, classes: torch.Tensor | None = None) -> Modulation:
+        """Modulation at times (N,) for classes (N,) or "no class"."""
+        embedding = self.conditioning(time, classes)
+        at_zero = self.conditioning(torch.zeros_like(time[:1]) if classes is None else torch.zeros_like(time), classes)
+        output = self.output_modulation(embedding) - self.output_modulation(at_zero)
+        output = output * (time != 0).unsqueeze(-1)  # exactly the base at t = 0, whatever the rounding of the two terms
+        return Modulation(output, embedding)
+
+    @torch.no_grad()
+    def modulation_table(self, times: torch.Tensor, kinds: tuple[int, ...] | None) -> Modulation:
+        """Modulation at grid times (E,) for each class of `kinds` (`None`: "no class"), kept until weights change.
+
+        Row `k * E + e` belongs to class `kinds[k]` and time `times[e]`.
+        """
+        device = next(self.output_modulation.parameters()).device
+        weights = tuple(
+            (p.data_ptr(), p.dtype, version(p)) for module in self._conditioning for p in module._parameters.values()
+        )
+        key = (tuple(times.tolist()), kinds, device, weights)
+        kept = self._table  # another thread may put another grid's table in its place
+        if kept is None or kept[0] != key:
+            grid = times.to(device, torch.float32)
+            classes = None
+            if kinds is not None:
+                classes = torch.tensor(kinds, device=device).repeat_interleave(len(grid))
+                grid = grid.repeat(len(kinds))
+            with full_precision(grid):
+                made = self.modulate(grid, classes)
+                layers = torch.stack([torch.cat(layer.modulate(made.embedding), dim=-1) for layer in self.layers])
+            self._table = kept = (key, Modulation(made.output, layers=layers))
+        return kept[1]
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        modulation: Modulation,
+        layout: QueryLayout,
+        carried: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Evaluate states x (N, d) at times (N,), with what was carried (N, H) from their last evaluations, or nothing.
+
+        Returns the fused hidden states (N, H) before the final norm, and the path's own (N, H), to be carried on.
+        """
+        main = layout.hidden()
+        if not len(main):  # no queries at all
+            return main + modulation.output.to(main.dtype), main
+        if self.noise_free:
+            x = torch.ones_like(x)
+        hidden = self.input_projection(x, time)
+        if carried is not None and self.carried_state is not None:
+            hidden = hidden + self.carried_state(carried)
+        hidden = hidden.to(self.layers[0].twin.stream_dtype(main.dtype))
+        hidden = hidden.unflatten(0, (modulation.repeats, -1))
+        for number, (layer, kept) in enumerate(zip(self.layers, layout.state.layers, strict=True)):
+            made = None if modulation.layers is None else modulation.layers[number]
+            if self.checkpointing is not None and torch.is_grad_enabled() and number % self.checkpointing[1] == 0:
+                hidden = self.checkpointing[0](layer, hidden, made, modulation.embedding, layout, kept)
+            else:
+                hidden = layer(hidden, made, modulation.embedding, layout, kept)
+        added = modulation.output.to(main.dtype) * hidden.to(main.dtype)
+        return main + added.flatten(0, 1), hidden.flatten(0, 1)

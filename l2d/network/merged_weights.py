@@ -1,0 +1,111 @@
+"""Projections of the path laid out for inference: one fast matrix product for each.
+
+- `merge_deltas`, `unmerge_deltas`: put merged or packed weights in front of the path's projections, and take them away
+- `DeltaMerger`: does so where that changes nothing but speed, and notices when weights changed
+
+LoRA deltas are added to the base's weights: one product instead of three. Trained copies (variant `full`) are only laid
+out anew, where that pays (`products`). Both cost memory, a second copy of the projections, and merging rounds the sum
+to the base's dtype; so it is done for float32 and float64 bases when there is room, and never in training.
+"""
+
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from l2d.network.embeddings import full_precision, version
+from l2d.network.onednn import packed_linear, serves
+from l2d.network.path_layers import ADAPTER
+
+_SHARE = 0.25  # of the free memory that merged weights may take
+
+
+def _projections(module: nn.Module) -> list[Any]:
+    """The LoRA layers below `module`, or where there are none the linear layers of its twins that packing helps."""
+    from peft.tuners.lora import LoraLayer  # late, see `twin`
+
+    adapted = [
+        m
+        for m in module.modules()
+        if isinstance(m, LoraLayer) and ADAPTER in m.lora_A and isinstance(m.get_base_layer(), nn.Linear)
+    ]
+    if adapted:
+        return adapted
+    twins = [m for name, m in module.named_modules() if name.split(".")[-1] == "twin"]
+    return [m for twin in twins for m in twin.modules() if type(m) is nn.Linear and serves(m.weight)]
+
+
+def _base(layer: Any) -> nn.Linear:
+    return layer.get_base_layer() if hasattr(layer, "lora_A") else layer
+
+
+@torch.no_grad()
+def merge_deltas(layers: list[Any]) -> None:
+    """Let every projection compute with its merged and packed weight; parameters and names stay as they are."""
+    for layer in layers:
+        weight, bias = _base(layer).weight, _base(layer).bias
+        if hasattr(layer, "lora_A"):
+            with full_precision(weight):
+                weight = (weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)).detach()
+        layer.forward = packed_linear(weight, bias)
+
+
+def unmerge_deltas(layers: list[Any]) -> None:
+    """Undo `merge_deltas`."""
+    for layer in layers:
+        layer.__dict__.pop("forward", None)
+
+
+class DeltaMerger:
+    """Keeps a path merged while it serves inference.
+
+    Args:
+        path: the diffusion path.
+    """
+
+    def __init__(self, path: nn.Module):
+        self._path = (path,)  # not a module of ours
+        self._layers: list[Any] = []
+        self._key: tuple | None = None
+
+    def prepare(self) -> None:
+        """Merge the path for inference, if its dtype loses nothing and memory allows."""
+        (path,) = self._path
+        layers = [] if path.training else _projections(path)
+        if not layers or _base(layers[0]).weight.dtype.itemsize < 4:
+            self.release()
+            return
+        key = _weights(layers)
+        if key == self._key:
+            return
+        self.release()
+        needed = sum(_base(layer).weight.nbytes for layer in layers)
+        if needed < _SHARE * _free_memory(_base(layers[0]).weight.device):
+            merge_deltas(layers)
+            self._layers, self._key = layers, key
+
+    def release_stale(self) -> None:
+        """Go back to separate deltas if any weight changed since they were merged."""
+        if self._key is not None and self._key != _weights(self._layers):
+            self.release()
+
+    def release(self) -> None:
+        """Go back to separate deltas."""
+        unmerge_deltas(self._layers)
+        self._layers, self._key = [], None
+
+
+def _weights(layers: list[Any]) -> tuple:
+    """What merged weights depend on, the library that they are laid out for included."""
+    weights = []
+    for layer in layers:
+        deltas = [part[ADAPTER].weight for part in (layer.lora_A, layer.lora_B)] if hasattr(layer, "lora_A") else []
+        weights += [_base(layer).weight, *deltas]
+    return (torch.backends.mkldnn.enabled, *((w.device, w.dtype, w.data_ptr(), version(w)) for w in weights))
+
+
+def _free_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available if device.type == "cpu" else 0

@@ -1,0 +1,1 @@
+"""Integration of the diffusion ODE: noise, grids, adaptive solvers and exact speculation."""

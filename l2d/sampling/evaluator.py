@@ -1,0 +1,231 @@
+"""The network as the solvers see it: from states at given places and evaluations to chosen tokens.
+
+- `Sites`: places (row, position) of a main-path state whose next token is wanted
+- `SiteSolution`: what a solver returns for them
+- `clean_estimate`: from logits to the embedding that the velocity points to
+- `PathEvaluator`: the diffusion path over one main-path state, for one sampler
+
+Legend: N sites, E velocity evaluations, M flat queries, V vocabulary, H hidden size, d diffusion dimension.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from l2d.network.attention import QueryLayout
+from l2d.network.diffusion_path import Modulation
+from l2d.network.embeddings import at_least_float32
+from l2d.network.main_path import MainPathState
+from l2d.sampler_config import SamplerConfig
+from l2d.sampling.fixed_grid import FixedGrid
+from l2d.sampling.noise import draw_token
+
+if TYPE_CHECKING:
+    from l2d.modeling import L2DForCausalLM
+
+LOGIT_ELEMENTS = 6 << 20  # logits alive at once; the C library maps blocks above 32 MiB anew each time
+
+
+@dataclasses.dataclass
+class Sites:
+    """Places to solve.
+
+    rows (N,) int64, not decreasing; index (N,) int64 among the state's new positions; noise (N, d) float64, scaled;
+    uniforms (N, >= E) float64 for sampled choices, or `None` where choices are argmax.
+    """
+
+    rows: torch.Tensor
+    index: torch.Tensor
+    noise: torch.Tensor
+    uniforms: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def take(self, keep: torch.Tensor) -> "Sites":
+        """Some of the sites, in their order."""
+        uniforms = None if self.uniforms is None else self.uniforms[keep]
+        return Sites(self.rows[keep], self.index[keep], self.noise[keep], uniforms)
+
+
+@dataclasses.dataclass
+class SiteSolution:
+    """Result per site.
+
+    hidden (N, H): fused hidden state of the last evaluation, before the final norm; logits (N, V): its logits, where
+    they were at hand.
+    asked, computed, rounds, changes (N,) int64: evaluations asked for (T: the free one at t = 0 counts, two branches
+    are one), network queries, batched passes, and changes of the chosen token.
+    capped (N,) bool: the adaptive solver ran into `max_evaluations`.
+    clean (N, E, d) float64 and chosen (N, E, branches) int64: recorded on request, fixed grids only; the sequential
+    solver also records the fused hidden states of all evaluations, evaluated (N, E + 1, H), of the first branch.
+    """
+
+    hidden: torch.Tensor
+    asked: torch.Tensor
+    computed: torch.Tensor
+    rounds: torch.Tensor
+    changes: torch.Tensor
+    capped: torch.Tensor
+    clean: torch.Tensor | None = None
+    chosen: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    evaluated: torch.Tensor | None = None
+
+    @classmethod
+    def join(cls, parts: "list[SiteSolution]") -> "SiteSolution":
+        """Solutions of consecutive sites as one."""
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in dataclasses.fields(cls)}
+        whole: dict[str, Any] = {
+            name: None if any(v is None for v in values) else torch.cat(values) for name, values in columns.items()
+        }
+        return cls(**whole)
+
+
+def clean_estimate(
+    logits: torch.Tensor,
+    table: torch.Tensor,
+    choice: str,
+    temperature: float,
+    normalize: bool = False,
+    uniforms: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embedding (..., d) that the velocity points to and the token (...) chosen or most likely, from logits (..., V).
+
+    Args:
+        table: (V, d) vocabulary embeddings.
+        choice, temperature: see `SamplerConfig`; temperature 0 is argmax for both choices.
+        normalize: bring averages to the norm of the table's rows.
+        uniforms: (...) numbers in [0, 1) that fix the tokens drawn where `choice` is "sample" and temperature above 0.
+    """
+    if temperature <= 0:
+        token = logits.argmax(-1)
+        return table[token], token
+    probabilities = torch.softmax(at_least_float32(logits) / temperature, dim=-1)
+    if choice == "sample":
+        if uniforms is None:
+            raise ValueError("choice='sample' at a temperature above 0 needs uniform numbers, one per place.")
+        token = draw_token(probabilities, uniforms)
+        return table[token], token
+    mean = probabilities @ table.to(probabilities.dtype)
+    if normalize:
+        mean = torch.nn.functional.normalize(mean, dim=-1) * table[0].norm()
+    return mean, logits.argmax(-1)
+
+
+class PathEvaluator:
+    """The diffusion path over one main-path state, for one sampler.
+
+    With guidance every velocity evaluation has two branches, class and no class, in one batch; the last evaluation is
+    class-conditional only. Modulation at grid times is made once and kept on the model's path.
+    """
+
+    def __init__(self, model: "L2DForCausalLM", state: MainPathState, sampler: SamplerConfig, site_class: int | None):
+        self.model, self.state, self.sampler = model, state, sampler
+        self.table = model.vocabulary_table()
+        self.chunk = max(1, LOGIT_ELEMENTS // self.table.shape[0])  # rows whose logits may be alive at once
+        classes = len(model.config.guidance_classes or [])
+        own = classes if site_class is None else site_class
+        self.branches: tuple[int | None, ...] = (
+            (None,) if not classes else ((own, classes) if sampler.guided else (own,))
+        )
+
+    def at_evaluations(
+        self,
+        sites: Sites,
+        grid: FixedGrid,
+        site: torch.Tensor,
+        evaluation: torch.Tensor,
+        branch: torch.Tensor | None,
+        x: torch.Tensor,
+        carried: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Fused and own hidden states, (M, H) each, of flat queries.
+
+        site (M,) in order, evaluation (M,), branch (M,), state x (M, d), carried (M, H): see `DiffusionPath.forward`.
+        """
+        kinds = tuple(kind for kind in self.branches if kind is not None) or None
+        table = self.model.path.modulation_table(grid.times, kinds)
+        time = grid.times.to(x.device)[evaluation]
+        row = evaluation if branch is None else evaluation + branch * len(grid.times)
+        # Where all sites ask for the same evaluations, one copy is enough.
+        pattern = row[: len(row) // max(1, len(sites))]
+        if (
+            len(sites) > 1
+            and len(pattern) * len(sites) == len(row)
+            and bool((row.view(len(sites), -1) == pattern).all())
+        ):
+            modulation = table.select(pattern, len(sites))
+        else:
+            modulation = table.select(row)
+        return self._run(sites, site, x, time, modulation, carried)
+
+    def at_times(self, sites: Sites, x: torch.Tensor, time: torch.Tensor, branches: int) -> torch.Tensor:
+        """Hidden states (N, branches, H) of one point per site at its own time: x (N, d), time (N,)."""
+        site = torch.arange(len(sites), device=x.device).repeat_interleave(branches)
+        time, x = time.repeat_interleave(branches), x.repeat_interleave(branches, dim=0)
+        classes = None
+        if self.branches[0] is not None:
+            classes = torch.tensor(self.branches[:branches], device=x.device).repeat(len(sites))
+        hidden, _ = self._run(sites, site, x, time, self.model.path.modulate(time.float(), classes))
+        return hidden.unflatten(0, (len(sites), branches))
+
+    def _run(
+        self,
+        sites: Sites,
+        site: torch.Tensor,
+        x: torch.Tensor,
+        time: torch.Tensor,
+        modulation: Modulation,
+        carried: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        layout = QueryLayout(self.state, sites.rows[site], sites.index[site])
+        return self.model.path(x, time, modulation, layout, carried)
+
+    def choose(self, hidden: torch.Tensor, temperature: float, uniforms: torch.Tensor | None) -> tuple:
+        """Clean estimates (M, branches, d) and tokens (M, branches) for hidden states (M, branches, H), in chunks.
+
+        `uniforms` (M,) serve both branches of a guided evaluation.
+        """
+        flat = hidden.flatten(0, 1)
+        if uniforms is not None:
+            uniforms = uniforms.repeat_interleave(hidden.shape[1], dim=0)
+        parts = [
+            self.estimate(
+                self.model._decoder.logits(part, plain=False),
+                temperature,
+                None if uniforms is None else uniforms[start * self.chunk : (start + 1) * self.chunk],
+            )
+            for start, part in enumerate(flat.split(self.chunk))
+        ]
+        clean, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
+        return clean.unflatten(0, hidden.shape[:2]), tokens.view(hidden.shape[:2])
+
+    def read(self, hidden: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Most likely tokens (M,) for hidden states (M, H), in chunks, and the logits of rows marked by `keep` (M,)."""
+        kept: list[torch.Tensor] = []
+        tokens = []
+        for number, part in enumerate(hidden.split(self.chunk)):
+            logits = self.model._decoder.logits(part, plain=False)
+            tokens.append(logits.argmax(-1))
+            if keep is not None:
+                kept.append(logits[keep[number * self.chunk : (number + 1) * self.chunk]])
+        return torch.cat(tokens), torch.cat(kept) if kept else None
+
+    def estimate(self, logits: torch.Tensor, temperature: float, uniforms: torch.Tensor | None) -> tuple:
+        """`clean_estimate` under this sampler's settings."""
+        s = self.sampler
+        return clean_estimate(logits, self.table, s.choice, temperature, s.normalize_average, uniforms)
+
+    def mix(self, clean: torch.Tensor) -> torch.Tensor:
+        """Guided clean estimate (..., d) float64 from branches (..., branches, d)."""
+        clean = clean.double()
+        if clean.shape[-2] == 1:
+            return clean[..., 0, :]
+        scale = self.sampler.guidance_scale
+        return scale * clean[..., 0, :] + (1 - scale) * clean[..., 1, :]
+
+    def base_hidden(self, sites: Sites) -> torch.Tensor:
+        """The base's hidden states under the sites (N, H), before the final norm."""
+        return self.state.hidden[sites.rows, sites.index]

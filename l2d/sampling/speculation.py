@@ -1,0 +1,136 @@
+"""Speculation along the trajectory: a whole solve in about one batched pass, with the sequential solver's result.
+
+- `solve_speculatively`: assume that the chosen token stays, evaluate all remaining points at once, accept, correct
+- `queries_per_pass`: how many queries cost about as much as one
+
+While the choice stays the same all remaining states are known (`solvers.FixedGrid`), so they are queries of one batch.
+Evaluations up to and including the first one whose choice differs from the assumption saw the right state and are
+accepted; the rest is done again with the new choice. Rounds per token: 1 + number of changes of the chosen token.
+Sampled choices work alike, since the uniform number of every evaluation is fixed beforehand.
+
+A pass of few queries costs about as much as a pass of one, so a few sites look ahead all the way. Many sites fill a
+pass by themselves and look ahead only as far as it takes to fill it: less is computed that a change makes worthless.
+"""
+
+import dataclasses
+
+import torch
+
+from l2d.sampling.evaluator import PathEvaluator, Sites, SiteSolution
+from l2d.sampling.fixed_grid import FixedGrid
+
+_QUERIES_PER_PASS = 128  # up to which looking further ahead costs little on a CPU,
+_QUERIES_PER_PASS_OVERHEAD = 2048  # and where a pass is mostly overhead: on an accelerator, or in a tiny model
+_TINY = 256  # hidden size
+
+
+@dataclasses.dataclass
+class _Round:
+    """One batched pass over pending sites (N): flat queries (M,) ordered by site, evaluation and branch."""
+
+    site: torch.Tensor
+    evaluation: torch.Tensor
+    hidden: torch.Tensor  # (M, H)
+
+
+def solve_speculatively(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, record: bool) -> SiteSolution:
+    """Same arguments and result as `sampling.solve_sequentially`; `computed` and `rounds` tell what was spent."""
+    count, device = grid.evaluations, sites.noise.device
+    branches, total = len(evaluator.branches), len(sites)
+    chosen = _first_choice(evaluator, sites, grid).unsqueeze(1).repeat(1, count, branches)  # accepted, then assumed
+    accepted = torch.full((total,), int(grid.times[0] == 0), dtype=torch.int64, device=device)
+    computed, rounds = torch.zeros_like(accepted), torch.zeros_like(accepted)
+    output, logits = torch.empty_like(evaluator.base_hidden(sites)), None
+    numbers = torch.arange(count, device=device)
+
+    pending = torch.arange(total, device=device)
+    while len(pending):
+        everyone = len(pending) == total
+        current, assumed = (sites, chosen) if everyone else (sites.take(pending), chosen[pending])
+        start = accepted if everyone else accepted[pending]
+        ahead = max(1, queries_per_pass(output) // (len(pending) * branches))
+        end = (start + ahead).clamp(max=count + 1)
+        made = _evaluate(evaluator, current, grid, assumed, start, end)
+        answers, read = _answers(evaluator, current, grid, made, assumed, keep_logits=total <= evaluator.chunk)
+        wrong = (answers != assumed).any(-1) & (numbers >= start[:, None])
+        place = torch.where(wrong, numbers, count).amin(1)  # the first wrong evaluation; `count`: none
+        right = place == count
+        done = right & (end > count)
+        finished = pending[done]
+        last = made.evaluation == count
+        output[finished] = made.hidden[last][right[made.site[last]]]
+        if read is not None:
+            logits = read.new_empty(total, read.shape[-1]) if logits is None else logits
+            logits[finished] = read[right[made.site[last]]]
+        computed[pending] += torch.bincount(made.site, minlength=len(pending))
+        rounds[pending] += 1
+        answer = answers.gather(1, place.clamp(max=count - 1)[:, None, None].expand(-1, 1, branches))
+        chosen[pending] = torch.where((numbers >= place[:, None]).unsqueeze(-1), answer, assumed)
+        accepted[pending] = torch.where(right, end, place + 1).clamp(max=count)
+        pending = pending[~done]
+    return SiteSolution(
+        hidden=output,
+        asked=torch.full_like(computed, grid.budget),
+        computed=computed,
+        rounds=rounds,
+        changes=(chosen.diff(dim=1) != 0).any(-1).sum(1),
+        capped=torch.zeros(total, dtype=torch.bool, device=device),
+        clean=evaluator.mix(evaluator.table[chosen]) if record else None,
+        chosen=chosen if record else None,
+        logits=logits,
+    )
+
+
+def _first_choice(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid) -> torch.Tensor:
+    """What the base chooses at t = 0 (N, 1): the first evaluation's answer, or a guess where the grid starts later."""
+    uniforms = None if sites.uniforms is None else sites.uniforms[:, 0]
+    _, tokens = evaluator.choose(evaluator.base_hidden(sites)[:, None], grid.temperatures[0], uniforms)
+    return tokens
+
+
+def queries_per_pass(hidden: torch.Tensor) -> int:
+    """Queries that fill a pass; `hidden` (..., H) tells device and model size."""
+    costly = hidden.device.type == "cpu" and hidden.shape[-1] > _TINY
+    return _QUERIES_PER_PASS if costly else _QUERIES_PER_PASS_OVERHEAD
+
+
+def _evaluate(
+    evaluator: PathEvaluator,
+    sites: Sites,
+    grid: FixedGrid,
+    chosen: torch.Tensor,
+    start: torch.Tensor,
+    end: torch.Tensor,
+) -> _Round:
+    """Evaluations `start` to `end - 1` (N,) of each site; the last one of the grid for the first branch only."""
+    count, branches = grid.evaluations, chosen.shape[-1]
+    numbers = torch.arange(count + 1, device=start.device)
+    wanted = (numbers >= start[:, None]) & (numbers < end[:, None])
+    wanted = wanted.unsqueeze(-1).repeat(1, 1, branches)
+    wanted[:, count, 1:] = False
+    site, evaluation, branch = torch.nonzero(wanted, as_tuple=True)
+    first = int(start.min())
+    states = grid.states(sites.noise, evaluator.mix(evaluator.table[chosen]), first)
+    x = states[site, evaluation - first]
+    hidden, _ = evaluator.at_evaluations(sites, grid, site, evaluation, branch, x)
+    return _Round(site, evaluation, hidden)
+
+
+def _answers(
+    evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, done: _Round, assumed: torch.Tensor, keep_logits: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Tokens chosen (N, E, branches), as assumed where nothing was evaluated, and logits of the last evaluations."""
+    count, branches = grid.evaluations, assumed.shape[-1]
+    velocity = done.evaluation < count
+    site, evaluation = done.site[velocity][::branches], done.evaluation[velocity][::branches]
+    answers = assumed.clone()
+    if sites.uniforms is None:
+        tokens, logits = evaluator.read(done.hidden, ~velocity if keep_logits else None)
+        answers[site, evaluation] = tokens[velocity].view(-1, branches)
+        return answers, logits
+    hidden = done.hidden[velocity].unflatten(0, (-1, branches))
+    for number in evaluation.unique().tolist():  # every evaluation has its own temperature
+        here = evaluation == number
+        uniforms = sites.uniforms[site[here], number]
+        answers[site[here], number] = evaluator.choose(hidden[here], grid.temperatures[number], uniforms)[1]
+    return answers, None

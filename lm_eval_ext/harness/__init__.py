@@ -1,0 +1,1 @@
+"""Where we meet lm-eval itself: registration, checks before its start, its files and its cache."""

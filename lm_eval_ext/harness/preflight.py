@@ -1,0 +1,143 @@
+"""What `lm_eval --model l2d` asks for, checked as soon as the command line is read.
+
+- `install`: wraps the harness's configuration, so that mistakes end in one line before its tasks are indexed
+- `check_checkpoint`, `check_device`: parts of it that others use, too
+- `refuse_checkpoint`: an L2D checkpoint for a model class that would not know what to do with it
+- `check_command`: model args, files of the checkpoint, device and generation settings of a configuration
+
+The harness would look at model args only after reading all of its tasks and importing torch, ten seconds later.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+from l2d.checkpoint.hub import config_folder
+from l2d.checkpoint.preflight import check_files, read_config_file
+from lm_eval_ext.arguments import (
+    SEARCH,
+    Settings,
+    UsageError,
+    check_guidance,
+    parse_arguments,
+    read_checkpoint,
+    sampler_changes,
+    token_search,
+)
+from lm_eval_ext.generation_names import check_names
+
+MODEL = "l2d"
+PLAIN_MODELS = ("hf", "hf-auto", "huggingface")
+"""Names of the harness's own Hugging Face class."""
+
+
+def install(configuration: Any) -> None:
+    """Wrap `from_cli` and `process_tasks` of the harness's `EvaluatorConfig`, once.
+
+    Other models are left alone, unless they are to load an L2D checkpoint.
+    """
+    build, process = configuration.from_cli.__func__, configuration.process_tasks
+    if getattr(build, "checks_l2d", False):
+        return
+
+    @functools.wraps(build)
+    def from_cli(cls, namespace):
+        ours = getattr(namespace, "model", None) == MODEL
+        asked = _one_line(build, cls, namespace) if ours else build(cls, namespace)
+        if asked.model != MODEL:
+            given = asked.model_args or {}
+            if os.path.isdir(str(given.get("pretrained"))):  # names on a hub are for `simple_evaluate`, see `bridge`
+                refuse_checkpoint(asked.model, given)
+            return asked
+        file = getattr(namespace, "config", None)
+        if namespace.device is None and "device" not in (cls.load_yaml_config(file) if file else ()):
+            asked.device = None  # the harness's own default is a GPU, whether there is one or not
+        check_command(asked)
+        return asked
+
+    @functools.wraps(process)
+    def process_tasks(self, *args, **kwargs):
+        if self.model != MODEL:
+            return process(self, *args, **kwargs)
+        return _one_line(process, self, *args, **kwargs)
+
+    vars(from_cli)["checks_l2d"] = True
+    configuration.from_cli, configuration.process_tasks = classmethod(from_cli), process_tasks
+
+
+def check_command(asked: Any) -> None:
+    """Raise `UsageError` for what a run with the configuration `asked` (an `EvaluatorConfig`) would refuse later."""
+    given = dict(asked.model_args or {})
+    if "help" in given or given.get("pretrained") == "help":
+        return  # the model class prints it
+    options = {name: getattr(asked, name) for name in ("device", "batch_size", "max_batch_size")}
+    settings = parse_arguments({**{k: v for k, v in options.items() if v is not None}, **given})
+    if not asked.tasks:
+        raise UsageError("tasks is not set: give --tasks NAME,NAME; lm_eval ls tasks lists what there is.")
+    check_checkpoint(settings, asked.gen_kwargs or {})
+    check_device(settings.harness.get("device"))
+
+
+def refuse_checkpoint(model: str, model_args: Any) -> None:
+    """Raise `UsageError` if the harness's own class is to load an L2D checkpoint.
+
+    It can, by transformers' Auto classes, and would score with the base and generate with the path.
+    """
+    if model not in PLAIN_MODELS:
+        return
+    if isinstance(model_args, str):
+        from lm_eval.utils import simple_parse_args_string
+
+        model_args = simple_parse_args_string(model_args)
+    name, revision = (dict(model_args).get(argument) for argument in ("pretrained", "revision"))
+    if not isinstance(name, str):
+        return
+    revision = None if revision is None or os.path.isdir(name) else str(revision)
+    access: dict[str, Any] = {"local_files_only": True}  # the hub is asked only for what the harness would ask for next
+    try:
+        config_folder(name, revision, **access)
+    except ValueError:
+        access = {}
+    try:
+        read_config_file(name, revision, **access)
+    except ValueError:  # not one of ours, which is as it should be
+        return
+    raise UsageError(
+        f"pretrained={name!r} is an L2D checkpoint, which --model {model} would not evaluate at one budget: use "
+        "--model l2d, whose diffusion_budget=1 is the base."
+    )
+
+
+def check_checkpoint(settings: Settings, gen_kwargs: dict[str, Any] | None = None) -> None:
+    """Raise `UsageError` if files are missing, or if `gen_kwargs` have names or a sampler that cannot be followed."""
+    config = read_checkpoint(settings.pretrained, settings.revision)
+    check_names(gen_kwargs or {})
+    token_search((gen_kwargs or {}).get(SEARCH))
+    try:
+        changed = settings.sampler.replace(**sampler_changes(gen_kwargs or {}))
+        check_guidance(changed, config.get("guidance_classes"))
+        check_files(settings.folder(), config, settings.base)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def check_device(device: str | None) -> None:
+    """Raise `UsageError` for a GPU on a machine without one; torch is imported only where a GPU is asked for."""
+    if device is None or not device.startswith("cuda"):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(f"device={device!r} is not there: this machine shows no CUDA device; use cpu.")
+
+
+def _one_line(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """What `function` returns; what it refuses becomes a `UsageError`, as the harness would show a traceback."""
+    try:
+        return function(*args, **kwargs)
+    except UsageError:
+        raise
+    except (OSError, TypeError, ValueError) as error:
+        text = " ".join(str(error).split()).rstrip(".")
+        raise UsageError(f"{text}: correct the command line, see lm_eval run --help and lm_eval ls tasks.") from error

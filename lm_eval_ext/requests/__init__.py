@@ -1,0 +1,1 @@
+"""How the requests of lm-eval are answered."""

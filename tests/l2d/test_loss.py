@@ -1,0 +1,163 @@
+"""What the path is trained on beyond the published loss: corrupted targets and rollouts, against plain arithmetic."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from l2d import L2DForCausalLM, SamplerConfig
+from l2d.network.diffusion_path import NoisedTargets, Queries
+from l2d.sampling.evaluator import Sites
+from l2d.sampling.noise import draw_token
+from l2d.sampling.solve import solve_sites
+from training.draws import answer_runs, corrupt
+
+IDS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(0))
+INDEX = torch.tensor([[2, 3, 4, 7], [0, 1, -1, -1]])
+TARGETS = torch.tensor([[9, 17, 33, 65], [129, 257, 0, 0]])
+
+
+@pytest.fixture(scope="module")
+def make_model(make_base, make_l2d):
+    """`make_model(**config)`: a float64 model with a path that matters, in training mode."""
+
+    def make(**config):
+        folder = make_l2d(make_base("llama"), "full", ["math"], **config)
+        return L2DForCausalLM.from_pretrained(folder).double().train()
+
+    return make
+
+
+def queries(evaluations: int | None = None, unscored: int | None = None, draws: int = 3, seed: int = 1, **parts):
+    """Random queries at INDEX: rising times of a rollout, or one time per draw."""
+    generator = torch.Generator().manual_seed(seed)
+    time = torch.rand(draws, *INDEX.shape, generator=generator)
+    if evaluations is not None:
+        time = (torch.arange(evaluations).view(-1, 1, 1, 1) + time) / evaluations
+    noise = torch.randn(draws, *INDEX.shape, 16, generator=generator)
+    classes = torch.randint(0, 2, (draws, *INDEX.shape), generator=generator)
+    return NoisedTargets(INDEX, TARGETS, time, noise, classes, unscored=unscored, **parts)
+
+
+def losses_by_hand(model, state, x, time, classes) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses and argmax (B, Q) at states x (B, Q, d), through the padded interface."""
+    logits = model.path_logits(state, Queries(INDEX, x, time, classes))
+    losses = cross_entropy(logits.flatten(0, 1), TARGETS.flatten(), reduction="none").view(INDEX.shape)
+    return losses.masked_fill(INDEX < 0, 0), logits.argmax(-1)
+
+
+def test_corrupted_targets_are_built_from_other_tokens(make_model):
+    model = make_model()
+    generator = torch.Generator().manual_seed(2)
+    sources = torch.randint(3, 400, (3, *INDEX.shape), generator=generator)
+    sources[:, 0, 1] = -1  # a sample of the base
+    uniforms = torch.rand(sources.shape, generator=generator, dtype=torch.float64)
+    asked = queries(sources=sources, uniforms=uniforms)
+    output = model(input_ids=IDS, queries=asked)
+    state = model.main_path(IDS)
+    base = torch.softmax(model.base_logits(state, INDEX), -1)
+    for draw in range(3):
+        built_from = torch.where(sources[draw] < 0, draw_token(base, uniforms[draw]), sources[draw])
+        time = asked.time[draw]
+        x = (1 - time)[..., None] * asked.noise[draw] * 2 + time[..., None] * model.vocabulary_table()[built_from]
+        expected, _ = losses_by_hand(model, state, x, time, asked.classes[draw])
+        torch.testing.assert_close(output.nll[draw], expected, rtol=1e-5, atol=1e-5, check_dtype=False)
+    true = model(input_ids=IDS, queries=queries())
+    assert float((true.nll - output.nll).detach().abs().max()) > 1e-3  # the tokens do matter
+
+
+@pytest.mark.parametrize("carried", [False, True])
+def test_rollout_follows_the_paths_own_choices(make_model, carried):
+    model = make_model(carried_state=carried)
+    asked = queries(evaluations=5, unscored=2)
+    output = model(input_ids=IDS, queries=asked)
+    assert output.nll.shape == output.correct.shape == asked.scored_time.shape == (9, *INDEX.shape)
+    state = model.main_path(IDS)
+    rows, slots = torch.nonzero(INDEX >= 0, as_tuple=True)
+    table = model.vocabulary_table()
+    for draw in range(3):
+        x, before = asked.noise[draw] * 2, torch.zeros(INDEX.shape)
+        chosen, own = model.base_logits(state, INDEX).argmax(-1), torch.zeros(len(rows), 32).double()
+        for number in range(5):
+            time = asked.time[number, draw]
+            x = x + ((time - before) / (1 - before))[..., None] * (table[chosen] - x)
+            flat = (x[rows, slots], time[rows, slots], asked.classes[draw][rows, slots])
+            fused, left = model.path_hidden(state, rows, INDEX[rows, slots], *flat, own if carried else None)
+            own, before = left, time
+            logits = model._decoder.logits(fused)
+            chosen = chosen.clone()
+            chosen[rows, slots] = logits.argmax(-1)
+            if number >= 2:
+                expected = cross_entropy(logits.double(), TARGETS[rows, slots], reduction="none")
+                found = output.nll[(number - 2) * 3 + draw]
+                torch.testing.assert_close(found[rows, slots].double(), expected, rtol=1e-4, atol=1e-4)
+                hits = output.correct[(number - 2) * 3 + draw]
+                assert torch.equal(hits[rows, slots], chosen[rows, slots] == TARGETS[rows, slots])
+    assert not output.nll[:, 1, 2:].any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("carried", [False, True])
+def test_rollout_on_a_grid_is_what_the_sampler_does(make_model, carried):
+    """At Euler's own times the trained trajectory is the sampled one, evaluation by evaluation."""
+    model = make_model(carried_state=carried).eval()
+    budget, sampler = 6, SamplerConfig(solver="euler", budget=6, speculation=False)
+    asked = queries(evaluations=budget - 1, unscored=0, draws=1)
+    grid = torch.linspace(0, 1, budget)[1:]
+    asked.time = grid.view(-1, 1, 1, 1).expand(-1, 1, *INDEX.shape)
+    asked.classes = None
+    output = model(input_ids=IDS, queries=asked)
+    state = model.main_path(IDS)
+    rows, slots = torch.nonzero(INDEX >= 0, as_tuple=True)
+    sites = Sites(rows, INDEX[rows, slots], asked.noise[0][rows, slots].double() * 2)
+    solved = solve_sites(model, state, sites, sampler, None, record=True)
+    logits = model._decoder.logits(solved.evaluated.flatten(0, 1)).unflatten(0, solved.evaluated.shape[:2])
+    for number in range(budget - 1):
+        expected = cross_entropy(logits[:, number + 1].double(), TARGETS[rows, slots], reduction="none")
+        torch.testing.assert_close(output.nll[number][rows, slots].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_a_rollout(make_model):
+    """None to the embedding that states are made of; to the carried state through the window, and only there."""
+    model = make_model(carried_state=True)
+    model.path.vocabulary.requires_grad_(False)
+    weight = model.path.carried_state.projection.weight
+    found = {}
+    for window in (1, 3):
+        model.zero_grad()
+        asked = queries(evaluations=4, unscored=4 - window)
+        model(input_ids=IDS, queries=asked).nll[-3:].sum().backward()  # the last evaluation's loss alone
+        found[window] = weight.grad.clone()
+    assert found[1].abs().max() > 0
+    assert not torch.allclose(found[1], found[3])  # with a longer window it also goes through the evaluations before
+    trained = {name for name, p in model.trained_parameters() if p.requires_grad}
+    assert all(p.grad is not None for name, p in model.trained_parameters() if name in trained)
+
+
+def test_answer_runs():
+    first, length = answer_runs(torch.tensor([[2, 3, 4, 7, 8], [5, 7, 9, -1, -1]]))
+    assert first.tolist() == [[0, 0, 0, 3, 3], [0, 1, 2, 3, 4]]
+    assert length.tolist() == [[3, 3, 3, 2, 2], [1, 1, 1, 1, 1]]
+
+
+def test_corruption_picks_tokens_of_the_same_answer_and_samples():
+    index = torch.tensor([[2, 3, 4, 7, 8], [5, -1, -1, -1, -1]])
+    targets = torch.tensor([[10, 11, 12, 20, 21], [30, 0, 0, 0, 0]])
+
+    def sources(rate: float, share: float) -> torch.Tensor:
+        time = torch.zeros(4000, *index.shape)
+        asked = NoisedTargets(index, targets, time, time)
+        corrupt(asked, rate, share, {"generator": torch.Generator().manual_seed(0)})
+        assert ((asked.uniforms >= 0) & (asked.uniforms < 1)).all()
+        return asked.sources
+
+    others = sources(1.0, 0.0)
+    for slot, expected in enumerate(([11, 12], [10, 12], [10, 11], [21], [20])):
+        values, counts = others[:, 0, slot].unique(return_counts=True)
+        assert values.tolist() == expected
+        assert (counts / 4000 - 1 / len(expected)).abs().max() < 0.04
+    assert (others[:, 1, 0] == -1).all()  # the only token of its answer
+    assert (others[:, 1, 1:] == 0).all()  # padding stays
+    assert torch.equal(sources(0.0, 0.5), targets.expand(4000, -1, -1))
+    mixed = sources(0.3, 0.5)[:, 0]
+    assert float((mixed == -1).float().mean()) == pytest.approx(0.15, abs=0.01)
+    assert float((mixed == targets[0]).float().mean()) == pytest.approx(0.7, abs=0.01)

@@ -1,0 +1,198 @@
+"""One evaluation at its best time against the budgets. `python -m pytest tests/training/test_compare_budgets.py`"""
+
+import json
+
+import pytest
+import torch
+
+from l2d import L2DForCausalLM, SamplerConfig
+from lm_eval_ext.arguments import parse_arguments
+from tests.training_runs import sums, write_jsonl
+from training.compare_budgets import (
+    Measurement,
+    best_single_evaluation,
+    choose_best,
+    compare,
+    main,
+    measure,
+    single_evaluation,
+    verdict,
+)
+
+TIMES = (0.1, 0.5, 0.9)
+WIDTH = 6  # tokens of an answer
+
+
+@pytest.fixture(scope="module")
+def model(l2d_dir):
+    """A path that changes tokens."""
+    return L2DForCausalLM.from_pretrained(l2d_dir)
+
+
+def rows_of(model, sampler, count=24):
+    """Tokens, mask and targets of prompts of unequal lengths with the model's own greedy answers under `sampler`."""
+    generator = torch.Generator().manual_seed(5)
+    lines = []
+    for number in range(count):
+        prompt = torch.randint(3, 390, (1, 4 + number % 3), generator=generator)
+        answer = model.generate(prompt, sampler=sampler, do_sample=False, max_new_tokens=WIDTH, eos_token_id=None)
+        lines.append((prompt.shape[1], answer[0]))
+    width = max(len(tokens) for _, tokens in lines)
+    ids, mask, wanted = (torch.zeros(count, width, dtype=torch.long) for _ in range(3))
+    for row, (start, tokens) in enumerate(lines):
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+        wanted[row, start : len(tokens)] = 1
+    return ids, mask, wanted.bool()
+
+
+def made(exact, nll=1.0, **sampler):
+    """A measurement of answers of two tokens."""
+    right = torch.tensor([2.0 if one else 1.0 for one in exact], dtype=torch.float64)
+    return Measurement(SamplerConfig(**sampler), torch.full_like(right, 2), right, torch.full_like(right, 2 * nll))
+
+
+@pytest.mark.parametrize("sampler", [single_evaluation(0.5), {"budget": 7}, {"budget": 1}], ids=["once", "7", "base"])
+def test_exact_match_is_what_greedy_decoding_gives(model, sampler):
+    """Answers of one setting, some with a wrong token, judged under it and under another one."""
+    ids, mask, wanted = rows_of(model, sampler)
+    for row in range(0, len(ids), 3):
+        place = int(wanted[row].nonzero()[row % WIDTH])
+        ids[row, place] = (ids[row, place] + 1) % 390
+    for tried in (sampler, {"budget": 3}):
+        found = measure(model, ids, mask, wanted, tried, batch_size=5)
+        right = []
+        for tokens, marks in zip(ids, wanted, strict=True):
+            start = int(marks.nonzero()[0])
+            options = dict(sampler=tried, do_sample=False, max_new_tokens=WIDTH, eos_token_id=None)
+            out = model.generate(tokens[None, :start], **options)[0]
+            right.append(torch.equal(out[start:], tokens[start : start + WIDTH]))
+        assert found.exact.tolist() == right
+    assert 0 < sum(right) < len(ids) or tried == {"budget": 3}
+
+
+def test_figures_by_hand(model):
+    ids, mask, wanted = rows_of(model, {"budget": 3})
+    found = measure(model, ids, mask, wanted, {"budget": 7}, batch_size=4)
+    scored = model.score(ids, mask, continuation_mask=wanted, sampler={"budget": 7})
+    assert found.accuracy[0] == pytest.approx(scored.greedy[wanted].double().mean().item(), abs=1e-9)
+    assert found.nll[0] == pytest.approx(-scored.logprobs[wanted].mean().item(), abs=1e-5)
+    whole = (scored.greedy | ~wanted).all(1).double()
+    assert found.exact_match[0] == pytest.approx(whole.mean().item(), abs=1e-9)
+    assert found.exact_match[1] == pytest.approx((whole.std() / len(whole) ** 0.5).item(), abs=1e-9)
+    with pytest.raises(ValueError, match="wanted marks no target in some row"):
+        measure(model, ids, mask, wanted & (torch.arange(len(ids)) > 0)[:, None], {"budget": 7})
+
+
+@pytest.mark.parametrize("time", TIMES)
+def test_the_time_that_made_the_answers_is_best(model, time):
+    best, found = best_single_evaluation(model, *rows_of(model, single_evaluation(time)), TIMES)
+    assert best.sampler.final_time == time and best.exact_match == (1.0, 0.0)
+    assert [one.sampler.final_time for one in found] == list(TIMES)
+    assert all(one.exact_match[0] < 1 for one in found if one is not best)
+
+
+def test_ties_go_to_the_lower_loss():
+    one, other, worse = made([1, 0, 1], nll=0.5), made([1, 1, 0], nll=0.4), made([1, 0, 0], nll=0.1)
+    assert choose_best([one, other, worse]) is other and choose_best([worse, one]) is one
+
+
+@pytest.mark.parametrize(
+    ("budget", "single", "word"),
+    [
+        ([1] * 20 + [0] * 20, [0] * 40, "better than"),
+        ([0] * 40, [1] * 20 + [0] * 20, "worse than"),
+        ([1] * 3 + [0] * 37, [0] * 37 + [1] * 2 + [0], "equal to"),
+        ([1, 0] * 20, [1, 0] * 20, "equal to"),
+    ],
+)
+def test_verdict(budget, single, word):
+    one, other = made(budget, budget=31), made(single, budget=2, solver="euler", final_time=0.05)
+    sentence = verdict(one, other)
+    assert f"T = 31, is {word} one evaluation at t = 0.05" in sentence
+    difference, error = compare(one, other)
+    pairs = torch.tensor(budget, dtype=torch.float64) - torch.tensor(single, dtype=torch.float64)
+    assert difference == pytest.approx(pairs.mean().item())
+    assert error == pytest.approx((pairs.std() / 40**0.5).item())
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def test_command(l2d_dir, tmp_path, capsys):
+    """Prompts and completions, columns in JSON and conversations: the table, and arguments that the harness takes."""
+    rows = sums(12)
+    write_jsonl(tmp_path / "pairs.jsonl", rows)
+    renamed = [{"question": row["prompt"], "answer": row["completion"]} for row in rows]
+    write_jsonl(tmp_path / "renamed.jsonl", renamed)
+    turns = [
+        [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        for row in rows
+    ]
+    write_jsonl(tmp_path / "turns.jsonl", [{"messages": one} for one in turns])
+    columns = json.dumps({"prompt": "question", "completion": "answer"})
+    printed, written = [], []
+    for name, more in (("pairs", []), ("renamed", ["--columns", columns]), ("turns", [])):
+        file = tmp_path / f"{name}.json"
+        options = ["--times", "0.5,0.1", "--budgets", "3,1", "--json", str(file), "--device", "cpu", *more]
+        main([str(l2d_dir), "--data", str(tmp_path / f"{name}.jsonl"), *options])
+        printed.append(capsys.readouterr().out)
+        written.append(json.loads(file.read_text()))
+    assert written[0]["single_evaluations"] == written[1]["single_evaluations"] != written[2]["single_evaluations"]
+    first = written[0]
+    assert first["examples"] == 12 and [one["sampler"]["budget"] for one in first["budgets"]] == [1, 3]
+    best = max(first["single_evaluations"], key=lambda one: (one["exact_match"], -one["nll"]))
+    assert first["best_time"] == best["sampler"]["final_time"]
+    words = dict(pair.split("=") for pair in first["model_args"].split(","))
+    settings = parse_arguments(words)
+    assert settings.sampler.to_dict() == best["sampler"]
+    assert f"--model_args {first['model_args']} --tasks" in printed[0]
+    assert f"best single evaluation: t = {first['best_time']:g}\n" in printed[0] and first["verdict"] in printed[0]
+    assert [line.split("  ")[0] for line in printed[0].splitlines() if "±" in line][:4] == [
+        *("T = 1 (the base)", "T = 3", "one evaluation, t = 0.1", "one evaluation, t = 0.5")
+    ]
+
+
+def test_noise_free_paths_have_one_evaluation(make_l2d, base_dir, tmp_path, capsys):
+    folder = make_l2d(base_dir, noise_free=True)
+    data = write_jsonl(tmp_path / "data.jsonl", sums(5))
+    main([str(folder), "--data", str(data), "--device", "cpu", "--limit", "3"])
+    printed = capsys.readouterr().out
+    assert "3 examples" in printed and "one evaluation, t = 1 " in printed and "one evaluation, t = 0.5" not in printed
+    with pytest.raises(SystemExit):
+        main([str(folder), "--data", str(data), "--budgets", "15"])
+    assert "diffusion_budget=15" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (["--times", "0,0.5"], "start_time=0, final_time=0 is not a trajectory"),
+        (["--times", "1.5"], "final_time=1.5 is not a trajectory"),
+        (["--times", "nan"], "times='nan' must be finite numbers"),
+        (["--times", "early"], "times='early' must be numbers with commas between them"),
+        (["--budgets", "3.5"], "budgets='3.5' must be whole numbers"),
+        (["--budgets", "14"], "diffusion_budget=14 cannot be met by solver='midpoint'"),
+        (["--limit", "0"], "limit=0 must be a whole number"),
+        (["--batch_size", "-1"], "batch_size=-1 must be"),
+        (["--json", "absent/file.json"], "json='absent/file.json' is in a folder that does not exist"),
+        (["--data", "absent.jsonl"], "data='absent.jsonl' does not exist"),
+        (["--columns", "[1]"], "columns="),
+        (["--columns", '{"prompt": "question"}'], "columns refers to 'question', which is not in the data"),
+    ],
+)
+def test_refused_before_weights_are_loaded(l2d_dir, tmp_path, monkeypatch, capsys, changes, sentence):
+    monkeypatch.setattr("training.compare_budgets.load_session", lambda *_, **__: pytest.fail("weights were loaded"))
+    data = write_jsonl(tmp_path / "data.jsonl", sums(5))
+    with pytest.raises(SystemExit) as caught:
+        main([str(l2d_dir), "--data", str(data), *changes])
+    *_, said = capsys.readouterr().err.splitlines()  # progress bars may come before it
+    assert caught.value.code == 2 and said.startswith("error: ") and sentence in said
+
+
+def test_other_models_are_refused(base_dir, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "data.jsonl", sums(5))
+    for folder, sentence in ((tmp_path, "holds no readable config.json"), (base_dir, "not an L2D checkpoint")):
+        with pytest.raises(SystemExit):
+            main([str(folder), "--data", str(data)])
+        assert sentence in capsys.readouterr().err

@@ -1,0 +1,181 @@
+"""The demo's output folder, its runner and its plan.
+
+    pytest tests/training/test_demo_run.py
+
+* nothing is overwritten without being asked; an interrupted run continues; a failing step shows the end of its log
+* the recipes are ones that the trainer's entry point accepts; the harness's command lines are complete
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from training.demo import __main__ as demo
+from training.demo.evaluate import evaluate
+from training.demo.plan import SETTINGS, build_steps, recipes, write_recipes
+from training.demo.runner import Step, StepFailed, run_steps
+from training.demo.workspace import DEMO, LOCK, open_workspace
+from training.recipe import read_recipe
+
+SETTING = {"recipes": 1}
+STATE = DEMO.state
+
+
+def python_step(name, code, output, **options):
+    return Step(name, (sys.executable, "-c", code), output, **options)
+
+
+def write(path, text="done"):
+    return f"open({str(path)!r}, 'w').write({text!r})"
+
+
+def test_new_and_empty_folders_are_taken(tmp_path):
+    assert open_workspace(tmp_path / "new", SETTING, overwrite=False).seconds == {}
+    (tmp_path / "empty").mkdir()
+    assert open_workspace(tmp_path / "empty", SETTING, overwrite=False).seconds == {}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_foreign_folders_and_files_are_refused(tmp_path, overwrite):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(ValueError, match="holds 'data', which is no demo's: choose another folder with OUT="):
+        open_workspace(tmp_path, SETTING, overwrite)
+    assert (tmp_path / "data").is_dir()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="is a file: choose a folder with OUT="):
+        open_workspace(tmp_path / "file", SETTING, overwrite)
+
+
+def test_finished_demo_is_overwritten_only_when_asked(tmp_path):
+    out = tmp_path / "demo"
+    workspace = open_workspace(out, SETTING, overwrite=False)
+    workspace.record("data", 1.0)
+    workspace.finish()
+    (out / "leaderboard.md").touch()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"finished demo .*OUT=, or replace it with OVERWRITE=1 \(--overwrite\)\.$"):
+        open_workspace(out, SETTING, overwrite=False)
+    assert open_workspace(out, SETTING, overwrite=True).seconds == {}
+    assert sorted(path.name for path in out.iterdir()) == [LOCK, STATE, "notes.txt"]
+
+
+def test_folder_in_use_is_refused(tmp_path):
+    workspace = open_workspace(tmp_path / "demo", SETTING, overwrite=False)
+    with pytest.raises(ValueError, match="in use by a demo that still runs"):
+        open_workspace(tmp_path / "demo", SETTING, overwrite=True)
+    workspace.lock.close()
+    open_workspace(tmp_path / "demo", SETTING, overwrite=False)
+
+
+def test_comma_is_refused_before_anything_is_made(tmp_path):
+    with pytest.raises(ValueError, match="holds a comma"):
+        open_workspace(tmp_path / "a,b", SETTING, overwrite=False)
+    assert not (tmp_path / "a,b").exists()
+
+
+def test_unfinished_demo_continues_only_with_its_own_settings(tmp_path):
+    open_workspace(tmp_path / "demo", SETTING, overwrite=False).record("data", 1.0)
+    assert open_workspace(tmp_path / "demo", SETTING, overwrite=False).seconds == {"data": 1.0}
+    with pytest.raises(ValueError, match="unfinished demo of other settings"):
+        open_workspace(tmp_path / "demo", {"recipes": 2}, overwrite=False)
+
+
+def test_unreadable_state_is_one_sentence(tmp_path):
+    (tmp_path / STATE).write_text("{")
+    with pytest.raises(ValueError, match=f"unreadable {STATE}"):
+        open_workspace(tmp_path, SETTING, overwrite=False)
+
+
+def test_steps_run_in_order_and_only_once(tmp_path, capsys):
+    workspace = open_workspace(tmp_path / "demo", SETTING, overwrite=False)
+    out = workspace.folder
+    steps = [
+        python_step(
+            "second", f"open({str(out / 'first')!r}); {write(out / 'second')}", out / "second", needs=("first",)
+        ),
+        python_step("first", f"import time; time.sleep(0.2); {write(out / 'first')}", out / "first"),
+    ]
+    run_steps(steps, workspace, {}, tmp_path)
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == ["[ 1/2] first", "[ 2/2] second"]
+    assert set(json.loads((out / STATE).read_text())["seconds"]) == {"first", "second"}
+
+    (out / "second").unlink()
+    workspace.lock.close()
+    run_steps(steps, open_workspace(out, SETTING, overwrite=False), {}, tmp_path)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 of 2 steps were complete already"
+    assert [line.split(",")[0] for line in lines[1:]] == ["[ 2/2] second"]
+
+
+def test_output_of_an_interrupted_step_is_removed_first(tmp_path):
+    workspace = open_workspace(tmp_path / "demo", SETTING, overwrite=False)
+    folder = workspace.folder / "step"
+    folder.mkdir()
+    (folder / "half").touch()
+    run_steps([python_step("step", f"import os; os.mkdir({str(folder)!r})", folder)], workspace, {}, tmp_path)
+    assert not list(folder.iterdir())
+
+
+def test_failing_step_ends_the_others_and_shows_its_log(tmp_path):
+    workspace = open_workspace(tmp_path / "demo", SETTING, overwrite=False)
+    slow = python_step("slow", "import time; time.sleep(600)", tmp_path / "slow")
+    bad = python_step("bad", "print('working', flush=True); raise SystemExit('it broke')", tmp_path / "bad")
+    started = time.monotonic()
+    with pytest.raises(StepFailed, match=r"(?s)bad failed \(exit status 1\).*bad\.log:.*working\n *it broke"):
+        run_steps([slow, bad], workspace, {}, tmp_path)
+    assert time.monotonic() - started < 300
+    assert workspace.seconds == {}
+
+
+def test_step_without_its_output_has_failed(tmp_path):
+    workspace = open_workspace(tmp_path / "demo", SETTING, overwrite=False)
+    with pytest.raises(StepFailed, match="lazy failed"):
+        run_steps([python_step("lazy", "pass", tmp_path / "nothing")], workspace, {}, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["l2d", "corrupted", "noise_free", "lora_sft", "full_sft"])
+def test_recipes_are_accepted_by_the_entry_point(tmp_path, name):
+    write_recipes(tmp_path)
+    for folder in ("base", "data"):  # what the steps before leave
+        (tmp_path / folder).mkdir()
+    (tmp_path / "data" / "products_train.jsonl").write_text("{}\n")
+    recipe = read_recipe(["--config", str(tmp_path / "configs" / f"{name}.yaml")])
+    assert recipe.model.method == (name if name.endswith("_sft") else "l2d")
+    assert recipe.settings == recipes(tmp_path)[name] and len(recipes(tmp_path)) == 5
+    assert (recipe.training.corruption_rate > 0) == (name == "corrupted")
+    assert recipe.model.noise_free == (name == "noise_free")
+
+
+def test_every_setting_is_evaluated_in_both_ways(tmp_path, monkeypatch, capsys):
+    steps = {step.name: step for step in build_steps(tmp_path)}
+    assert {need for step in steps.values() for need in step.needs} <= set(steps)
+    evaluations = [step for name, step in steps.items() if name.startswith("evaluate")]
+    assert len(evaluations) == len({step.output for step in evaluations}) == len(SETTINGS) == 15
+    run: list[list[str]] = []
+    monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: run.append(sys.argv))
+    monkeypatch.setattr(sys, "argv", [])
+    for folder, control in (("l2d", "once"), ("corrupted", "corrupted_once")):
+        choice, step = steps[f"choose time {folder}"], steps[f"evaluate {control}"]
+        assert str(tmp_path / "data" / "products_validation.jsonl") in choice.command
+        assert step.needs == (choice.name,) and choice.needs == (f"train {folder}",)
+        (tmp_path / f"{folder}_controls.json").write_text('{"best_time": 0.1, "model_args": "pretrained=X,seed=1"}')
+        run.clear()
+        evaluate(Path(step.command[-2]), step.command[-1])
+        assert capsys.readouterr().out.splitlines() == [f"$ {' '.join(words)}" for words in run]
+        greedy, sampled = map(" ".join, run)
+        assert "--model_args pretrained=X,seed=1 --tasks" in greedy and "--gen_kwargs" not in greedy
+        assert "--gen_kwargs do_sample=true,temperature=1.0" in sampled
+        assert all(str(step.output) in words for words in (greedy, sampled)) and greedy != sampled
+
+
+def test_refusal_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "something").touch()
+    monkeypatch.setattr(sys, "argv", ["demo", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_status:
+        demo.main()
+    output = capsys.readouterr()
+    assert exit_status.value.code == 2
+    assert output.out == "" and output.err.startswith("error: OUT=") and output.err.count("\n") == 1

@@ -1,0 +1,1 @@
+"""Checkpoints of a training run: atomic saving, exact resuming, full disks."""

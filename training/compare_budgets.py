@@ -1,0 +1,389 @@
+"""Does more compute help this checkpoint? The budgets against one evaluation at its best time.
+
+    python -m training.compare_budgets CHECKPOINT --data validation.jsonl
+
+- `measure`: token accuracy, exact match and loss of one sampler setting, by teacher forcing
+- `best_single_evaluation`: the time at which one evaluation of the path does best
+- `compare`, `verdict`: a budget against one evaluation, paired by example
+- `main`: the table, the best time with its `lm_eval` arguments, and the verdict
+
+An answer is exactly right when every one of its tokens, the end token included, is the most likely one given the true
+tokens before it: then, and only then, greedy decoding gives that answer. So one pass over the data measures what
+decoding would, and one setting costs about as much as scoring does.
+
+Legend: E examples, S positions.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from l2d.checkpoint.hub import checkpoint_folder, commit_of
+from l2d.checkpoint.preflight import check_files, check_sampler, read_config_file
+from l2d.cli.parser import Parser
+from l2d.cli.session import load_session, tokenizer_source
+from l2d.sampler_config import SamplerConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from l2d.modeling import L2DForCausalLM
+
+TIMES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+BUDGETS = (1, 3, 7, 15, 31)
+_SINGLE = {"solver": "euler", "budget": 2, "start_time": 0.0, "votes": 1, "mc_samples": 1}
+
+
+def single_evaluation(time: float) -> dict[str, Any]:
+    """Sampler settings of one evaluation of the path, at `time`: the one before it, at t = 0, is the base's own."""
+    return {**_SINGLE, "final_time": time}
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What one sampler setting reached: per example (E,) float64, targets, correct ones, and summed NLL in nats."""
+
+    sampler: SamplerConfig
+    counts: "torch.Tensor"
+    right: "torch.Tensor"
+    nll_sums: "torch.Tensor"
+
+    @property
+    def exact(self) -> "torch.Tensor":
+        """(E,) float64: 1 where the whole answer is right."""
+        return (self.right == self.counts).double()
+
+    @property
+    def accuracy(self) -> tuple[float, float]:
+        """Share of right tokens and its standard error, over examples."""
+        return _ratio(self.right, self.counts)
+
+    @property
+    def exact_match(self) -> tuple[float, float]:
+        """Share of answers that are right as a whole, and its standard error."""
+        return _ratio(self.exact, self.counts * 0 + 1)
+
+    @property
+    def nll(self) -> tuple[float, float]:
+        """Mean negative log-probability of a target and its standard error, over examples."""
+        return _ratio(self.nll_sums, self.counts)
+
+    def record(self) -> dict[str, Any]:
+        """Plain values."""
+        values = {"sampler": self.sampler.to_dict()}
+        for name in ("accuracy", "exact_match", "nll"):
+            values[name], values[f"{name}_stderr"] = getattr(self, name)
+        return values
+
+
+def _ratio(sums: "torch.Tensor", counts: "torch.Tensor") -> tuple[float, float]:
+    """Sum over sum, with the standard error over examples; 0 for a single example."""
+    value, examples = sums.sum() / counts.sum(), len(sums)
+    spread = ((sums - value * counts) ** 2).sum() * examples / max(examples - 1, 1)
+    return value.item(), spread.sqrt().item() / counts.sum().item()
+
+
+def measure(
+    model: "L2DForCausalLM",
+    ids: "torch.Tensor",
+    mask: "torch.Tensor",
+    wanted: "torch.Tensor",
+    sampler: dict[str, Any],
+    batch_size: int = 32,
+) -> Measurement:
+    """Score the answers of right-padded rows.
+
+    Args:
+        ids, mask, wanted: (E, S), tokens, which of them are no padding, and which are targets.
+        sampler: changes to the checkpoint's sampler settings.
+        batch_size: rows at a time; changes nothing but memory and speed.
+
+    Raises `ValueError` for a row without a target, and for settings that the model cannot follow.
+    """
+    import torch
+
+    settings, counts = model.sampler(sampler), wanted.sum(1).double().cpu()
+    if not bool((counts > 0).all()):
+        raise ValueError("wanted marks no target in some row: leave out examples without an answer.")
+    right, nll_sums = torch.zeros_like(counts), torch.zeros_like(counts)
+    for start in range(0, len(ids), batch_size):
+        rows = slice(start, start + batch_size)
+        width = int(mask[rows].sum(1).max())
+        targets = wanted[rows, :width].bool()
+        scored = model.score(ids[rows, :width], mask[rows, :width], continuation_mask=targets, sampler=settings)
+        right[rows] = (scored.greedy & targets).sum(1).double().cpu()
+        nll_sums[rows] = -scored.logprobs.double().masked_fill(~targets, 0).sum(1).cpu()
+    return Measurement(settings, counts, right, nll_sums)
+
+
+def best_single_evaluation(
+    model: "L2DForCausalLM",
+    ids: "torch.Tensor",
+    mask: "torch.Tensor",
+    wanted: "torch.Tensor",
+    times: Sequence[float] = TIMES,
+    batch_size: int = 32,
+) -> tuple[Measurement, list[Measurement]]:
+    """The best of `times` by exact match, of equal ones that with the lowest loss, and what all of them reached.
+
+    Arguments as for `measure`; the time is `Measurement.sampler.final_time`. Use data that were not trained on.
+    """
+    found = [measure(model, ids, mask, wanted, single_evaluation(time), batch_size) for time in times]
+    return choose_best(found), found
+
+
+def choose_best(found: Sequence[Measurement]) -> Measurement:
+    """The highest exact match; of equal ones the lowest loss."""
+    return max(found, key=lambda one: (one.exact.sum().item(), -one.nll[0]))
+
+
+def compare(one: Measurement, other: Measurement) -> tuple[float, float]:
+    """Exact match of `one` minus that of `other` on the same examples, and the paired standard error."""
+    return _ratio(one.exact - other.exact, one.counts * 0 + 1)
+
+
+def verdict(budget: Measurement, single: Measurement) -> str:
+    """In one sentence, whether a budget is better than one evaluation, equal to it or worse."""
+    difference, error = compare(budget, single)
+    word = (
+        "equal to"
+        if abs(difference) <= 2 * error or not difference
+        else "better than"
+        if difference > 0
+        else "worse than"
+    )
+    return (
+        f"The largest budget, T = {budget.sampler.budget}, is {word} one evaluation at t = "
+        f"{single.sampler.final_time:g} at two paired standard errors: exact match {budget.exact_match[0]:.3f} against "
+        f"{single.exact_match[0]:.3f}, a difference of {difference:+.3f} ± {error:.3f}."
+    )
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is asked for, checked: where the checkpoint is, and the sampler settings of the single evaluations and of
+    the budgets."""
+
+    folder: str
+    singles: list[dict[str, Any]]
+    budgets: list[dict[str, Any]]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command; user errors end with one line on standard error and exit status 2."""
+    given = _parser().parse_args(arguments)
+    try:
+        config, plan = _check(given)
+        ids, mask, wanted = _read_data(given, plan.folder, config)
+        session = load_session(plan.folder, base=given.base, dtype=given.dtype, device=given.device)
+    except (ValueError, OSError) as error:
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    ids, mask, wanted = (part.to(session.model.device) for part in (ids, mask, wanted))
+    singles, budgets = (
+        [_told(measure(session.model, ids, mask, wanted, sampler, given.batch_size)) for sampler in part]
+        for part in (plan.singles, plan.budgets)
+    )
+    report(given, config, singles, budgets, commit_of(plan.folder))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m training.compare_budgets", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder or hub name of an L2D checkpoint")
+    parser.add_argument("--revision", help="branch, tag or commit of a checkpoint on the hub")
+    parser.add_argument("--data", required=True, help="file, folder or hub name of data that were not trained on")
+    parser.add_argument("--split", default="train", help="of the data; files have the split train (the default)")
+    parser.add_argument("--dataset_config", help="configuration (subset) of the data set")
+    parser.add_argument("--columns", help="JSON, as in a recipe; default: those of the checkpoint's recipe.yaml")
+    parser.add_argument("--times", help=f"of single evaluations; default: {_joined(TIMES)}")
+    parser.add_argument("--budgets", help=f"evaluations per token; default: {_joined(BUDGETS)}")
+    parser.add_argument("--limit", type=int, help="use the first N examples only")
+    parser.add_argument("--batch_size", "--batch-size", type=int, default=32)
+    parser.add_argument("--base", help="name or folder of the base, where it is not where it was")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base's weights")
+    parser.add_argument("--device", help="for example cpu or cuda:0")
+    parser.add_argument("--json", help="file to write the figures to")
+    return parser
+
+
+def _joined(values: Sequence[float]) -> str:
+    return ",".join(f"{value:g}" for value in values)
+
+
+def _check(given: argparse.Namespace) -> tuple[dict[str, Any], _Plan]:
+    """Everything that can be refused without data and weights. Raises `ValueError`."""
+    for name in ("limit", "batch_size"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} must be a whole number of at least 1.")
+    if given.json is not None and not Path(given.json).absolute().parent.is_dir():
+        raise ValueError(f"json={given.json!r} is in a folder that does not exist: make it, or name another file.")
+    config = read_config_file(given.checkpoint, given.revision)
+    noise_free = config.get("noise_free", False)
+    times = _numbers("times", given.times, float, (1.0,) if noise_free else TIMES)
+    budgets = _numbers("budgets", given.budgets, int, (1,) if noise_free else BUDGETS)
+    singles, asked = [single_evaluation(time) for time in times], [{"budget": budget} for budget in budgets]
+    for sampler in [*singles, *asked]:
+        settings = check_sampler(config, sampler)
+        if settings.adaptive and not settings.is_base:
+            raise ValueError(
+                f"budgets={_joined(budgets)} cannot be met by solver={settings.solver!r}, which this checkpoint "
+                "stores: give budgets=1, or store another solver in its config.json."
+            )
+    folder = checkpoint_folder(given.checkpoint, given.revision)
+    check_files(folder, config, given.base)
+    return config, _Plan(folder, singles, asked)
+
+
+def _numbers(name: str, text: str | None, kind: type, default: Sequence[float]) -> list[Any]:
+    """Distinct numbers of a list with commas, in rising order."""
+    if text is None:
+        return list(default)
+    try:
+        values = sorted({kind(word) for word in text.split(",")})
+    except ValueError as error:
+        what = "whole numbers" if kind is int else "numbers"
+        raise ValueError(
+            f"{name}={text!r} must be {what} with commas between them, e.g. {_joined(default)}."
+        ) from error
+    if not all(math.isfinite(value) for value in values):
+        raise ValueError(f"{name}={text!r} must be finite numbers.")
+    return values
+
+
+def _read_data(
+    given: argparse.Namespace, folder: str, config: dict[str, Any]
+) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
+    """Tokens, mask and targets (E, S) of the examples. Raises `ValueError`."""
+    import torch
+
+    from training.budget_metrics import padded
+    from training.config import DataArguments, L2DTrainingConfig, ModelArguments
+    from training.data.loading import encode, load_split, load_tokenizer
+
+    recipe = _recipe(folder)
+    data = DataArguments(
+        dataset=given.data,
+        dataset_config=[given.dataset_config] if given.dataset_config else None,
+        train_split=given.split,
+        columns=given.columns if given.columns is not None else recipe.get("columns"),
+        unroll=recipe.get("unroll", False),
+    )
+    examples = load_split("data", data)
+    if given.limit is not None:
+        examples = examples.select(range(min(given.limit, len(examples))))
+    training = L2DTrainingConfig(output_dir="unused", report_to="none", too_long="drop", bf16=False)
+    tokenizer = load_tokenizer(ModelArguments(base=tokenizer_source(folder, config, given.base)), training)
+    base_config = config.get("base_config") or {}
+    base_config = base_config.get("text_config") or base_config
+    longest = base_config.get("max_position_embeddings") or sys.maxsize
+    encoded, summary = encode(examples, tokenizer, training, longest, "data")
+    print(summary, flush=True)
+    return padded(list(encoded), tokenizer.pad_token_id, torch.device("cpu"))
+
+
+def _recipe(folder: str) -> dict[str, Any]:
+    """What the checkpoint was trained with, where it says so."""
+    import yaml
+
+    file = Path(folder) / "recipe.yaml"
+    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return found if isinstance(found, dict) else {}
+
+
+def _told(found: Measurement) -> Measurement:
+    """Progress, where someone is looking."""
+    if sys.stderr.isatty():
+        print(_name(found), f"exact match {found.exact_match[0]:.3f}", file=sys.stderr)
+    return found
+
+
+# ---- the report --------------------------------------------------------------------------------------------------
+
+
+def report(
+    given: argparse.Namespace,
+    config: dict[str, Any],
+    singles: list[Measurement],
+    budgets: list[Measurement],
+    commit: str | None = None,
+) -> None:
+    """Print table, best time, arguments and verdict, and write them to `given.json` where that is asked for.
+
+    `commit`: that of a checkpoint on the hub.
+    """
+    best, largest = choose_best(singles), budgets[-1]
+    arguments = model_args(given.checkpoint, config, best.sampler, given.revision)
+    sentence = verdict(largest, best)
+    print(table([*budgets, *singles], best))
+    print(f"\nbest single evaluation: t = {best.sampler.final_time:g}")
+    print(f"  lm_eval --model l2d --model_args {arguments} --tasks ...")
+    print(sentence)
+    if len(singles) > 1:
+        print("The time was chosen on these data: judge both on other data before you believe the difference.")
+    if given.json is None:
+        return
+    content = {
+        "checkpoint": str(given.checkpoint),
+        "revision": given.revision,
+        "commit": commit,
+        "data": given.data,
+        "examples": len(best.counts),
+        "targets": int(best.counts.sum()),
+        "best_time": best.sampler.final_time,
+        "model_args": arguments,
+        "verdict": sentence,
+        "single_evaluations": [one.record() for one in singles],
+        "budgets": [one.record() for one in budgets],
+    }
+    draft = f"{given.json}.partial"
+    Path(draft).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, given.json)
+
+
+def model_args(checkpoint: str, config: dict[str, Any], sampler: SamplerConfig, revision: str | None = None) -> str:
+    """Arguments of `lm_eval --model l2d` for one evaluation, beside what the checkpoint stores."""
+    stored = SamplerConfig().replace(**(config.get("sampler") or {}))
+    named = {"diffusion_budget": "budget", "solver": "solver", "final_time": "final_time"}
+    named |= {name: name for name in ("start_time", "votes", "mc_samples") if getattr(stored, name) != _SINGLE[name]}
+    where = [f"pretrained={checkpoint}", *([f"revision={revision}"] if revision is not None else [])]
+    return ",".join([*where, *(f"{name}={_word(getattr(sampler, f))}" for name, f in named.items())])
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def table(found: list[Measurement], best: Measurement) -> str:
+    """One line per setting, in columns; the last one compares exact match with the best single evaluation's."""
+    lines = [["setting", "exact match", "token accuracy", "NLL per token", "exact match - best single"]]
+    for one in found:
+        cells = [f"{value:.4f} ± {error:.4f}" for value, error in (one.exact_match, one.accuracy, one.nll)]
+        difference, error = compare(one, best)
+        lines.append([_name(one), *cells, "best" if one is best else f"{difference:+.4f} ± {error:.4f}"])
+    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _name(one: Measurement) -> str:
+    sampler = one.sampler
+    if sampler.solver == _SINGLE["solver"] and sampler.budget == _SINGLE["budget"]:
+        return f"one evaluation, t = {sampler.final_time:g}"
+    return "T = 1 (the base)" if sampler.is_base else f"T = {sampler.budget}"
+
+
+if __name__ == "__main__":
+    main()

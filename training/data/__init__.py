@@ -1,0 +1,1 @@
+"""Training data: loading, mixtures, and from rows to tokens and labels."""

@@ -1,0 +1,137 @@
+"""Which noise, times and tokens the path is trained on: the draws of one batch.
+
+- `training_queries`: as published, corrupted (`corruption_rate`), rolled out (`rollout_evaluations`), or noise-free
+- `evaluation_queries`: stratified times, and noise that belongs to an example
+
+Legend: B rows, Q targets per row, K draws, R evaluations of a whole rollout, J those up to the end of the window.
+"""
+
+import hashlib
+from typing import Any
+
+import torch
+
+from l2d.config import L2DConfig
+from l2d.network.diffusion_path import NoisedTargets
+from training.config import L2DTrainingConfig
+
+
+def window_length(args: L2DTrainingConfig) -> int:
+    """Evaluations of a rollout that have a loss: `rollout_window`, by default 4, or all where there are fewer."""
+    return args.rollout_window or min(4, args.rollout_evaluations or 0)
+
+
+def training_queries(
+    config: L2DConfig,
+    args: L2DTrainingConfig,
+    index: torch.Tensor,
+    targets: torch.Tensor,
+    classes: torch.Tensor | None,
+    key: tuple[int, ...],
+    process: int,
+) -> NoisedTargets:
+    """Fresh queries for positions index (B, Q), -1 at padding, and targets (B, Q): a function of `key` and `process`.
+
+    Args:
+        classes: (B, Q) class of each position before dropout, or `None`.
+        key: seed, step and batch within the step; the window of a rollout depends on it alone, so that all processes
+            do the same amount of work.
+    """
+    generator = keyed_generator(key[0], process, *key[1:], device=index.device)
+    shape = (args.draws, *index.shape)
+    options: dict[str, Any] = {"device": index.device, "generator": generator}
+    uniform = torch.rand(shape, **options)
+    noise = torch.randn(*shape, config.diffusion_dim, **options)
+    if classes is not None:
+        dropped = torch.rand(shape, **options) < args.guidance_dropout
+        classes = classes.expand(shape).masked_fill(dropped, len(config.guidance_classes or []))
+    queries = NoisedTargets(index, targets, _times(uniform, config, args), noise, classes)
+    if args.corruption_rate:
+        corrupt(queries, args.corruption_rate, args.corruption_base_share, options)
+    if args.rollout_evaluations is not None:
+        evaluations, window = args.rollout_evaluations, window_length(args)
+        place = torch.randint(evaluations - window + 1, (), generator=keyed_generator(*key, evaluations))
+        queries.unscored = int(place)
+        offsets = torch.rand((queries.unscored + window, *shape), **options)
+        queries.time = _rollout_times(offsets, evaluations, config)
+    return queries
+
+
+def evaluation_queries(
+    config: L2DConfig,
+    args: L2DTrainingConfig,
+    index: torch.Tensor,
+    targets: torch.Tensor,
+    classes: torch.Tensor | None,
+    examples: list[list[int]],
+) -> NoisedTargets:
+    """Queries whose times (stratified over the draws) and noise depend on the seed and an example's own tokens only.
+
+    A rollout is evaluated whole, with a loss at every evaluation; targets are not corrupted.
+
+    Args:
+        classes: (B, Q) class of each position, or `None`.
+        examples: the tokens of each row, without padding.
+    """
+    draws, evaluations = args.eval_draws, args.rollout_evaluations
+    uniform = torch.zeros(draws, *index.shape)
+    noise = torch.zeros(*uniform.shape, config.diffusion_dim)
+    offsets = torch.zeros(evaluations or 0, *uniform.shape)
+    for row, count in enumerate((index >= 0).sum(1).tolist()):
+        generator = keyed_generator(args.seed, examples[row])
+        strata = torch.arange(draws).unsqueeze(1) + torch.rand(draws, count, generator=generator)
+        uniform[:, row, :count] = strata / draws
+        noise[:, row, :count] = torch.randn(draws, count, config.diffusion_dim, generator=generator)
+        offsets[:, :, row, :count] = torch.rand(len(offsets), draws, count, generator=generator)
+    classes = None if classes is None else classes.expand(uniform.shape)
+    time, unscored = _times(uniform, config, args), None
+    if evaluations is not None:
+        time, unscored = _rollout_times(offsets, evaluations, config), 0
+    return NoisedTargets(index, targets, time.to(index.device), noise.to(index.device), classes, unscored=unscored)
+
+
+def _times(uniform: torch.Tensor, config: L2DConfig, args: L2DTrainingConfig) -> torch.Tensor:
+    if config.noise_free:
+        return torch.ones_like(uniform)
+    return uniform**args.time_power * (1 - config.min_noise)
+
+
+def _rollout_times(offsets: torch.Tensor, evaluations: int, config: L2DConfig) -> torch.Tensor:
+    """Times `(j + u) / R` of the first evaluations of a rollout, from offsets u (J, K, B, Q)."""
+    number = torch.arange(len(offsets), device=offsets.device).view(-1, 1, 1, 1)
+    return (number + offsets) / evaluations * (1 - config.min_noise)
+
+
+def corrupt(queries: NoisedTargets, rate: float, base_share: float, options: dict[str, Any]) -> None:
+    """Give each query, with probability `rate`, another token to build `x_t` from; the target stays the true one.
+
+    With probability `base_share` that is a sample of the base's distribution at the position, else the token of
+    another position of the same answer (a run of neighbouring targets); of an answer of one token it is a sample.
+    """
+    shape = queries.time.shape
+    corrupted = torch.rand(shape, **options) < rate
+    sampled = torch.rand(shape, **options) < base_share
+    place = torch.rand(shape, **options)
+    queries.uniforms = torch.rand(shape, dtype=torch.float64, **options)
+    first, length = answer_runs(queries.index)
+    slots = torch.arange(queries.index.shape[1], device=queries.index.device)
+    step = 1 + (place * (length - 1)).long().clamp(max=(length - 2).clamp(min=0))
+    other = queries.targets.expand(shape).gather(2, first + (slots - first + step) % length)
+    other = torch.where(sampled | (length == 1), -1, other)
+    queries.sources = torch.where(corrupted & (queries.index >= 0), other, queries.targets)
+
+
+def answer_runs(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """First slot and length, (B, Q) each, of the run of neighbouring positions that each slot of index (B, Q) is in."""
+    starts = torch.ones_like(index, dtype=torch.bool)
+    starts[:, 1:] = index[:, 1:] != index[:, :-1] + 1
+    slots = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    first = torch.where(starts, slots, 0).cummax(1).values
+    length = torch.zeros_like(index).scatter_add_(1, first, torch.ones_like(index)).gather(1, first)
+    return first, length
+
+
+def keyed_generator(*key: int | list[int], device: torch.device | str = "cpu") -> torch.Generator:
+    """A random generator whose stream is a function of `key` alone."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator(device=device).manual_seed(int.from_bytes(digest, "little") >> 1)
