@@ -70,9 +70,9 @@ class DecodeRecord:
     often the chosen token changed along the trajectory; capped: solves that ran into `max_evaluations`.
     """
 
-    asked: list[list[int]]
-    computed: list[list[int]]
-    rounds: list[list[int]]
+    nfe_requested: list[list[int]]
+    nfe_computed: list[list[int]]
+    passes: list[list[int]]
     changes: list[list[int]]
     capped: int = 0
 
@@ -85,14 +85,16 @@ class DecodeRecord:
     def add(self, rows: list[int], solved: SiteSolution, accepted: int) -> None:
         """Append `accepted` tokens to each of `rows`; what was computed for positions after them counts to the last."""
         shape = (len(rows), -1)
-        columns = [c.view(shape).tolist() for c in (solved.asked, solved.computed, solved.rounds, solved.changes)]
-        for row, asked, computed, rounds, changes in zip(rows, *columns, strict=True):
-            wasted = sum(computed[accepted:])
+        columns = [
+            c.view(shape).tolist() for c in (solved.nfe_requested, solved.nfe_computed, solved.passes, solved.changes)
+        ]
+        for row, nfe_requested, nfe_computed, passes, changes in zip(rows, *columns, strict=True):
+            wasted = sum(nfe_computed[accepted:])
             for number in range(accepted):
-                made = computed[number] + (wasted if number == accepted - 1 else 0)
-                self.asked[row].append(asked[number])
-                self.computed[row].append(made)
-                self.rounds[row].append(rounds[number])
+                made = nfe_computed[number] + (wasted if number == accepted - 1 else 0)
+                self.nfe_requested[row].append(nfe_requested[number])
+                self.nfe_computed[row].append(made)
+                self.passes[row].append(passes[number])
                 self.changes[row].append(changes[number])
         self.capped += int(solved.capped.view(shape)[:, :accepted].sum())
 

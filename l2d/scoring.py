@@ -39,9 +39,9 @@ class ScoreOutput:
 
     logprobs: torch.Tensor
     greedy: torch.Tensor
-    asked: torch.Tensor
-    computed: torch.Tensor
-    rounds: torch.Tensor
+    nfe_requested: torch.Tensor
+    nfe_computed: torch.Tensor
+    passes: torch.Tensor
     capped: int = 0
 
 
@@ -79,9 +79,9 @@ def score(
     output = ScoreOutput(
         logprobs=torch.zeros(shape, device=input_ids.device),
         greedy=torch.zeros(shape, dtype=torch.bool, device=input_ids.device),
-        asked=count,
-        computed=count.clone(),
-        rounds=count.clone(),
+        nfe_requested=count,
+        nfe_computed=count.clone(),
+        passes=count.clone(),
     )
     if not len(rows):
         return output
@@ -136,9 +136,9 @@ def _score_sites(
     def logprobs(draw: int) -> torch.Tensor:
         sites = make_sites(model, sampler, rows, places - 1, places.tolist(), owners, draw)
         solved = solve_sites(model, state, sites, sampler, site_class)
-        output.asked[rows, places] += solved.asked
-        output.computed[rows, places] += solved.computed
-        output.rounds[rows, places] += solved.rounds
+        output.nfe_requested[rows, places] += solved.nfe_requested
+        output.nfe_computed[rows, places] += solved.nfe_computed
+        output.passes[rows, places] += solved.passes
         output.capped += int(solved.capped.sum())
         return torch.log_softmax(model._decoder.logits(solved.hidden, sampler.is_base).float(), dim=-1)
 

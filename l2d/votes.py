@@ -69,15 +69,15 @@ def _interleave(draws: list[Sites]) -> Sites:
 
 def _sum_votes(solved: SiteSolution, votes: int) -> SiteSolution:
     """What M votes (N * M,) cost together, per place (N,); the hidden states stay those of the first draws."""
-    asked, computed, rounds, changes, capped = (
+    nfe_requested, nfe_computed, passes, changes, capped = (
         column.view(-1, votes)
-        for column in (solved.asked, solved.computed, solved.rounds, solved.changes, solved.capped)
+        for column in (solved.nfe_requested, solved.nfe_computed, solved.passes, solved.changes, solved.capped)
     )
     return SiteSolution(
         hidden=solved.hidden[::votes],
-        asked=asked.sum(1),
-        computed=computed.sum(1),
-        rounds=rounds.amax(1),
+        nfe_requested=nfe_requested.sum(1),
+        nfe_computed=nfe_computed.sum(1),
+        passes=passes.amax(1),
         changes=changes.sum(1),
         capped=capped.any(1),
     )

@@ -256,13 +256,16 @@ def _write(folder: Path, name: str, text: str) -> None:
 
 def table(plan: Plan) -> str:
     """Scores of all complete settings, and the evaluations that a token asked for and needed."""
-    lines = ["| task | setting | metric | score | standard error | asked / token | computed / token |"]
+    lines = ["| task | setting | metric | score | standard error | NFE requested / token | NFE computed / token |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for setting in plan.settings:
         for file in sorted(plan.folder(setting).glob("**/results_*.json")):
             results = json.loads(file.read_text(encoding="utf-8"))
             ours = results["config"].get("l2d") or {}
-            cost = [_shown((ours.get(f"{name}_per_token") or {}).get("mean"), 2) for name in ("asked", "computed")]
+            cost = [
+                _shown((ours.get(f"{name}_per_token") or {}).get("mean"), 2)
+                for name in ("nfe_requested", "nfe_computed")
+            ]
             for task, metrics in results["results"].items():
                 for name, score, error in _scores(metrics):
                     cells = [task, setting.name, name, _shown(score, 4), _shown(error, 4), *cost]

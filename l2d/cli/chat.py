@@ -35,9 +35,9 @@ class Reply:
 
     text: str
     pieces: list[str]
-    asked: list[int]
-    computed: list[int]
-    rounds: list[int]
+    nfe_requested: list[int]
+    nfe_computed: list[int]
+    passes: list[int]
 
 
 class Streamer:
@@ -147,7 +147,7 @@ class Chat:
         said = self.session.tokenizer.decode(tokens, skip_special_tokens=False)
         if not self.plain:
             self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
-        return Reply(said, pieces, *(getattr(record, name)[0] for name in ("asked", "computed", "rounds")))
+        return Reply(said, pieces, *(getattr(record, name)[0] for name in ("nfe_requested", "nfe_computed", "passes")))
 
     def settings(self) -> str:
         """What holds now, in one line."""
@@ -197,18 +197,18 @@ def _number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
 
 def tinted(reply: Reply, colour: bool = True) -> str:
     """The answer's tokens on backgrounds that are the brighter the more evaluations they took."""
-    most, least = max(reply.computed, default=0), min(reply.computed, default=0)
+    most, least = max(reply.nfe_computed, default=0), min(reply.nfe_computed, default=0)
     spread = max(1, most - least)
-    shares = [(count - least) / spread for count in reply.computed]
+    shares = [(count - least) / spread for count in reply.nfe_computed]
     return "".join(shade(piece, share, colour) for piece, share in zip(reply.pieces, shares, strict=False))
 
 
 def summary(reply: Reply) -> str:
     """What the answer cost, in one line."""
-    count = max(1, len(reply.computed))
+    count = max(1, len(reply.nfe_computed))
     return (
-        f"{len(reply.computed)} tokens, {sum(reply.computed) / count:.1f} evaluations and "
-        f"{sum(reply.rounds) / count:.2f} rounds each"
+        f"{len(reply.nfe_computed)} tokens, {sum(reply.nfe_computed) / count:.1f} evaluations and "
+        f"{sum(reply.passes) / count:.2f} passes each"
     )
 
 

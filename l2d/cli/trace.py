@@ -57,9 +57,9 @@ class TokenTrace:
     base_token: int
     base_text: str
     candidates: list[Candidate]
-    asked: int
-    computed: int
-    rounds: int
+    nfe_requested: int
+    nfe_computed: int
+    passes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,7 @@ def trace_prompt(
     pieces = session.pieces(new)
     tokens = []
     for place, (token, piece) in enumerate(zip(new, pieces, strict=True)):
-        cost = {name: getattr(record, name)[0][place] for name in ("asked", "computed", "rounds")}
+        cost = {name: getattr(record, name)[0][place] for name in ("nfe_requested", "nfe_computed", "passes")}
         found = _token_trace(session, token, piece, chosen[place], probabilities[place])
         tokens.append(TokenTrace(position=len(ids) + place, token=token, text=piece, **found, **cost))
     return Trace(
@@ -193,25 +193,25 @@ def _token_trace(session: Session, token: int, piece: str, chosen: Any, probabil
 
 def terminal_text(trace: Trace, colour: bool = False) -> str:
     """The answer tinted by rounds, then one line per token: cost, and the chosen token wherever it changed."""
-    most = max((token.rounds for token in trace.tokens), default=1)
-    answer = "".join(shade(token.text, (token.rounds - 1) / max(1, most - 1), colour) for token in trace.tokens)
+    most = max((token.passes for token in trace.tokens), default=1)
+    answer = "".join(shade(token.text, (token.passes - 1) / max(1, most - 1), colour) for token in trace.tokens)
     lines = [
         visible(trace.prompt) if not colour else harmless(trace.prompt),
         answer,
         "",
-        "token       rounds  computed  trajectory",
+        "token       passes  computed  trajectory",
     ]
     for token in trace.tokens:
         steps = [*([0] if token.chosen else []), *token.changes]
         path = " -> ".join(f"{visible(token.chosen_texts[n])!r} at t = {trace.times[n]:.2f}" for n in steps)
         last = f"{visible(token.text)!r}"
-        lines.append(f"{last:<10}  {token.rounds:>6}  {token.computed:>8}  {path or 'the base'}")
+        lines.append(f"{last:<10}  {token.passes:>6}  {token.nfe_computed:>8}  {path or 'the base'}")
     changed = sum(bool(token.changes) for token in trace.tokens)
     differing = sum(token.token != token.base_token for token in trace.tokens)
-    computed = sum(token.computed for token in trace.tokens) / max(1, len(trace.tokens))
+    nfe_computed = sum(token.nfe_computed for token in trace.tokens) / max(1, len(trace.tokens))
     lines.append(
-        f"{len(trace.tokens)} tokens, {computed:.1f} evaluations each; the choice changed on the way in {changed} of "
-        f"them, {differing} differ from what the base would say next."
+        f"{len(trace.tokens)} tokens, {nfe_computed:.1f} evaluations each; the choice changed on the way in {changed} "
+        f"of them, {differing} differ from what the base would say next."
     )
     return "\n".join(lines)
 

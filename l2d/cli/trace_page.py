@@ -21,15 +21,15 @@ _LEVELS = 6  # shades of compute
 
 def html_page(trace: "Trace") -> str:
     """The page of a trace."""
-    most = max((token.computed for token in trace.tokens), default=0)
-    least = min((token.computed for token in trace.tokens), default=0)
+    most = max((token.nfe_computed for token in trace.tokens), default=0)
+    least = min((token.nfe_computed for token in trace.tokens), default=0)
     settings = {"checkpoint": trace.model, **trace.sampler, **trace.decoding}
     count = max(1, len(trace.tokens))
     facts = [
         ("tokens", str(len(trace.tokens))),
         ("budget T", str(trace.sampler["budget"])),
-        ("evaluations / token", f"{sum(t.computed for t in trace.tokens) / count:.1f}"),
-        ("rounds / token", f"{sum(t.rounds for t in trace.tokens) / count:.2f}"),
+        ("evaluations / token", f"{sum(t.nfe_computed for t in trace.tokens) / count:.1f}"),
+        ("passes / token", f"{sum(t.passes for t in trace.tokens) / count:.2f}"),
         ("changed on the way", str(sum(bool(t.changes) for t in trace.tokens))),
         ("differ from the base", str(sum(t.token != t.base_token for t in trace.tokens))),
     ]
@@ -57,9 +57,9 @@ def _shown(text: str) -> str:
 
 
 def _token(number: int, token: "TokenTrace", least: int, most: int) -> str:
-    level = 0 if most == least else round((token.computed - least) / (most - least) * (_LEVELS - 1))
+    level = 0 if most == least else round((token.nfe_computed - least) / (most - least) * (_LEVELS - 1))
     marks = " changed" * bool(token.changes) + " other" * (token.token != token.base_token)
-    words = f"{token.computed} evaluations, {token.rounds} rounds, {len(token.changes)} changes"
+    words = f"{token.nfe_computed} evaluations, {token.passes} passes, {len(token.changes)} changes"
     text = escape("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in token.text))
     if not text.strip():
         text = f'<span class="blank">{_shown(token.text)}</span>' + "<br>" * token.text.count("\n")
@@ -83,8 +83,8 @@ def _figure(number: int, token: "TokenTrace", trace: "Trace") -> str:
         f'<figure id="token-{number}" tabindex="-1"><figcaption><b>Token {number + 1}</b> '
         f"<code>{_shown(token.text)}</code> <span>{said}; {path}.</span></figcaption>"
         f'{_chart(token, trace.times, numbers)}<ul class="legend">{legend}</ul>'
-        f'<p class="note">{token.asked} evaluations asked for, {token.computed} computed in {token.rounds} rounds, '
-        f"the choice changed {len(token.changes)}×.</p></figure>"
+        f'<p class="note">{token.nfe_requested} evaluations requested, {token.nfe_computed} computed in '
+        f"{token.passes} passes, the choice changed {len(token.changes)}×.</p></figure>"
     )
 
 

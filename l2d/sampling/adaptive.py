@@ -23,7 +23,7 @@ class _Field:
     def __init__(self, evaluator: PathEvaluator, sites: Sites):
         self.evaluator, self.sites = evaluator, sites
         zeros = torch.zeros(len(sites), dtype=torch.int64, device=sites.rows.device)
-        self.asked, self.computed, self.changes = zeros.clone(), zeros.clone(), zeros.clone()
+        self.nfe_requested, self.nfe_computed, self.changes = zeros.clone(), zeros.clone(), zeros.clone()
         self.token = torch.full_like(zeros, -1)
 
     def __call__(self, keep: torch.Tensor, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
@@ -39,8 +39,8 @@ class _Field:
         token = token[:, 0]
         self.changes[keep] += (token != self.token[keep]) & (self.token[keep] >= 0)
         self.token[keep] = token
-        self.computed[keep[late]] += branches
-        self.asked[keep] += 1
+        self.nfe_computed[keep[late]] += branches
+        self.nfe_requested[keep] += 1
         return (evaluator.mix(clean) - x) / (1 - time)[:, None]
 
     def _choose(self, hidden: torch.Tensor, time: torch.Tensor, keep: torch.Tensor) -> tuple:
@@ -52,7 +52,7 @@ class _Field:
             number = int(keep[row])
             uniforms = None
             if self.sites.uniforms is not None:
-                uniforms = self.sites.uniforms[number, self.asked[number]].view(1)
+                uniforms = self.sites.uniforms[number, self.nfe_requested[number]].view(1)
             tau = temperature_at(temperature, float(time[row]))
             results.append(self.evaluator.choose(hidden[row : row + 1], tau, uniforms))
         clean, token = zip(*results, strict=True)
@@ -74,7 +74,7 @@ def solve_adaptive(evaluator: PathEvaluator, sites: Sites) -> SiteSolution:
     active = everyone
     stages = len(solver.tableau.alpha)
     while len(active):
-        over = field.asked[active] + stages + 1 > sampler.max_evaluations
+        over = field.nfe_requested[active] + stages + 1 > sampler.max_evaluations
         if bool(over.any()):
             stopped = active[over]
             x[stopped] += (sampler.final_time - time[stopped])[:, None] * velocity[stopped]
@@ -94,12 +94,12 @@ def solve_adaptive(evaluator: PathEvaluator, sites: Sites) -> SiteSolution:
         step[active] = length * _factor(ratio, solver.order)
         active = active[time[active] < sampler.final_time]
     hidden = evaluator.at_times(sites, x, torch.full_like(time, sampler.final_time), 1)[:, 0]
-    asked = field.asked + 1
+    nfe_requested = field.nfe_requested + 1
     return SiteSolution(
         hidden=hidden,
-        asked=asked,
-        computed=field.computed + 1,
-        rounds=asked - int(sampler.start_time == 0),  # the base's answer is at hand
+        nfe_requested=nfe_requested,
+        nfe_computed=field.nfe_computed + 1,
+        passes=nfe_requested - int(sampler.start_time == 0),  # the base's answer is at hand
         changes=field.changes,
         capped=capped,
     )

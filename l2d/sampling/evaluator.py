@@ -63,9 +63,9 @@ class SiteSolution:
     """
 
     hidden: torch.Tensor
-    asked: torch.Tensor
-    computed: torch.Tensor
-    rounds: torch.Tensor
+    nfe_requested: torch.Tensor
+    nfe_computed: torch.Tensor
+    passes: torch.Tensor
     changes: torch.Tensor
     capped: torch.Tensor
     clean: torch.Tensor | None = None

@@ -87,7 +87,7 @@ def solve_sequentially(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, 
     branches = len(evaluator.branches)
     clean = sites.noise.new_zeros(len(sites), count, sites.noise.shape[1])
     chosen = torch.zeros(len(sites), count, branches, dtype=torch.int64, device=device)
-    computed = 0
+    nfe_computed = 0
     everyone = torch.arange(len(sites), device=device)
     base = evaluator.base_hidden(sites)
     evaluated, carried = [], None
@@ -110,20 +110,20 @@ def solve_sequentially(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, 
             hidden = base[:, None].expand(-1, branches, -1)
         else:
             hidden = evaluate(number, branches)
-            computed += branches
+            nfe_computed += branches
         estimates, chosen[:, number] = evaluator.choose(hidden, grid.temperatures[number], uniforms)
         clean[:, number] = evaluator.mix(estimates)
         if record:
             evaluated.append(hidden[:, 0])
     hidden = evaluate(count, 1)[:, 0]
-    rounds = torch.full((len(sites),), count + int(grid.times[0] != 0), dtype=torch.int64, device=device)
+    passes = torch.full((len(sites),), count + int(grid.times[0] != 0), dtype=torch.int64, device=device)
     return SiteSolution(
         hidden=hidden,
-        asked=torch.full_like(rounds, grid.budget),
-        computed=torch.full_like(rounds, computed + 1),
-        rounds=rounds,
+        nfe_requested=torch.full_like(passes, grid.budget),
+        nfe_computed=torch.full_like(passes, nfe_computed + 1),
+        passes=passes,
         changes=(chosen.diff(dim=1) != 0).any(-1).sum(1),
-        capped=torch.zeros_like(rounds, dtype=torch.bool),
+        capped=torch.zeros_like(passes, dtype=torch.bool),
         clean=clean if record else None,
         chosen=chosen if record else None,
         evaluated=torch.stack([*evaluated, hidden], dim=1) if record else None,

@@ -34,12 +34,12 @@ class _Round:
 
 
 def solve_speculatively(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, record: bool) -> SiteSolution:
-    """Same arguments and result as `sampling.solve_sequentially`; `computed` and `rounds` tell what was spent."""
+    """Same arguments and result as `sampling.solve_sequentially`; `nfe_computed` and `passes` tell what was spent."""
     count, device = grid.evaluations, sites.noise.device
     branches, total = len(evaluator.branches), len(sites)
     chosen = _first_choice(evaluator, sites, grid).unsqueeze(1).repeat(1, count, branches)  # accepted, then assumed
     accepted = torch.full((total,), int(grid.times[0] == 0), dtype=torch.int64, device=device)
-    computed, rounds = torch.zeros_like(accepted), torch.zeros_like(accepted)
+    nfe_computed, passes = torch.zeros_like(accepted), torch.zeros_like(accepted)
     output, logits = torch.empty_like(evaluator.base_hidden(sites)), None
     numbers = torch.arange(count, device=device)
 
@@ -62,17 +62,17 @@ def solve_speculatively(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid,
         if read is not None:
             logits = read.new_empty(total, read.shape[-1]) if logits is None else logits
             logits[finished] = read[right[made.site[last]]]
-        computed[pending] += torch.bincount(made.site, minlength=len(pending))
-        rounds[pending] += 1
+        nfe_computed[pending] += torch.bincount(made.site, minlength=len(pending))
+        passes[pending] += 1
         answer = answers.gather(1, place.clamp(max=count - 1)[:, None, None].expand(-1, 1, branches))
         chosen[pending] = torch.where((numbers >= place[:, None]).unsqueeze(-1), answer, assumed)
         accepted[pending] = torch.where(right, end, place + 1).clamp(max=count)
         pending = pending[~done]
     return SiteSolution(
         hidden=output,
-        asked=torch.full_like(computed, grid.budget),
-        computed=computed,
-        rounds=rounds,
+        nfe_requested=torch.full_like(nfe_computed, grid.budget),
+        nfe_computed=nfe_computed,
+        passes=passes,
         changes=(chosen.diff(dim=1) != 0).any(-1).sum(1),
         capped=torch.zeros(total, dtype=torch.bool, device=device),
         clean=evaluator.mix(evaluator.table[chosen]) if record else None,

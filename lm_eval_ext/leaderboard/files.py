@@ -20,7 +20,7 @@ TOLERANCE = 1e-6
 """Of a score against the mean of its documents' scores."""
 _LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "brier_score", "ter")
 """The harness's metrics of which less is better; its older versions do not write that into the results."""
-COSTS = ("solved_tokens", "asked", "computed", "rounds", "seconds")
+COSTS = ("solved_tokens", "nfe_requested", "nfe_computed", "passes", "seconds")
 """Sums over a document's requests, as the model class records them."""
 
 

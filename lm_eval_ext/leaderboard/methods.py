@@ -38,7 +38,7 @@ CONTROL_NAMES = {"one-evaluation": "one evaluation", "noise-free": "noise-free p
 CONTROLS = tuple(CONTROL_NAMES)
 _TOTALS = (
     *("generated_tokens", "scored_tokens", "solved_tokens", "capped_tokens", "seconds", "tokens_per_second"),
-    *("asked_per_token", "computed_per_token", "rounds_per_token"),
+    *("nfe_requested_per_token", "nfe_computed_per_token", "passes_per_token"),
 )
 _OTHER_KWARGS = (
     *("until", "do_sample", "temperature"),
@@ -59,7 +59,7 @@ class Setting:
     decoding: "greedy", "sampled at TEMPERATURE" (with what else the generation kwargs ask for), "scored" or several of
     them; details: how the path was trained and
     other unusual settings.
-    cost: by quantity ("asked", "computed", "rounds"), the recorded statistics per token.
+    cost: by quantity ("nfe_requested", "nfe_computed", "passes"), the recorded statistics per token.
     tokens: generated and scored ones, `None` where nobody counted.
     """
 
@@ -158,7 +158,7 @@ def describe(run: Run) -> Setting:
     adaptive = sampler.get("solver") in ("adaptive_heun", "bosh3", "fehlberg2", "dopri5") and sampler.get("budget") != 1
     kind, base = _kind(run, model, sampler, recipe)
     tokens = (number(ours.get("generated_tokens")) or 0) + (number(ours.get("scored_tokens")) or 0)
-    cost = {name: ours.get(f"{name}_per_token") for name in ("asked", "computed", "rounds")}
+    cost = {name: ours.get(f"{name}_per_token") for name in ("nfe_requested", "nfe_computed", "passes")}
     scale = number(sampler.get("guidance_scale"))
     revision = "@" + ours["revision"].replace("/", "_") if ours.get("revision") else ""  # only folders have slashes
     guidance = sampler.get("guidance_class")

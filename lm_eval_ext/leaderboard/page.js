@@ -87,7 +87,7 @@
     if (mine[2] !== base[2]) return (mine[2] > base[2]) !== lower ? "gained" : "lost";
     return mine[1] !== base[1] ? "changed" : "same";
   };
-  const costText = (cost) => cost ? `${cost.solved_tokens} tokens, ${cost.asked} evaluations asked, ${cost.computed} computed, ${cost.rounds} rounds, ${cost.seconds.toFixed(3)} s` : "";
+  const costText = (cost) => cost ? `${cost.solved_tokens} tokens, ${cost.nfe_requested} evaluations requested, ${cost.nfe_computed} computed, ${cost.passes} passes, ${cost.seconds.toFixed(3)} s` : "";
   let current = [];
   const card = ({ kind, mine, base, text, labels }) => {
     const article = make("article", undefined, `sample ${kind}`);

@@ -101,7 +101,7 @@ def _task_head(board: Board, task: str) -> dict[str, Any]:
 
 def _row_view(row: Row, board: Board, out: Path, samples: dict[str, str]) -> dict[str, Any]:
     s = row.setting
-    cost, asked = s.cost.get("computed") or {}, s.cost.get("asked") or {}
+    cost, nfe_requested = s.cost.get("nfe_computed") or {}, s.cost.get("nfe_requested") or {}
     speed = s.tokens / s.seconds if s.tokens and s.seconds else None
     details = [
         f"{name}: mean {v['mean']:.2f}, max {v['max']}" for name, v in s.cost.items() if v.get("mean") is not None
@@ -113,8 +113,12 @@ def _row_view(row: Row, board: Board, out: Path, samples: dict[str, str]) -> dic
         "label": s.label,
         "model": s.name,
         "decoding": s.decoding,
-        "budget": s.budget if s.budget is not None else asked.get("mean"),
-        "budget_text": str(s.budget) if s.budget is not None else f"{asked['mean']:.1f}" if asked.get("mean") else "",
+        "budget": s.budget if s.budget is not None else nfe_requested.get("mean"),
+        "budget_text": str(s.budget)
+        if s.budget is not None
+        else f"{nfe_requested['mean']:.1f}"
+        if nfe_requested.get("mean")
+        else "",
         "solver": s.solver or "",
         "guidance": s.guidance or "",
         "trained": s.trained,

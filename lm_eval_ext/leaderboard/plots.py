@@ -57,7 +57,7 @@ def curve_figures(board: Board, horizontal: str) -> list[Figure]:
 def _budget(setting: Setting) -> float | None:
     if setting.budget is not None:
         return setting.budget * (1 if setting.budget == 1 else setting.votes or 1)
-    return (setting.cost.get("asked") or {}).get("mean")
+    return (setting.cost.get("nfe_requested") or {}).get("mean")
 
 
 def _series(rows: list[Row]) -> dict[str, list[Row]]:
@@ -375,10 +375,10 @@ def _difference_panel(title: str, task: str, rows: list[Row]) -> Figure:
 
 def cost_figures(board: Board) -> list[Figure]:
     """Evaluations per token that the network made: histograms over documents, one chart of summaries for the rest."""
-    rows = [row for row in board.rows if row.setting.cost.get("computed") and row.setting.kind != "l2d-base"]
+    rows = [row for row in board.rows if row.setting.cost.get("nfe_computed") and row.setting.kind != "l2d-base"]
     documents = {row.number: [cost for cell in row.cells.values() for cost in cell.costs.values()] for row in rows}
     figures = [_histogram(row, documents[row.number]) for row in rows if documents[row.number]]
-    rest = [row for row in rows if not documents[row.number] and row.setting.cost["computed"].get("max")]
+    rest = [row for row in rows if not documents[row.number] and row.setting.cost["nfe_computed"].get("max")]
     for decoding in dict.fromkeys(row.setting.decoding for row in rest):
         figures.append(_ranges(decoding, [row for row in rest if row.setting.decoding == decoding]))
     return figures
@@ -386,7 +386,7 @@ def cost_figures(board: Board) -> list[Figure]:
 
 def _histogram(row: Row, documents: list[dict[str, float]]) -> Figure:
     """Documents by their mean evaluations per token."""
-    means = [cost["computed"] / max(cost["solved_tokens"], 1) for cost in documents]
+    means = [cost["nfe_computed"] / max(cost["solved_tokens"], 1) for cost in documents]
     total, most = len(means), max(1, math.ceil(max(means)))
     width = max(1, math.ceil((most + 1) / 48))  # evaluations per bar
     bars = Counter(int(mean) // width for mean in means)
@@ -420,7 +420,7 @@ def _histogram(row: Row, documents: list[dict[str, float]]) -> Figure:
 def _ranges(decoding: str, rows: list[Row]) -> Figure:
     left, line = 218, 24
     height = line * len(rows) + 44
-    values = [row.setting.cost["computed"] for row in rows]
+    values = [row.setting.cost["nfe_computed"] for row in rows]
     across = _LogAxis(1, max(2, *(value["max"] for value in values)), left, WIDTH - 50)
     parts = []
     for tick in _decades(across):

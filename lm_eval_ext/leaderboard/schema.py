@@ -95,7 +95,7 @@ def _check_call(config: dict[str, Any]) -> None:
             _kind(entry, dict, place)
             _kind(entry.get("token_search"), (str, type(None)), f"{place}.token_search")
             _check_sampler(entry, place)
-    for name in ("asked", "computed", "rounds"):
+    for name in ("nfe_requested", "nfe_computed", "passes"):
         statistics = ours.get(f"{name}_per_token")
         _kind(statistics, (dict, type(None)), f"config.l2d.{name}_per_token")
         for key in _STATISTICS if statistics else ():

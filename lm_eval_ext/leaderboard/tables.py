@@ -79,7 +79,7 @@ def markdown(board: Board, out: Path) -> str:
 
 def _cells(row: Row, board: Board, out: Path) -> list[str]:
     s = row.setting
-    cost, speed = s.cost.get("computed") or {}, s.tokens / s.seconds if s.tokens and s.seconds else None
+    cost, speed = s.cost.get("nfe_computed") or {}, s.tokens / s.seconds if s.tokens and s.seconds else None
     texts = [str(row.number), f"{_plain(s.label)} ({_plain(s.name)})", _plain(s.decoding)]
     texts.append("" if s.trained is None else f"{s.trained:,}")
     texts.append(f"{cost['mean']:.1f}, p95 {cost['p95']}" if cost.get("mean") is not None else "")
@@ -128,7 +128,7 @@ def csv_text(board: Board, out: Path) -> str:
 
 
 def _record(row: Row, task: str, cell: Cell, measure: Any, out: Path) -> dict[str, Any]:
-    s, cost = row.setting, row.setting.cost.get("computed") or {}
+    s, cost = row.setting, row.setting.cost.get("nfe_computed") or {}
     pair = cell.paired if measure is cell.measure else None
     paired = {
         name: getattr(pair, name, None) for name in ("difference", "p_value", "wins", "losses", "ties", "clusters")

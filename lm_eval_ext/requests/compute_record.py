@@ -15,7 +15,7 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.utils import handle_non_serializable, hash_string
 
-QUANTITIES = ("asked", "computed", "rounds")
+QUANTITIES = ("nfe_requested", "nfe_computed", "passes")
 Rows = Iterable[list[int]]
 
 
@@ -51,8 +51,8 @@ class RequestCost:
 
     `doc_hash` and `prompt_hash` are those of the harness's samples file. `request` numbers the requests of a document
     (its choices), `repeat` its repeats. `solved_tokens` counts the tokens that were decided or scored, those of
-    rejected candidates of a token search included; `asked`, `computed` and `rounds` are sums over them. `seconds` is
-    the request's share of its batch's time, by solved tokens.
+    rejected candidates of a token search included; `nfe_requested`, `nfe_computed` and `passes` are sums over them.
+    `seconds` is the request's share of its batch's time, by solved tokens.
     """
 
     task: str | None
@@ -65,9 +65,9 @@ class RequestCost:
     generated_tokens: int
     scored_tokens: int
     solved_tokens: int
-    asked: int
-    computed: int
-    rounds: int
+    nfe_requested: int
+    nfe_computed: int
+    passes: int
     seconds: float
 
     def line(self) -> str:
@@ -84,8 +84,8 @@ class RunInfo(dict):
 
 
 class RunRecord:
-    """Counts per token: evaluations `asked` by the budget or the solver, evaluations `computed`, and `rounds` (batched
-    passes through the diffusion path, one after the other).
+    """Counts per token: evaluations that the budget or the solver asks for (`nfe_requested`), evaluations that were
+    computed (`nfe_computed`), and `passes` (batched passes through the diffusion path, one after the other).
 
     Values are kept as a histogram, so that mean, maximum and quantiles are exact and records of several processes add.
     `task_samplers` are, by task, the settings that answered its generation requests as far as they are not those of the
@@ -108,10 +108,10 @@ class RunRecord:
         if changes not in known:
             known.append(changes)
 
-    def add(self, asked: Rows, computed: Rows, rounds: Rows, generated: bool) -> None:
+    def add(self, nfe_requested: Rows, nfe_computed: Rows, passes: Rows, generated: bool) -> None:
         """Add some tokens, generated or scored: one value of each quantity per token, in one list per row."""
         before = self.tokens
-        for name, rows in zip(QUANTITIES, (asked, computed, rounds), strict=True):
+        for name, rows in zip(QUANTITIES, (nfe_requested, nfe_computed, passes), strict=True):
             for row in rows:
                 self.counts[name].update(row)
         if generated:
@@ -122,23 +122,23 @@ class RunRecord:
     def add_batch(
         self,
         batch: list[Source],
-        asked: list[list[int]],
-        computed: list[list[int]],
-        rounds: list[list[int]],
+        nfe_requested: list[list[int]],
+        nfe_computed: list[list[int]],
+        passes: list[list[int]],
         seconds: float,
         answers: list[int] | None = None,
     ) -> None:
         """Add a batch of requests: one row of values per request, one value per token; the harness's padding is left
         out. `answers`: tokens of each answer where texts were generated, `None` where continuations were scored."""
-        total = max(1, sum(map(len, asked)))
+        total = max(1, sum(map(len, nfe_requested)))
         for number, source in enumerate(batch):
             if source.padding:
                 continue
-            values = asked[number], computed[number], rounds[number]
+            values = nfe_requested[number], nfe_computed[number], passes[number]
             self.add([values[0]], [values[1]], [values[2]], generated=answers is not None)
             if answers is not None:  # the candidates that a token search rejects are solved, not generated
                 self.generated_tokens += answers[number] - len(values[0])
-            share = seconds * len(asked[number]) / total
+            share = seconds * len(nfe_requested[number]) / total
             self.seconds += share
             self.requests.append(_cost(source, values, share, None if answers is None else answers[number]))
 
@@ -157,7 +157,7 @@ class RunRecord:
     @property
     def tokens(self) -> int:
         """Tokens recorded so far."""
-        return self.counts["asked"].total()
+        return self.counts["nfe_requested"].total()
 
     def summary(self) -> dict[str, Any]:
         """Totals as plain values: token counts, and mean, median, 95th percentile and maximum of each quantity; and

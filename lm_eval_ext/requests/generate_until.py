@@ -134,8 +134,8 @@ class AnswersGeneration(HFLM):
         if kind == "best_of":
             sampled = {"temperature": 1.0, **settings.options, "do_sample": True}
             drawn = dataclasses.replace(settings, options=sampled)
-            rounds = [self._decode(batch, drawn, candidate) for candidate in range(int(width))]
-            return [best(list(candidates)) for candidates in zip(*rounds, strict=True)]
+            passes = [self._decode(batch, drawn, candidate) for candidate in range(int(width))]
+            return [best(list(candidates)) for candidates in zip(*passes, strict=True)]
         answers, together = [], max(1, len(batch) // int(width))  # beams of a few requests fill a batch
         for first in range(0, len(batch), together):
             answers += self._beams(batch[first : first + together], settings, int(width))
@@ -162,10 +162,10 @@ class AnswersGeneration(HFLM):
                 logits_processor=None if likelihood is None else LogitsProcessorList([likelihood]),
                 **{"eos_token_id": self._end_tokens(), **settings.options},
             )
-        lengths = [len(asked) for asked in record.asked]
+        lengths = [len(nfe_requested) for nfe_requested in record.nfe_requested]
         sums = [0.0] * len(batch) if likelihood is None else likelihood.sums(sequences, lengths)
         answers = [row[width : width + length] for row, length in zip(sequences.tolist(), lengths, strict=True)]
-        columns = zip(answers, sums, record.asked, record.computed, record.rounds, strict=True)
+        columns = zip(answers, sums, record.nfe_requested, record.nfe_computed, record.passes, strict=True)
         found = [Candidate(*values) for values in columns]
         found[0].capped = record.capped  # known of the batch alone
         return found

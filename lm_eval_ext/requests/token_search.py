@@ -28,9 +28,9 @@ class Candidate:
 
     tokens: list[int]
     likelihood: float = 0.0
-    asked: list[int] = dataclasses.field(default_factory=list)
-    computed: list[int] = dataclasses.field(default_factory=list)
-    rounds: list[int] = dataclasses.field(default_factory=list)
+    nfe_requested: list[int] = dataclasses.field(default_factory=list)
+    nfe_computed: list[int] = dataclasses.field(default_factory=list)
+    passes: list[int] = dataclasses.field(default_factory=list)
     capped: int = 0
 
     @property
@@ -40,16 +40,16 @@ class Candidate:
 
     def add_cost(self, other: "Candidate") -> None:
         """Add what another candidate of the same request cost."""
-        self.asked += other.asked
-        self.computed += other.computed
-        self.rounds += other.rounds
+        self.nfe_requested += other.nfe_requested
+        self.nfe_computed += other.nfe_computed
+        self.passes += other.passes
         self.capped += other.capped
 
 
 def best(candidates: list[Candidate]) -> Candidate:
     """The candidate with the highest mean log-likelihood, the first of equals; it carries the cost of all."""
     chosen = dataclasses.replace(max(candidates, key=lambda candidate: candidate.mean_likelihood))
-    chosen.asked, chosen.computed, chosen.rounds, chosen.capped = [], [], [], 0
+    chosen.nfe_requested, chosen.nfe_computed, chosen.passes, chosen.capped = [], [], [], 0
     for candidate in candidates:
         chosen.add_cost(candidate)
     return chosen
@@ -153,9 +153,11 @@ def _token_logprobs(
     rows = torch.arange(len(owners), device=lengths.device)
     noises = [search.noise for search in owners]
     solved, logits = solve_next(model, state, sampler, rows, torch.zeros_like(rows), lengths.tolist(), noises)
-    costs = (column.tolist() for column in (solved.asked, solved.computed, solved.rounds, solved.capped.long()))
-    for search, asked, computed, rounds, capped in zip(owners, *costs, strict=True):
-        search.cost.add_cost(Candidate([], 0.0, [asked], [computed], [rounds], capped))
+    costs = (
+        column.tolist() for column in (solved.nfe_requested, solved.nfe_computed, solved.passes, solved.capped.long())
+    )
+    for search, nfe_requested, nfe_computed, passes, capped in zip(owners, *costs, strict=True):
+        search.cost.add_cost(Candidate([], 0.0, [nfe_requested], [nfe_computed], [passes], capped))
     return torch.log_softmax(logits, dim=-1)
 
 

@@ -74,7 +74,7 @@ def measure(model: L2DForCausalLM, prompts: torch.Tensor, arguments: argparse.Na
     sequential = {**sampler, "speculation": False, "draft_tokens": 0}
     length, check = prompts.shape[-1], min(arguments.check_tokens, arguments.tokens + 3)
     tokens, steps, equal = [], [], []
-    counts: dict[str, list[int]] = {"rounds": [], "changes": [], "computed": []}
+    counts: dict[str, list[int]] = {"passes": [], "changes": [], "nfe_computed": []}
     for number, batch in enumerate(prompts):
         watch = Stopwatch(PlainDecoder(model.base, batch), arguments.device)
         settings = dict(max_new_tokens=arguments.tokens + 3, sampler=sampler, return_record=True)

@@ -33,8 +33,8 @@ def measure(model, context: int, continuation: int, arguments: argparse.Namespac
             synchronize(arguments.device)
             seconds[budget].append(time.perf_counter() - begin)
     base, ours = (statistics.median(values[1:]) for values in seconds.values())
-    rounds = output.rounds[wanted].double().mean()
-    return {"base_s": base, "l2d_s": ours, "ratio": ours / base, "rounds_per_token": float(rounds)}
+    passes = output.passes[wanted].double().mean()
+    return {"base_s": base, "l2d_s": ours, "ratio": ours / base, "passes_per_token": float(passes)}
 
 
 def parse(options: list[str] | None) -> argparse.Namespace:

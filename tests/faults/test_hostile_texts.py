@@ -87,7 +87,9 @@ def trace_of(texts: list[str]) -> Trace:
     tokens = []
     for place in range(len(texts)):
         candidates = [Candidate(number, next(word), [0.1, 0.4, 0.9]) for number in range(3)]
-        more = dict(asked=3, computed=place % 5 + 2, rounds=2, changes=[1], base_token=5, base_text=next(word))
+        more = dict(
+            nfe_requested=3, nfe_computed=place % 5 + 2, passes=2, changes=[1], base_token=5, base_text=next(word)
+        )
         chosen = [next(word), next(word)]
         tokens.append(TokenTrace(place, 1, next(word), [0, 1], chosen, candidates=candidates, **more))
     sampler, decoding = {"budget": 3, next(word): next(word)}, {next(word): next(word)}

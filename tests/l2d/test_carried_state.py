@@ -115,7 +115,7 @@ def test_solver_carries_each_sites_own_state(carrying, guided):
                     torch.testing.assert_close(solved.evaluated[site, number], fused[0], rtol=1e-5, atol=1e-5)
             if number < grid.evaluations:
                 assert solved.chosen[site, number].tolist() == chosen
-    assert (solved.computed == (len(grid.times) - 2) * len(evaluator.branches) + 1).all()
+    assert (solved.nfe_computed == (len(grid.times) - 2) * len(evaluator.branches) + 1).all()
 
 
 def test_carried_state_matters_and_switches_speculation_off(carrying, caplog):
@@ -128,7 +128,7 @@ def test_carried_state_matters_and_switches_speculation_off(carrying, caplog):
         carrying.path.carried_state = kept
     assert carrying.sampler({}).speculation is False
     _, record = decode(carrying, {}, return_record=True)
-    assert all(rounds == 14 for row in record.rounds for rounds in row)
+    assert all(passes == 14 for row in record.passes for passes in row)
 
 
 def test_carried_state_does_not_depend_on_batch_mates_or_drafts(carrying, monkeypatch):
@@ -160,7 +160,7 @@ def test_scoring_carries_what_decoding_carries(carrying):
     wanted[:, -6:] = True
     scored = carrying.score(made, continuation_mask=wanted, sampler={"budget": 7}, request_keys=["a"])
     assert scored.greedy[wanted].all()
-    assert scored.rounds[wanted].tolist() == [6] * 6
+    assert scored.passes[wanted].tolist() == [6] * 6
 
 
 @torch.no_grad()
@@ -169,10 +169,10 @@ def test_noise_free_path_sees_no_noise(noise_free):
     seeds = [decode(noise_free, {"seed": seed}, return_record=True) for seed in (0, 1)]
     assert torch.equal(seeds[0][0], seeds[1][0])
     assert not torch.equal(seeds[0][0], decode(noise_free, {"budget": 1}))
-    assert all(computed >= 1 for row in seeds[0][1].computed for computed in row)
+    assert all(nfe_computed >= 1 for row in seeds[0][1].nfe_computed for nfe_computed in row)
     state, sites = random_sites(noise_free)
     solved = solve_sites(noise_free, state, sites, noise_free.sampler(), None)
-    assert solved.computed.tolist() == [1, 1, 1]
+    assert solved.nfe_computed.tolist() == [1, 1, 1]
 
 
 REFUSED = [

@@ -51,7 +51,7 @@ def test_answers_are_those_of_generate_and_of_the_evaluation(session, folder, te
     sequences = session.model.generate(ids, sampler={"budget": 7, **settings}, **options)
     new = [token for token in sequences[0, ids.shape[1] :].tolist() if token not in session.end_tokens()]
     assert session.tokenizer.decode(new) == reply.text
-    assert reply.asked == [7] * len(reply.asked) and "".join(reply.pieces) == reply.text
+    assert reply.nfe_requested == [7] * len(reply.nfe_requested) and "".join(reply.pieces) == reply.text
 
 
 def test_long_conversations_are_cut_as_in_the_evaluation(session, folder):
@@ -84,14 +84,14 @@ def test_streamer_waits_for_whole_characters(session):
 
 def test_budget_and_guidance_change_while_chatting(session):
     chat = Chat(session, {"budget": 3}, max_new_tokens=8)
-    assert set(chat.answer(FIRST).asked) == {3}
+    assert set(chat.answer(FIRST).nfe_requested) == {3}
     assert "T = 31" in command(chat, "/budget 31")
     assert "guidance 2 towards math" in command(chat, "/guidance 2 math")
-    assert set(chat.answer(SECOND).asked) == {31} and len(chat.messages) == 4
+    assert set(chat.answer(SECOND).nfe_requested) == {31} and len(chat.messages) == 4
     assert "seed 7" in command(chat, "/seed 7")
     assert "temperature 0.5" in command(chat, "/temperature 0.5")
     assert "2 votes" in command(chat, "/votes 2")
-    assert set(chat.answer(SECOND).asked) == {62}
+    assert set(chat.answer(SECOND).nfe_requested) == {62}
     assert "/budget T" in command(chat, "/help")
     command(chat, "/new")
     assert chat.messages == [] and chat.sampler["budget"] == 31
@@ -127,7 +127,7 @@ def test_unknown_words_are_called_so(session, line, words):
 
 def test_tint_shows_compute(session):
     reply = Chat(session, {"budget": 15}, max_new_tokens=16).answer(FIRST)
-    assert len(set(reply.computed)) > 1
+    assert len(set(reply.nfe_computed)) > 1
     text = tinted(reply)
     assert text.count("\x1b[48;5;") >= sum(bool(piece.strip()) for piece in reply.pieces) - 1
     assert "\x1b" not in tinted(reply, colour=False)
@@ -156,7 +156,7 @@ def test_models_without_end_tokens_answer_up_to_the_limit(session, monkeypatch):
         monkeypatch.setattr(session.model.generation_config, name, None)
     endless = Session(session.model, tokenizer)
     assert endless.end_tokens() == []
-    assert len(Chat(endless, {"budget": 3}, max_new_tokens=4).answer(FIRST).asked) == 4
+    assert len(Chat(endless, {"budget": 3}, max_new_tokens=4).answer(FIRST).nfe_requested) == 4
     assert len(trace_prompt(endless, FIRST, {"budget": 3}, max_new_tokens=3).tokens) == 3
 
 
@@ -174,6 +174,6 @@ def test_without_a_template_only_plain_text(session):
     try:
         with pytest.raises(ValueError, match="--plain"):
             Chat(session)
-        assert Chat(session, {"budget": 1}, max_new_tokens=4, plain=True).answer("1 + 1 =").computed == [0] * 4
+        assert Chat(session, {"budget": 1}, max_new_tokens=4, plain=True).answer("1 + 1 =").nfe_computed == [0] * 4
     finally:
         session.tokenizer.chat_template = template

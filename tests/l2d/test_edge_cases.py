@@ -46,7 +46,7 @@ def changed(folder, seed: int = 5) -> L2DForCausalLM:
 def test_nothing_to_score_or_solve_is_an_empty_result(model, sampler):
     for ids in (IDS, IDS[:, :1]):
         scored = model.score(ids, continuation_mask=torch.zeros_like(ids, dtype=torch.bool), sampler=sampler)
-        assert scored.logprobs.shape == ids.shape and not scored.asked.any()
+        assert scored.logprobs.shape == ids.shape and not scored.nfe_requested.any()
     state, index, x0 = model.main_path(IDS[:2]), torch.tensor([[4, -1], [-1, -1]]), torch.zeros(2, 2, 16)
     assert not model.solve(state, torch.full_like(index, -1), x0, sampler).final_logits.any()
     solved = model.solve(state, index, x0, sampler, classes=torch.tensor([1, 0])).final_logits
@@ -152,10 +152,10 @@ def test_the_table_of_modulations_follows_the_norms_of_the_base(model):
 
 def test_a_deep_copy_is_a_model_of_its_own(model, folder):
     before = model.generate(IDS, max_new_tokens=6)
-    for rounds in (1, 2, 3):
+    for passes in (1, 2, 3):
         twin = copy.deepcopy(model)
         assert torch.equal(twin.generate(IDS, max_new_tokens=6), before)
-        for _ in range(rounds):
+        for _ in range(passes):
             randomise_path(twin, seed=5)
         assert torch.equal(twin.generate(IDS, max_new_tokens=6), changed(folder).generate(IDS, max_new_tokens=6))
     assert torch.equal(model.generate(IDS, max_new_tokens=6), before)

@@ -152,12 +152,14 @@ def test_stopping_criteria_see_the_scores_where_they_are_kept(model):
 
 @pytest.mark.parametrize("guided", [False, True])
 def test_evaluations_asked_for_are_counted_alike_for_all_solvers(model, guided):
-    """T counts the free evaluation at t = 0 and, with guidance, both branches once; `computed` what the network did."""
+    """T counts the free evaluation at t = 0 and, with guidance, both branches once; `nfe_computed` does not."""
     branches = dict(guidance_scale=1.5, guidance_class="math") if guided else {}
     for solver in (dict(solver="euler", budget=7, speculation=False), dict(solver="bosh3", max_evaluations=40)):
         _, record = model.generate(IDS, max_new_tokens=3, sampler={**solver, **branches}, return_record=True)
-        for asked, computed, rounds in zip(record.asked, record.computed, record.rounds, strict=True):
-            assert computed == [(1 + guided) * (count - 2) + 1 for count in asked]
-            assert rounds == [count - 1 for count in asked] and max(asked) <= 40
+        for nfe_requested, nfe_computed, passes in zip(
+            record.nfe_requested, record.nfe_computed, record.passes, strict=True
+        ):
+            assert nfe_computed == [(1 + guided) * (count - 2) + 1 for count in nfe_requested]
+            assert passes == [count - 1 for count in nfe_requested] and max(nfe_requested) <= 40
         _, record = model.generate(IDS, max_new_tokens=2, sampler={**solver, "budget": 1}, return_record=True)
-        assert record.asked == [[1, 1]] * 3 and record.computed == [[0, 0]] * 3
+        assert record.nfe_requested == [[1, 1]] * 3 and record.nfe_computed == [[0, 0]] * 3

@@ -51,15 +51,15 @@ def test_corrupted_targets_are_built_from_other_tokens(make_model):
     sources = torch.randint(3, 400, (3, *INDEX.shape), generator=generator)
     sources[:, 0, 1] = -1  # a sample of the base
     uniforms = torch.rand(sources.shape, generator=generator, dtype=torch.float64)
-    asked = queries(sources=sources, uniforms=uniforms)
-    output = model(input_ids=IDS, queries=asked)
+    noised = queries(sources=sources, uniforms=uniforms)
+    output = model(input_ids=IDS, queries=noised)
     state = model.main_path(IDS)
     base = torch.softmax(model.base_logits(state, INDEX), -1)
     for draw in range(3):
         built_from = torch.where(sources[draw] < 0, draw_token(base, uniforms[draw]), sources[draw])
-        time = asked.time[draw]
-        x = (1 - time)[..., None] * asked.noise[draw] * 2 + time[..., None] * model.vocabulary_table()[built_from]
-        expected, _ = losses_by_hand(model, state, x, time, asked.classes[draw])
+        time = noised.time[draw]
+        x = (1 - time)[..., None] * noised.noise[draw] * 2 + time[..., None] * model.vocabulary_table()[built_from]
+        expected, _ = losses_by_hand(model, state, x, time, noised.classes[draw])
         torch.testing.assert_close(output.nll[draw], expected, rtol=1e-5, atol=1e-5, check_dtype=False)
     true = model(input_ids=IDS, queries=queries())
     assert float((true.nll - output.nll).detach().abs().max()) > 1e-3  # the tokens do matter
@@ -68,19 +68,19 @@ def test_corrupted_targets_are_built_from_other_tokens(make_model):
 @pytest.mark.parametrize("carried", [False, True])
 def test_rollout_follows_the_paths_own_choices(make_model, carried):
     model = make_model(carried_state=carried)
-    asked = queries(evaluations=5, unscored=2)
-    output = model(input_ids=IDS, queries=asked)
-    assert output.nll.shape == output.correct.shape == asked.scored_time.shape == (9, *INDEX.shape)
+    noised = queries(evaluations=5, unscored=2)
+    output = model(input_ids=IDS, queries=noised)
+    assert output.nll.shape == output.correct.shape == noised.scored_time.shape == (9, *INDEX.shape)
     state = model.main_path(IDS)
     rows, slots = torch.nonzero(INDEX >= 0, as_tuple=True)
     table = model.vocabulary_table()
     for draw in range(3):
-        x, before = asked.noise[draw] * 2, torch.zeros(INDEX.shape)
+        x, before = noised.noise[draw] * 2, torch.zeros(INDEX.shape)
         chosen, own = model.base_logits(state, INDEX).argmax(-1), torch.zeros(len(rows), 32).double()
         for number in range(5):
-            time = asked.time[number, draw]
+            time = noised.time[number, draw]
             x = x + ((time - before) / (1 - before))[..., None] * (table[chosen] - x)
-            flat = (x[rows, slots], time[rows, slots], asked.classes[draw][rows, slots])
+            flat = (x[rows, slots], time[rows, slots], noised.classes[draw][rows, slots])
             fused, left = model.path_hidden(state, rows, INDEX[rows, slots], *flat, own if carried else None)
             own, before = left, time
             logits = model._decoder.logits(fused)
@@ -101,14 +101,14 @@ def test_rollout_on_a_grid_is_what_the_sampler_does(make_model, carried):
     """At Euler's own times the trained trajectory is the sampled one, evaluation by evaluation."""
     model = make_model(carried_state=carried).eval()
     budget, sampler = 6, SamplerConfig(solver="euler", budget=6, speculation=False)
-    asked = queries(evaluations=budget - 1, unscored=0, draws=1)
+    noised = queries(evaluations=budget - 1, unscored=0, draws=1)
     grid = torch.linspace(0, 1, budget)[1:]
-    asked.time = grid.view(-1, 1, 1, 1).expand(-1, 1, *INDEX.shape)
-    asked.classes = None
-    output = model(input_ids=IDS, queries=asked)
+    noised.time = grid.view(-1, 1, 1, 1).expand(-1, 1, *INDEX.shape)
+    noised.classes = None
+    output = model(input_ids=IDS, queries=noised)
     state = model.main_path(IDS)
     rows, slots = torch.nonzero(INDEX >= 0, as_tuple=True)
-    sites = Sites(rows, INDEX[rows, slots], asked.noise[0][rows, slots].double() * 2)
+    sites = Sites(rows, INDEX[rows, slots], noised.noise[0][rows, slots].double() * 2)
     solved = solve_sites(model, state, sites, sampler, None, record=True)
     logits = model._decoder.logits(solved.evaluated.flatten(0, 1)).unflatten(0, solved.evaluated.shape[:2])
     for number in range(budget - 1):
@@ -124,8 +124,8 @@ def test_gradients_of_a_rollout(make_model):
     found = {}
     for window in (1, 3):
         model.zero_grad()
-        asked = queries(evaluations=4, unscored=4 - window)
-        model(input_ids=IDS, queries=asked).nll[-3:].sum().backward()  # the last evaluation's loss alone
+        noised = queries(evaluations=4, unscored=4 - window)
+        model(input_ids=IDS, queries=noised).nll[-3:].sum().backward()  # the last evaluation's loss alone
         found[window] = weight.grad.clone()
     assert found[1].abs().max() > 0
     assert not torch.allclose(found[1], found[3])  # with a longer window it also goes through the evaluations before
@@ -145,10 +145,10 @@ def test_corruption_picks_tokens_of_the_same_answer_and_samples():
 
     def sources(rate: float, share: float) -> torch.Tensor:
         time = torch.zeros(4000, *index.shape)
-        asked = NoisedTargets(index, targets, time, time)
-        corrupt(asked, rate, share, {"generator": torch.Generator().manual_seed(0)})
-        assert ((asked.uniforms >= 0) & (asked.uniforms < 1)).all()
-        return asked.sources
+        noised = NoisedTargets(index, targets, time, time)
+        corrupt(noised, rate, share, {"generator": torch.Generator().manual_seed(0)})
+        assert ((noised.uniforms >= 0) & (noised.uniforms < 1)).all()
+        return noised.sources
 
     others = sources(1.0, 0.0)
     for slot, expected in enumerate(([11, 12], [10, 12], [10, 11], [21], [20])):

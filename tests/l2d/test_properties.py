@@ -130,9 +130,9 @@ def layouts(draw) -> tuple[MainPathState, torch.Tensor, torch.Tensor, torch.Tens
     rows, index = [], []
     for row in range(batch):
         places = torch.nonzero(kept[row, offset:])[:, 0].tolist()
-        asked = draw(st.lists(st.sampled_from(places), max_size=6)) if places else []
-        rows += [row] * len(asked)
-        index += asked
+        nfe_requested = draw(st.lists(st.sampled_from(places), max_size=6)) if places else []
+        rows += [row] * len(nfe_requested)
+        index += nfe_requested
     if not rows:
         place = int(torch.nonzero(kept[0, offset:])[0, 0])
         rows, index = [0], [place]
@@ -339,13 +339,13 @@ def test_every_target_is_asked_once(rows, draws, data):
     time = torch.arange(float(torch.tensor(shape).prod())).view(shape)  # a number of its own for each
     queries = NoisedTargets(index, targets, time, time[..., None].expand(*shape, 2), time.long())
     most = data.draw(st.integers(1, 2 + len(wanted) * draws))
-    asked = []
+    nfe_requested = []
     for piece in split_queries(queries, most):
         valid = (piece.index >= 0).expand_as(piece.time)
         assert int(valid.sum()) <= most
         assert torch.equal(piece.time, piece.noise[..., 0]) and torch.equal(piece.time.long(), piece.classes)
-        asked += piece.time[valid].tolist()
-    assert sorted(asked) == sorted(time[(index >= 0).expand_as(time)].tolist())
+        nfe_requested += piece.time[valid].tolist()
+    assert sorted(nfe_requested) == sorted(time[(index >= 0).expand_as(time)].tolist())
 
 
 @settings(max_examples=80)

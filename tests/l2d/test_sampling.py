@@ -56,9 +56,9 @@ def test_speculation_gives_the_sequential_solvers_tokens(model, solver, budget, 
     slow, plain = decode(model, {**settings, "speculation": False}, return_record=True)
     assert torch.equal(fast, slow)
     assert record.changes == plain.changes and sum(map(sum, record.changes)) >= 8
-    for changes, rounds in zip(record.changes, record.rounds, strict=True):
-        assert all(r <= c + 1 for c, r in zip(changes, rounds, strict=True))
-    assert all(asked == budget for row in record.asked for asked in row)
+    for changes, passes in zip(record.changes, record.passes, strict=True):
+        assert all(r <= c + 1 for c, r in zip(changes, passes, strict=True))
+    assert all(nfe_requested == budget for row in record.nfe_requested for nfe_requested in row)
 
 
 @pytest.mark.parametrize("temperature", [1.0, "polynomial_1_1.0", "polynomial_2_0.6"])
@@ -83,8 +83,8 @@ def test_drafted_tokens_change_nothing(model, monkeypatch, settings, ahead, do_s
     free, plain = model.generate(ids, sampler=settings, **common)
     drafted, record = model.generate(ids, sampler={**settings, "draft_tokens": ahead}, **common)
     assert torch.equal(drafted, free)
-    assert record.asked == plain.asked and record.changes == plain.changes
-    assert sum(map(sum, record.computed)) >= sum(map(sum, plain.computed))
+    assert record.nfe_requested == plain.nfe_requested and record.changes == plain.changes
+    assert sum(map(sum, record.nfe_computed)) >= sum(map(sum, plain.nfe_computed))
 
 
 def test_drafts_that_the_base_gets_right_save_passes(make_base):
@@ -189,7 +189,7 @@ def test_scoring_needs_no_batch_mates_and_averages_probabilities(model):
         )
         width = alone.logprobs.shape[1]
         torch.testing.assert_close(alone.logprobs[0], together.logprobs[row, :width], rtol=0, atol=1e-5)
-    assert (together.asked[wanted] == 45).all() and not together.logprobs[~wanted].any()
+    assert (together.nfe_requested[wanted] == 45).all() and not together.logprobs[~wanted].any()
     base = model.score(ids, attention, continuation_mask=wanted, sampler={"budget": 1})
     expected = model.base(ids, attention_mask=attention).logits.log_softmax(-1)
     rows, places = wanted.nonzero(as_tuple=True)
@@ -253,11 +253,11 @@ def test_the_cap_of_adaptive_solvers_is_counted(model):
     settings = dict(solver="bosh3", max_evaluations=9)
     _, record = decode(model, settings, tokens=3, return_record=True)
     assert record.capped > 0
-    assert max(max(row) for row in record.computed) <= 9
+    assert max(max(row) for row in record.nfe_computed) <= 9
     _, record = decode(
         model, dict(solver="bosh3", choice="average", choice_temperature=1.0), tokens=2, return_record=True
     )
-    assert record.capped == 0 and len({c for row in record.computed for c in row}) > 1
+    assert record.capped == 0 and len({c for row in record.nfe_computed for c in row}) > 1
 
 
 def test_adaptive_sampled_choices_run(model):
@@ -293,7 +293,7 @@ def test_end_tokens_streaming_and_stopping_criteria(model):
         cut = next((place for place, token in enumerate(new) if token in ends), len(new) - 1)
         assert stopped[row, 10 : 11 + cut].tolist() == new[: cut + 1]
         assert not stopped[row, 11 + cut :].any()
-        assert len(record.asked[row]) == cut + 1  # finished rows cost nothing
+        assert len(record.nfe_requested[row]) == cut + 1  # finished rows cost nothing
     collect = _Collect()
     out = model.generate(ids[:1], max_new_tokens=5, streamer=collect)
     assert collect.ended and [t for part in collect.parts[1:] for t in part] == out[0, 10:].tolist()

@@ -39,7 +39,7 @@ def test_the_trace_is_that_of_generate(session, sampler):
     sequences, record = session.model.generate(ids, sampler=sampler, return_record=True, **options)
     assert [token.token for token in trace.tokens] == sequences[0, ids.shape[1] :].tolist()
     assert [len(token.changes) for token in trace.tokens] == record.changes[0]
-    assert [token.computed for token in trace.tokens] == record.computed[0]
+    assert [token.nfe_computed for token in trace.tokens] == record.nfe_computed[0]
     assert trace.answer == session.tokenizer.decode(sequences[0, ids.shape[1] :])
     if sampler["budget"] > 1:
         assert any(token.changes for token in trace.tokens)  # else this test would prove little
@@ -62,7 +62,7 @@ def test_guided_traces(make_l2d, base_dir):
     guided = {"budget": 7, "guidance_class": "math", "guidance_scale": 2.0}
     trace = trace_prompt(session, PROMPT, guided, max_new_tokens=4)
     assert len(trace.tokens[0].chosen) == 6
-    assert trace.tokens[0].computed > plain.tokens[0].computed
+    assert trace.tokens[0].nfe_computed > plain.tokens[0].nfe_computed
     final = max(trace.tokens[0].candidates, key=lambda candidate: candidate.probabilities[-1])
     assert final.token == trace.tokens[0].token
 

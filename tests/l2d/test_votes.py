@@ -34,9 +34,9 @@ def test_votes_average_the_probabilities_of_their_draws(model, settings):
                 request_keys=["ab"[row]],
             )
             assert float(scored.logprobs[0, -1].exp()) == pytest.approx(float(probabilities[row, token]), abs=1e-6)
-            assert int(scored.computed[0, -1]) >= record.computed[row][0] - 3
+            assert int(scored.nfe_computed[0, -1]) >= record.nfe_computed[row][0] - 3
     if "rtol" not in settings:
-        assert all(asked == [3 * SamplerConfig(**settings).budget] for asked in record.asked)
+        assert all(nfe_requested == [3 * SamplerConfig(**settings).budget] for nfe_requested in record.nfe_requested)
 
 
 def test_votes_do_not_depend_on_batch_mates(model):
@@ -61,7 +61,7 @@ def test_votes_score_what_they_generate(model):
     wanted = torch.zeros_like(made, dtype=torch.bool)
     wanted[:, -6:] = True
     scored = model.score(made, continuation_mask=wanted, sampler=sampler, request_keys=["a"])
-    assert scored.greedy[wanted].all() and (scored.asked[wanted] == 21).all()
+    assert scored.greedy[wanted].all() and (scored.nfe_requested[wanted] == 21).all()
 
 
 def test_votes_that_make_no_sense(model):

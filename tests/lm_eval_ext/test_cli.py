@@ -71,7 +71,7 @@ def test_stock_gsm8k_is_5_shot(runs):
         pytest.skip(f"{HUB} is absent: no real data on this machine")
     assert runs["15"].results["n-shot"]["gsm8k"] == 5
     assert len(runs["15"].samples("gsm8k")) == 18  # 9 problems, 2 filters
-    assert all(line["asked_per_token"] == 15 for line in runs["15"].compute("gsm8k"))
+    assert all(line["nfe_requested_per_token"] == 15 for line in runs["15"].compute("gsm8k"))
 
 
 @pytest.mark.parametrize("name", ["hf", "15", "two processes"])
@@ -103,13 +103,13 @@ def test_results_record_settings_and_cost(runs, l2d_dir):
     assert config["model"] == "l2d"
     ours = config["l2d"]
     assert ours["sampler"]["budget"] == 15
-    assert ours["asked_per_token"] == {"mean": 15.0, "median": 15, "p95": 15, "max": 15}
-    assert ours["computed_per_token"]["mean"] >= 14
-    assert 1 <= ours["rounds_per_token"]["mean"] <= 14
+    assert ours["nfe_requested_per_token"] == {"mean": 15.0, "median": 15, "p95": 15, "max": 15}
+    assert ours["nfe_computed_per_token"]["mean"] >= 14
+    assert 1 <= ours["passes_per_token"]["mean"] <= 14
     assert ours["generated_tokens"] > 0
     assert ours["scored_tokens"] > 0
     assert ours["task_samplers"]["l2d_test_generate"] == [{}]
-    assert runs["1"].results["config"]["l2d"]["asked_per_token"]["max"] == 1
+    assert runs["1"].results["config"]["l2d"]["nfe_requested_per_token"]["max"] == 1
 
 
 def test_two_processes_give_the_results_of_one(runs):
@@ -125,11 +125,11 @@ def test_two_processes_give_the_results_of_one(runs):
         assert found == pytest.approx(numbers, rel=1e-5)  # other batches, other rounding
     ours, theirs = two.results["config"]["l2d"], one.results["config"]["l2d"]
     assert ours["world_size"] == 2
-    for name in ("checkpoint_fingerprint", "base_fingerprint", "asked_per_token", "sampler"):
+    for name in ("checkpoint_fingerprint", "base_fingerprint", "nfe_requested_per_token", "sampler"):
         assert ours[name] == theirs[name]
     assert ours["task_samplers"].items() <= theirs["task_samplers"].items()
     for task in OURS:  # rounds and computed may differ: what is evaluated together is decided per batch
-        keys = ("doc_id", "request", "repeat", "generated_tokens", "scored_tokens", "asked")
+        keys = ("doc_id", "request", "repeat", "generated_tokens", "scored_tokens", "nfe_requested")
         assert [[line[key] for key in keys] for line in two.compute(task)] == [
             [line[key] for key in keys] for line in one.compute(task)
         ]

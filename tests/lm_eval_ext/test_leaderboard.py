@@ -44,7 +44,7 @@ def write_run(
         config["model_args"]["diffusion_budget"] = sampler["budget"]
         spent = {"mean": sampler["budget"] + 0.5, "median": sampler["budget"], "p95": 31, "max": 60}
         config["l2d"] = {"sampler": sampler, "variant": "lora", "base": "/models/base", "world_size": 1}
-        config["l2d"] |= {"generated_tokens": 1000, "scored_tokens": 0, "computed_per_token": spent, **l2d}
+        config["l2d"] |= {"generated_tokens": 1000, "scored_tokens": 0, "nfe_computed_per_token": spent, **l2d}
     metric = {"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}
     one = {"output_type": "generate_until", "generation_kwargs": kwargs, "metric_list": [metric]}
     raw = {"results": values, "group_subtasks": {}, "configs": {task: one for task in scores}, "config": config}
@@ -403,7 +403,14 @@ def test_recorded_costs_and_commands_are_shown(tmp_path):
     prompt = hashlib.sha256(b"gsm8k question 3: how many?").hexdigest()
     ours = {"sampler": {"budget": 31}, "seconds": 2.0, "command": "lm_eval --model l2d as typed"}
     file = write_run(runs / "rich", {"gsm8k": coins(40, 0.5, 1)}, model="l2d", l2d=ours)
-    line = {"doc_hash": prompt, "solved_tokens": 3, "asked": 93, "computed": 60, "rounds": 4, "seconds": 0.5}
+    line = {
+        "doc_hash": prompt,
+        "solved_tokens": 3,
+        "nfe_requested": 93,
+        "nfe_computed": 60,
+        "passes": 4,
+        "seconds": 0.5,
+    }
     costs = file.with_name(file.name.replace("results", "compute_gsm8k") + "l")
     costs.write_text(f"{json.dumps(line)}\n{json.dumps(line)}\n")
     board = write_leaderboard([runs], tmp_path / "out")
@@ -411,7 +418,7 @@ def test_recorded_costs_and_commands_are_shown(tmp_path):
     page = (tmp_path / "out" / "leaderboard.html").read_text()
     assert "20 to 21 evaluations: 1 documents" in page and "lm_eval --model l2d as typed" in page
     answers = unpack(page, "gsm8k")["rows"]["6"]["answers"]
-    twice = {"solved_tokens": 6, "asked": 186, "computed": 120, "rounds": 8, "seconds": 1.0}
+    twice = {"solved_tokens": 6, "nfe_requested": 186, "nfe_computed": 120, "passes": 8, "seconds": 1.0}
     assert [answer[3] for answer in answers if answer[3]] == [twice]
 
 

@@ -78,8 +78,8 @@ def test_budget_1_equals_hf(make_base, make_l2d, family, variant):
     assert ours.loglikelihood_rolling(rolling(PROMPTS)) == theirs.loglikelihood_rolling(rolling(PROMPTS))
     assert ours.max_length == theirs.max_length
     summary = ours.get_model_info()["l2d"]
-    assert summary["asked_per_token"]["max"] == 1
-    assert summary["computed_per_token"]["max"] == 0
+    assert summary["nfe_requested_per_token"]["max"] == 1
+    assert summary["nfe_computed_per_token"]["max"] == 0
 
 
 def test_higher_budget_differs_from_the_base(lm, hf):
@@ -261,7 +261,7 @@ def test_adaptive_solver_reports_what_it_chose(l2d_dir):
     fresh = L2DLM(pretrained=str(l2d_dir), device="cpu", solver="bosh3", max_evaluations=60, rtol=1e-3, atol=1e-3)
     fresh.generate_until(generation(PROMPTS[:2], max_gen_toks=3))
     summary = fresh.get_model_info()["l2d"]
-    assert 1 < summary["asked_per_token"]["mean"] <= summary["asked_per_token"]["max"]
+    assert 1 < summary["nfe_requested_per_token"]["mean"] <= summary["nfe_requested_per_token"]["max"]
     few = dict(solver="bosh3", max_evaluations=6)
     for search in ("none", "beam_2", "best_of_2"):
         capped = L2DLM(pretrained=str(l2d_dir), device="cpu", token_search=search, **few)
@@ -292,7 +292,7 @@ def test_record_of_a_run(l2d_dir, tokenizer):
     fresh = L2DLM(pretrained=str(l2d_dir), device="cpu", diffusion_budget=15)
     texts = fresh.generate_until(generation(PROMPTS, until=[]))
     info = fresh.get_model_info()["l2d"]
-    assert info["asked_per_token"] == {"mean": 15.0, "median": 15, "p95": 15, "max": 15}
+    assert info["nfe_requested_per_token"] == {"mean": 15.0, "median": 15, "p95": 15, "max": 15}
     assert info["generated_tokens"] >= sum(map(bool, texts))
     assert info["sampler"]["budget"] == 15
     assert info["base_fingerprint"] == fresh.model.config.base_fingerprint
@@ -341,7 +341,7 @@ def test_every_request_has_its_cost(l2d_dir):
         costs = summary.requests
         kinds = [cost.kind for cost in costs]
         assert [kinds.count(kind) for kind in ("generate_until", "loglikelihood", "loglikelihood_rolling")] == [6, 8, 2]
-        assert all(cost.asked == budget * cost.solved_tokens for cost in costs)
+        assert all(cost.nfe_requested == budget * cost.solved_tokens for cost in costs)
         assert all(cost.solved_tokens == cost.generated_tokens + cost.scored_tokens for cost in costs)
         generated = {cost.prompt_hash: cost.generated_tokens for cost in costs if cost.kind == "generate_until"}
         assert set(generated) == set(map(hash_string, PROMPTS))

@@ -78,7 +78,7 @@ def test_statistics_of_a_record(values):
 
 
 def test_an_empty_record_has_no_statistics():
-    assert RunRecord().summary()["asked_per_token"] is None
+    assert RunRecord().summary()["nfe_requested_per_token"] is None
 
 
 def jobs_for(requests, docs=None, gather=lambda claims: claims):

@@ -66,7 +66,7 @@ def test_a_killed_sweep_is_completed(l2d_dir, tmp_path):
     for setting in plan.settings:
         (results,) = plan.folder(setting).glob("*/results_*.json")
         budget = setting.model_args["diffusion_budget"]
-        assert json.loads(results.read_text())["config"]["l2d"]["asked_per_token"]["mean"] == budget
+        assert json.loads(results.read_text())["config"]["l2d"]["nfe_requested_per_token"]["mean"] == budget
         assert f"| l2d_test_choice | {setting.name} | acc |" in whole
         assert len(list(plan.folder(setting).glob("*/compute_l2d_test_choice_*.jsonl"))) == 1
         assert "l2d_test_choice" in (plan.folder(setting) / "log.txt").read_text()
@@ -217,7 +217,7 @@ def test_the_leaderboard_knows_what_a_sweep_ran(l2d_dir, make_l2d, base_dir, tmp
     ]
     assert board.controls == {str(base_dir): ["one-evaluation", "noise-free", "lora-ft"]}
     votes = board.rows[1].setting
-    assert votes.votes == 2 and votes.cost["asked"]["mean"] == 6
+    assert votes.votes == 2 and votes.cost["nfe_requested"]["mean"] == 6
     page = (tmp_path / "report" / "leaderboard.html").read_text()
     assert "none missing" in page and "missing:" not in page and "Not measured here" not in page
     assert all(f'class="level {kind}' in page for kind in ("one-evaluation", "noise-free", "lora-ft", "base"))
