@@ -81,20 +81,23 @@ def _noised(
 def _sources(
     model: "L2DForCausalLM", state: MainPathState, flat: _Flat, given: torch.Tensor, uniforms: torch.Tensor | None
 ) -> torch.Tensor:
-    """Tokens (N,) that `x_t` is built from: those `given` (K, B, Q), at -1 a sample of the base's own distribution."""
+    """Tokens (N,) that `x_t` is built from: those `given` (K, B, Q), at -1 a sample of the base's other tokens.
+
+    That sample is of the base's own distribution without the target: what is drawn is never the true token.
+    """
     sources = flat.of(given)
     sampled = torch.nonzero(sources < 0, as_tuple=True)[0]
     if uniforms is None:
         raise ValueError("sources need uniforms, which fix the tokens that are sampled.")
-    uniforms = flat.of(uniforms)[sampled]
+    uniforms, targets = flat.of(uniforms)[sampled], flat.targets[sampled]
     with torch.no_grad():
         hidden = state.hidden[flat.row[sampled], flat.index[sampled]]
         chunk = _chunk(model, hidden)
-        parts = [
-            draw_token(torch.softmax(at_least_float32(model._decoder.logits(part)), -1), uniform)
-            for part, uniform in zip(hidden.split(chunk), uniforms.split(chunk), strict=True)
-        ]
-    return sources.index_copy(0, sampled, torch.cat(parts))
+        drawn = []
+        for part, uniform, target in zip(hidden.split(chunk), uniforms.split(chunk), targets.split(chunk), strict=True):
+            logits = at_least_float32(model._decoder.logits(part)).scatter(-1, target[:, None], -torch.inf)
+            drawn.append(draw_token(torch.softmax(logits, -1), uniform))
+    return sources.index_copy(0, sampled, torch.cat(drawn))
 
 
 def _rolled_out(

@@ -201,7 +201,7 @@ class L2DTrainingConfig(SFTConfig):
     )  # fmt: skip
     time_power: float = field(default=1.0, metadata={"help": "Times are u ** time_power with u uniform."})
     corruption_rate: float = field(
-        default=0.0, metadata={"help": "Probability, per draw, of building x_t from another token than the true one."}
+        default=0.0, metadata={"help": "Probability, per draw, of building x_t from a wrong token, never the true one."}
     )
     corruption_base_share: float = field(
         default=0.5,

@@ -103,22 +103,28 @@ def _rollout_times(offsets: torch.Tensor, evaluations: int, config: L2DConfig) -
 
 
 def corrupt(queries: NoisedTargets, rate: float, base_share: float, options: dict[str, Any]) -> None:
-    """Give each query, with probability `rate`, another token to build `x_t` from; the target stays the true one.
+    """Give each query, with probability `rate`, a wrong token to build `x_t` from; the target stays the true one.
 
-    With probability `base_share` that is a sample of the base's distribution at the position, else the token of
-    another position of the same answer (a run of neighbouring targets); of an answer of one token it is a sample.
+    With probability `base_share` that is a sample of the base's distribution without the target, else the token of
+    another position of the same answer (a run of neighbouring targets), drawn uniformly among those that differ from
+    the target; where none differs it is a sample, too. So the share of wrong tokens is `rate`, not less.
     """
-    shape = queries.time.shape
+    shape, targets = queries.time.shape, queries.targets
     corrupted = torch.rand(shape, **options) < rate
     sampled = torch.rand(shape, **options) < base_share
-    place = torch.rand(shape, **options)
+    uniform = torch.rand(shape, **options)
     queries.uniforms = torch.rand(shape, dtype=torch.float64, **options)
     first, length = answer_runs(queries.index)
-    slots = torch.arange(queries.index.shape[1], device=queries.index.device)
-    step = 1 + (place * (length - 1)).long().clamp(max=(length - 2).clamp(min=0))
-    other = queries.targets.expand(shape).gather(2, first + (slots - first + step) % length)
-    other = torch.where(sampled | (length == 1), -1, other)
-    queries.sources = torch.where(corrupted & (queries.index >= 0), other, queries.targets)
+    # Sorted by answer, then token: an answer keeps its slots, and tokens that equal a target are neighbours.
+    own = first * (targets.max() + 1) + targets
+    keys, order = own.sort(dim=1)
+    start, end = torch.searchsorted(keys, own), torch.searchsorted(keys, own, right=True)
+    differing = length - (end - start)
+    chosen = first + (uniform * differing).long().clamp(max=(differing - 1).clamp(min=0))
+    chosen = torch.where(chosen >= start, chosen + end - start, chosen).clamp(max=targets.shape[1] - 1)
+    other = targets.gather(1, order).expand(shape).gather(2, chosen)
+    other = torch.where(sampled | (differing == 0), -1, other)
+    queries.sources = torch.where(corrupted & (queries.index >= 0), other, targets)
 
 
 def answer_runs(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -52,7 +52,7 @@ class NoisedTargets:
         noise: (K, B, Q, d) float32, unit normal.
         classes: (K, B, Q) int64 after dropout, or `None` for "no class" everywhere.
         sources: (K, B, Q) int64 tokens that `x_t` is built from in place of the targets; -1 where it is to be a sample
-            of the base's own distribution, which `uniforms` (K, B, Q) float64 fix.
+            of the base's distribution without the target, which `uniforms` (K, B, Q) float64 fix.
         unscored: makes it a rollout: how many of its first evaluations have no loss.
     """
 

@@ -49,12 +49,12 @@ def test_corrupted_targets_are_built_from_other_tokens(make_model):
     model = make_model()
     generator = torch.Generator().manual_seed(2)
     sources = torch.randint(3, 400, (3, *INDEX.shape), generator=generator)
-    sources[:, 0, 1] = -1  # a sample of the base
+    sources[:, 0, 1] = -1  # a sample of the base's other tokens
     uniforms = torch.rand(sources.shape, generator=generator, dtype=torch.float64)
     noised = queries(sources=sources, uniforms=uniforms)
     output = model(input_ids=IDS, queries=noised)
     state = model.main_path(IDS)
-    base = torch.softmax(model.base_logits(state, INDEX), -1)
+    base = torch.softmax(model.base_logits(state, INDEX), -1).scatter(-1, TARGETS[..., None], 0.0)
     for draw in range(3):
         built_from = torch.where(sources[draw] < 0, draw_token(base, uniforms[draw]), sources[draw])
         time = noised.time[draw]
@@ -161,3 +161,33 @@ def test_corruption_picks_tokens_of_the_same_answer_and_samples():
     mixed = sources(0.3, 0.5)[:, 0]
     assert float((mixed == -1).float().mean()) == pytest.approx(0.15, abs=0.01)
     assert float((mixed == targets[0]).float().mean()) == pytest.approx(0.7, abs=0.01)
+
+
+def test_corruption_draws_among_different_tokens():
+    """Of an answer that repeats tokens every other position counts, but those with the target's own token."""
+    index = torch.tensor([[4, 5, 6, 7, 9, 10]])
+    targets = torch.tensor([[8, 3, 8, 8, 6, 6]])
+    noised = NoisedTargets(index, targets, time := torch.zeros(6000, *index.shape), time)
+    corrupt(noised, 1.0, 0.0, {"generator": torch.Generator().manual_seed(0)})
+    drawn = noised.sources[:, 0]
+    assert (drawn[:, [0, 2, 3]] == 3).all() and (drawn[:, 1] == 8).all()
+    assert (drawn[:, 4:] == -1).all()  # no other token in the answer: a sample of the base
+    noised.targets = torch.tensor([[8, 3, 5, 8, 6, 7]])
+    corrupt(noised, 1.0, 0.0, {"generator": torch.Generator().manual_seed(0)})
+    values, counts = noised.sources[:, 0, 1].unique(return_counts=True)
+    assert values.tolist() == [5, 8] and counts[1] / 6000 == pytest.approx(2 / 3, abs=0.03)
+
+
+def test_no_wrong_token_is_the_true_one(make_model):
+    """Also where the base is certain of the target, and so the share of wrong tokens is the rate."""
+    model, draws = make_model(), 500
+    state = model.main_path(IDS)
+    with torch.no_grad():
+        targets = model.base_logits(state, INDEX).argmax(-1).masked_fill(INDEX < 0, 0)
+    time, noise = torch.ones(draws, *INDEX.shape), torch.zeros(draws, *INDEX.shape, 16)
+    noised = NoisedTargets(INDEX, targets, time, noise)
+    true = model(input_ids=IDS, queries=noised).nll  # at t = 1 a loss says which token x_t was built from
+    corrupt(noised, 0.3, 1.0, {"generator": torch.Generator().manual_seed(0)})
+    wrong = (model(input_ids=IDS, queries=noised).nll - true).abs() > 1e-6
+    assert torch.equal(wrong, noised.sources == -1)
+    assert wrong[:, INDEX >= 0].double().mean().item() == pytest.approx(0.3, abs=4 * (0.21 / draws / 6) ** 0.5)
