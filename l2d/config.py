@@ -4,12 +4,10 @@
 - `SamplerConfig`, re-exported: what may be set at inference
 """
 
-import json
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from l2d.digest import settings_digest
 from l2d.sampler_config import NOISE_FREE_SAMPLER, SamplerConfig
 
 __all__ = ["L2DConfig", "SamplerConfig"]
@@ -39,7 +37,7 @@ class L2DConfig(PreTrainedConfig):
         carried_state: the path's last hidden state enters the next evaluation; evaluations then go in sequence.
         noise_free: a control: the path sees a constant in place of the noised token and is evaluated once, at t = 1.
         sampler: defaults for `SamplerConfig` that belong to this checkpoint.
-        tensors_digest, generation_digest: of the trained tensors and `generation_config.json` that were saved with it.
+        tensors_digest: of the trained tensors that were saved with it.
     """
 
     model_type = "l2d"
@@ -67,7 +65,6 @@ class L2DConfig(PreTrainedConfig):
         noise_free: bool = False,
         sampler: dict[str, Any] | None = None,
         tensors_digest: str | None = None,
-        generation_digest: str | None = None,
         **kwargs: Any,
     ):
         self.base_name_or_path = base_name_or_path
@@ -90,8 +87,11 @@ class L2DConfig(PreTrainedConfig):
         self.noise_free = noise_free
         self.sampler = dict(sampler or {})
         self.tensors_digest = tensors_digest
-        self.generation_digest = generation_digest
-        kwargs.pop("settings_digest", None)  # computed when it is written
+        for retired in (
+            "settings_digest",
+            "generation_digest",
+        ):  # of checkpoints from before 0.2: settings may be edited
+            kwargs.pop(retired, None)
         self._validate_base()  # which the next line looks into
         super().__init__(**kwargs)
         self._validate()
@@ -168,12 +168,6 @@ class L2DConfig(PreTrainedConfig):
         output = super().to_dict()
         output.pop("_text_config", None)
         return output
-
-    def to_json_string(self, use_diff: bool = True) -> str:
-        """Text of `config.json`, which ends with the digest of its own settings."""
-        content = json.loads(super().to_json_string(use_diff))
-        content["settings_digest"] = settings_digest(content)
-        return json.dumps(content, indent=2, sort_keys=True) + "\n"
 
 
 def base_config_from_dict(base_config: dict[str, Any]) -> PreTrainedConfig:

@@ -23,6 +23,7 @@ from transformers.utils import ModelOutput, logging
 
 from l2d.checkpoint import loading as checkpoint
 from l2d.config import L2DConfig, SamplerConfig
+from l2d.digest import tensors_digest
 from l2d.fingerprint import fingerprint
 from l2d.generation import generate
 from l2d.loss import training_output
@@ -136,16 +137,16 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
                 `local_files_only` and `force_download` for both, `revision` and `subfolder` for the checkpoint.
 
         Raises `ValueError` for arguments that would have no effect, where the base is missing or another one, where a
-        tensor is missing, unexpected, of another shape or not finite, and where a file is not the one that was saved
-        (see `digest`).
+        tensor is missing, unexpected, of another shape or not finite, and where the tensors are not those that were
+        saved (see `digest`).
         """
         return checkpoint.load(cls, pretrained_model_name_or_path, base=base, config=config, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs: Any) -> None:
         """Write `config.json`, `generation_config.json` and the trained tensors (safetensors), never the base.
 
-        `config.json` records digests of all three, which are compared when they are loaded. Raises `OSError` where the
-        disk is full.
+        `config.json` records a digest of the tensors, which is compared when they are loaded. Raises `OSError` where
+        the disk is full.
         """
         full = self.state_dict() if state_dict is None else state_dict
         missing = [name for name in self._trained_names if name not in full]
@@ -153,7 +154,9 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"state_dict lacks {len(missing)} trained tensors, {missing[0]!r} first.")
         trained = {name: full[name].contiguous() for name in self._trained_names}
         if kwargs.get("is_main_process", True):
-            checkpoint.record_digests(self, save_directory, trained)
+            if os.path.isfile(save_directory):
+                raise ValueError(f"save_directory={os.fspath(save_directory)!r} is a file: give a folder.")
+            self.config.tensors_digest = tensors_digest(trained)
         try:
             super().save_pretrained(save_directory, state_dict=trained, **kwargs)
         except SafetensorError as error:

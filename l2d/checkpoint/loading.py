@@ -3,10 +3,10 @@
 - `load`: what `L2DForCausalLM.from_pretrained` does
 - `load_base`, `base_name`, `describe_base`: the frozen base and what a checkpoint records of it
 - `read_tensors`: trained tensors of a checkpoint folder, whole or sharded (safetensors only)
-- `record_digests`: what `save_pretrained` notes of the files that belong together
 
-A checkpoint without its base, with another base, with missing, extra, misshapen or non-finite tensors, or with files
-that are not those that were saved together is refused. Checkpoints without digests are taken without that last check.
+A checkpoint is refused without its base, with another base, with missing, extra, misshapen or non-finite tensors, and
+with tensors of another digest than `config.json` records (one without a digest is taken without this last check).
+Settings may be edited: they are checked by their ranges.
 """
 
 import copy
@@ -30,7 +30,7 @@ from transformers.utils import (
 from l2d.checkpoint.hub import checkpoint_folder, config_folder
 from l2d.checkpoint.preflight import base_location
 from l2d.config import L2DConfig
-from l2d.digest import check_settings, settings_digest, tensors_digest
+from l2d.digest import tensors_digest
 from l2d.fingerprint import fingerprint
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def load(
     if config.variant == "full":  # copies of the base's projections run in the base's dtype
         for layer in model.path.layers:
             layer.twin.to(base.dtype)
-    if _read_json(folder, GENERATION_CONFIG_NAME, config.generation_digest) is not None:  # else the base's stays
+    if _read_json(folder, GENERATION_CONFIG_NAME) is not None:  # else the base's stays
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.name_or_path = os.fspath(name)
     return model.eval()
@@ -147,7 +147,7 @@ def _dtype(name: str) -> torch.dtype:
 
 def read_config(name: str | os.PathLike) -> L2DConfig:
     """The configuration of the L2D checkpoint in folder `name`; `ValueError` where there is none, or a damaged one."""
-    content = _read_json(name, CONFIG_NAME, None)
+    content = _read_json(name, CONFIG_NAME)
     if content is None:
         raise ValueError(f"pretrained={os.fspath(name)!r} is not an L2D checkpoint: it holds no {CONFIG_NAME}.")
     if content.get("model_type") != L2DConfig.model_type:
@@ -155,7 +155,6 @@ def read_config(name: str | os.PathLike) -> L2DConfig:
             f"pretrained={os.fspath(name)!r} holds a {content.get('model_type')!r} model, not an L2D checkpoint: "
             "train one with training.train, or use the model as it is."
         )
-    check_settings(name, CONFIG_NAME, content, content.get("settings_digest"))
     try:
         return L2DConfig.from_pretrained(name)
     except (ValueError, TypeError, AttributeError) as error:
@@ -163,12 +162,10 @@ def read_config(name: str | os.PathLike) -> L2DConfig:
         raise ValueError(f"{CONFIG_NAME} of {os.fspath(name)!r} cannot be used: {reason}") from error
 
 
-def _read_json(name: str | os.PathLike, file: str, digest: str | None) -> dict[str, Any] | None:
-    """Content of a checkpoint's JSON file, `None` if it has none; `ValueError` if it is not the one of `digest`."""
+def _read_json(name: str | os.PathLike, file: str) -> dict[str, Any] | None:
+    """Content of a checkpoint's JSON file, `None` if it has none. Raises `ValueError`."""
     path = Path(name) / file
     if not path.is_file():
-        if digest is not None:
-            raise ValueError(f"pretrained={os.fspath(name)!r} lacks {file}: the checkpoint is incomplete.")
         return None
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -176,23 +173,13 @@ def _read_json(name: str | os.PathLike, file: str, digest: str | None) -> dict[s
             raise ValueError("it holds no mapping")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}): the file is damaged, restore it or save again.") from error
-    check_settings(name, file, content, digest)
     return content
-
-
-def record_digests(model: "L2DForCausalLM", folder: str | os.PathLike, tensors: dict[str, torch.Tensor]) -> None:
-    """Note in the model's configuration what is about to be saved in `folder`, and write its generation settings."""
-    if os.path.isfile(folder):
-        raise ValueError(f"save_directory={os.fspath(folder)!r} is a file: give a folder.")
-    model.generation_config.save_pretrained(folder)
-    model.config.generation_digest = settings_digest(_read_json(folder, GENERATION_CONFIG_NAME, None) or {})
-    model.config.tensors_digest = tensors_digest(tensors)
 
 
 def read_tensors(name: str | os.PathLike) -> dict[str, torch.Tensor]:
     """All tensors of the checkpoint in folder `name` on the CPU; `ValueError` names a missing or unreadable file."""
     files = {SAFE_WEIGHTS_NAME}
-    index = _read_json(name, SAFE_WEIGHTS_INDEX_NAME, None)
+    index = _read_json(name, SAFE_WEIGHTS_INDEX_NAME)
     if index is not None:
         shards = index.get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(f, str) and f == Path(f).name for f in shards.values()):

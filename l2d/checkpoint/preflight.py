@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from l2d.checkpoint.hub import config_folder, looks_local
-from l2d.digest import check_settings
 from l2d.sampler_config import SamplerConfig
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
@@ -22,7 +21,7 @@ def read_config_file(name: str | Path, revision: str | None = None, **access: An
     """`config.json` of the L2D checkpoint `name`, a folder or (at `revision`) on the hub, which is asked for no more.
 
     `access`: see `l2d.checkpoint.hub`.
-    Raises `ValueError` if there is none, if it is another model's, or not as it was saved.
+    Raises `ValueError` if there is none, or if it is another model's.
     """
     folder = config_folder(name, revision, **access)
     try:
@@ -37,7 +36,6 @@ def read_config_file(name: str | Path, revision: str | None = None, **access: An
             f"pretrained={str(name)!r} is a {kind!r} model, not an L2D checkpoint: "
             "evaluate it with --model hf, or give the folder or hub name of a model trained on top of it."
         )
-    check_settings(name, "config.json", config, config.get("settings_digest"))
     return config
 
 
