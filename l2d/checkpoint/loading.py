@@ -2,6 +2,7 @@
 
 - `load`: what `L2DForCausalLM.from_pretrained` does
 - `load_base`, `base_name`, `describe_base`: the frozen base and what a checkpoint records of it
+- `in_dtype`: a loaded base in another dtype, as transformers loads it
 - `read_tensors`: trained tensors of a checkpoint folder, whole or sharded (safetensors only)
 
 A checkpoint is refused without its base, with another base, with missing, extra, misshapen or non-finite tensors, and
@@ -9,9 +10,9 @@ with tensors of another digest than `config.json` records (one without a digest 
 Settings may be edited: they are checked by their ranges.
 """
 
-import copy
 import json
 import os
+from copy import deepcopy
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM
 
 _ACCESS_ARGUMENTS = ("cache_dir", "token", "local_files_only", "force_download")  # to the checkpoint and to its base
+_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _HUB_ARGUMENTS = ("revision", "subfolder", *_ACCESS_ARGUMENTS)
 
 
@@ -72,12 +74,28 @@ def load_base(name: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
             if lacking := sorted(info["missing_keys"]):
                 raise ValueError(f"its files lack {len(lacking)} tensors, {lacking[0]!r} first")
             return base
-    except (OSError, ValueError, SafetensorError, UnpicklingError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ImportError, OSError, ValueError, SafetensorError, UnpicklingError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
             f"base={given!r} could not be loaded ({reason}); give a folder or hub name of the base model."
         ) from error
     raise ValueError(f"base={given!r} is itself an L2D checkpoint; name the model that it was trained on.")
+
+
+def in_dtype(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of `base` in `dtype`, with the values that transformers' `from_pretrained(dtype=dtype)` gives.
+
+    `base.to(dtype)` would also round buffers that are computed in float32, such as the rotary frequencies. Raises
+    `ValueError` for a quantized base.
+    """
+    if any(p.dtype not in _PLAIN for p in base.parameters()):
+        raise ValueError(f"dtype={dtype} cannot be given to a quantized base: leave dtype out.")
+    places = getattr(base, "hf_device_map", None) or {"": next(base.parameters()).device}
+    copy = type(base).from_pretrained(
+        None, config=deepcopy(base.config), state_dict=base.state_dict(), dtype=dtype, device_map=places
+    )
+    copy.config._name_or_path, copy.generation_config = base.config._name_or_path, deepcopy(base.generation_config)
+    return copy
 
 
 def load(
@@ -107,11 +125,18 @@ def load(
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     if isinstance(dtype, str) and dtype != "auto":
         dtype = _dtype(dtype)
-    given = base
-    if not isinstance(base, PreTrainedModel):
+    convert = isinstance(dtype, torch.dtype)
+    if isinstance(base, PreTrainedModel):
+        _check_base(name, config, base)
+        base = in_dtype(base, dtype) if convert and base.dtype != dtype else base  # the caller's model stays as it is
+    else:
         where = base_location(name, config.base_name_or_path, base)
-        base = load_base(where, revision=config.base_revision, **access, **kwargs)
-    _check_base(name, config, base)
+        options = {"revision": config.base_revision, **access, **kwargs}
+        base = load_base(where, **options, **({"dtype": dtype} if convert else {}))
+        as_stored = base
+        if convert and not _is_recorded_base(config, base):  # float16 cannot hold all that the fingerprint looks at
+            as_stored = load_base(where, **options)
+        _check_base(name, config, as_stored)
     on_meta = [p.is_meta for p in base.parameters()]
     if any(on_meta) and not all(on_meta):
         raise ValueError(
@@ -120,8 +145,6 @@ def load(
         )
     if not config.base_config:
         describe_base(config, base)
-    if isinstance(dtype, torch.dtype) and any(p.dtype != dtype for p in base.parameters()):
-        base = (copy.deepcopy(base) if base is given else base).to(dtype)  # the caller's model stays as it is
     model = cls(config, base=base)
     _fill(model, tensors, os.fspath(name))
     if config.tensors_digest not in (None, tensors_digest(tensors)):
@@ -130,8 +153,9 @@ def load(
             "damaged or of several checkpoints, copy the whole folder again."
         )
     if config.variant == "full":  # copies of the base's projections run in the base's dtype
-        for layer in model.path.layers:
-            layer.twin.to(base.dtype)
+        for parameter_name, parameter in model.trained_parameters():
+            if ".twin." in parameter_name:
+                parameter.data = parameter.data.to(base.dtype)
     if _read_json(folder, GENERATION_CONFIG_NAME) is not None:  # else the base's stays
         model.generation_config = GenerationConfig.from_pretrained(folder)
     model.name_or_path = os.fspath(name)
@@ -199,15 +223,18 @@ def read_tensors(name: str | os.PathLike) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _is_recorded_base(config: L2DConfig, base: PreTrainedModel) -> bool:
+    """Whether `base` has the fingerprint of `config`; true where there is none, or no weights."""
+    without = config.base_fingerprint is None or any(p.is_meta for p in base.parameters())
+    return without or fingerprint(base) == config.base_fingerprint
+
+
 def _check_base(name: str | os.PathLike, config: L2DConfig, base: PreTrainedModel) -> None:
-    if config.base_fingerprint is None or any(p.is_meta for p in base.parameters()):
-        return
-    found = fingerprint(base)
-    if found != config.base_fingerprint:
+    if not _is_recorded_base(config, base):
         where = base.config._name_or_path or "the given model"
         raise ValueError(
-            f"base={where!r} is not the base that {os.fspath(name)!r} was trained on (fingerprint {found}, expected "
-            f"{config.base_fingerprint}): pass base= with the original weights."
+            f"base={where!r} is not the base that {os.fspath(name)!r} was trained on (fingerprint {fingerprint(base)}, "
+            f"expected {config.base_fingerprint}): pass base= with the original weights."
         )
 
 
