@@ -1,17 +1,22 @@
-"""What a user may set at inference, validated in one place and without torch.
+"""What a user may set at inference, declared and validated in one place and without torch.
 
 - `SamplerConfig`: budget, solver, guidance, choice of the clean token, noise seed
+- `unusual`: in words, what of a sampler is not the default
 - `temperature_at`: the choice temperature at a time, constant or scheduled
 - `NOISE_FREE_SAMPLER`: the only trajectory of a noise-free path
+
+A new field of `SamplerConfig` needs no other change: commands, `lm_eval`, sweeps, results and the leaderboard read its
+declaration.
 """
 
 import dataclasses
 import difflib
-import math
 import re
+from collections.abc import Container, Mapping
 from typing import Any
 
 from l2d.budget import ADAPTIVE_SOLVERS, FIXED_SOLVERS, levels_for_budget
+from l2d.settings import Kind, check_settings, declared, matching, number, one_of, positive, setting, truth, whole
 
 NOISE_FREE_SAMPLER: dict[str, Any] = {"solver": "euler", "budget": 2}
 """The base's answer at t = 0, which costs nothing, and one evaluation of the path at t = 1."""
@@ -19,87 +24,106 @@ NOISE_FREE_SAMPLER: dict[str, Any] = {"solver": "euler", "budget": 2}
 _SCHEDULE = re.compile(r"polynomial_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)")
 
 
+def _check_temperature(name: str, value: Any) -> float | str:
+    if isinstance(value, str) and (match := _SCHEDULE.fullmatch(value)) and float(match[2]) > 0:
+        return value
+    return _not_negative.check(name, value)
+
+
+_not_negative = number("a number of at least 0, or polynomial_p_end, e.g. polynomial_1_1.0", lambda value: value >= 0)
+_temperature = Kind("a number of at least 0, or polynomial_p_end", _check_temperature)
+_share = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
+_class = matching(
+    "a class name or its index", lambda value: isinstance(value, (str, int, type(None))) and not isinstance(value, bool)
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
     """Settings of one diffusion solve per token. Every wrong value raises a one-sentence `ValueError`.
 
-    Attributes:
-        budget: evaluations T per token, the last one included; 1 is the base model. Adaptive solvers choose their own
-            number, so for them only `budget=1` (the base) has a meaning of its own.
-        solver: one of `FIXED_SOLVERS` or `ADAPTIVE_SOLVERS`.
-        start_time, final_time: the trajectory runs from `start_time` (0 is noise) to `final_time` (1 is the token),
-            where the last evaluation reads the output.
-        rtol, atol, first_step, max_evaluations: adaptive solvers only; `max_evaluations` is a cap per token.
-        guidance_scale: g in `v = g v(class) + (1 - g) v(no class)`; 1 is no guidance.
-        guidance_class: name or index of the class; `None` is "no class".
-        choice: `"sample"` draws a token from `softmax(logits / choice_temperature)` (argmax at 0) and moves towards
-            its embedding, `"average"` moves towards the probability-weighted mean of the vocabulary table.
-        choice_temperature: a number, or `"polynomial_p_end"`: `(1 - t / end) ** p`, 0 beyond `end`.
-        normalize_average: bring averaged embeddings back to the norm of a token's.
-        end_velocity: what a solver is told where it asks at t = 1: `"straight"` (the last stage's velocity) or
-            `"zero"` (what the released implementation does for heun2 and rk4).
-        votes: noise draws per token, each solved at the whole budget, whose probabilities are averaged before the token
-            is chosen, and where it is scored.
-        mc_samples: noise draws whose probabilities are averaged when a given continuation is scored, and only then.
-        seed: all noise is a function of (seed, request, position, draw).
-        speculation: evaluate a whole trajectory in one batch under the assumption that the chosen token stays; the
-            result is that of the sequential solver.
-        draft_tokens: how many tokens the base may draft ahead, so that their positions are decided in one batch while
-            its guesses mostly hold; the result is that of deciding one by one. 0 turns it off.
+    Numbers may arrive as text. `guidance_class` may be a name, an index, or `None` for "no class". A temperature
+    `"polynomial_p_end"` is `(1 - t / end) ** p`, 0 beyond `end`. All noise is a function of (seed, request, position,
+    draw).
     """
 
-    budget: int = 15
-    solver: str = "midpoint"
-    start_time: float = 0.0
-    final_time: float = 1.0
-    rtol: float = 1e-5
-    atol: float = 1e-5
-    first_step: float = 0.05
-    max_evaluations: int = 1000
-    guidance_scale: float = 1.0
-    guidance_class: str | int | None = None
-    choice: str = "sample"
-    choice_temperature: float | str = 0.0
-    normalize_average: bool = False
-    end_velocity: str = "straight"
-    votes: int = 1
-    mc_samples: int = 1
-    seed: int = 0
-    speculation: bool = True
-    draft_tokens: int = 3
+    budget: int = setting(
+        15,
+        whole(1),
+        "evaluations per token, the last one included; 1 is the base model",
+        argument="diffusion_budget",
+        compute=True,
+        shown="",
+    )
+    solver: str = setting(
+        "midpoint",
+        one_of(*FIXED_SOLVERS, *ADAPTIVE_SOLVERS),
+        "ODE solver; the last four choose their own budget",
+        compute=True,
+        shown="{}",
+    )
+    start_time: float = setting(
+        0.0, _share, "where the trajectory starts; 0 is pure noise", compute=True, shown="from t = {}"
+    )
+    final_time: float = setting(
+        1.0, _share, "where the trajectory ends and the output is read", compute=True, shown="to t = {}"
+    )
+    rtol: float = setting(1e-5, positive, "relative tolerance (adaptive solvers)", compute=True, adaptive=True)
+    atol: float = setting(1e-5, positive, "absolute tolerance (adaptive solvers)", compute=True, adaptive=True)
+    first_step: float = setting(0.05, positive, "first step (adaptive solvers)", compute=True, adaptive=True)
+    max_evaluations: int = setting(
+        1000, whole(1), "cap per token (adaptive solvers), counted when reached", compute=True, adaptive=True
+    )
+    guidance_scale: float = setting(1.0, number(), "strength of classifier-free guidance; 1 is none", shown="")
+    guidance_class: str | int | None = setting(
+        None, _class, "class to guide towards; in lm_eval auto chooses it by task", shown=""
+    )
+    choice: str = setting(
+        "sample",
+        one_of("sample", "average"),
+        "move towards one token's embedding, or towards the mean of all",
+        shown="{}",
+    )
+    choice_temperature: float | str = setting(
+        0.0, _temperature, "temperature of that choice; 0 is the most likely token", shown="τ = {}"
+    )
+    normalize_average: bool = setting(
+        False, truth, "bring averaged embeddings back to a token's norm", shown="normalised"
+    )
+    end_velocity: str = setting(
+        "straight",
+        one_of("straight", "zero"),
+        "velocity where a solver asks at t = 1; zero is the released behaviour",
+        compute=True,
+        shown="end velocity {}",
+    )
+    votes: int = setting(
+        1, whole(1), "noise draws per token, each at the whole budget, averaged", compute=True, shown="{} votes"
+    )
+    mc_samples: int = setting(
+        1, whole(1), "noise draws averaged when a given continuation is scored", compute=True, shown="{} noise draws"
+    )
+    seed: int = setting(0, whole(0, (1 << 64) - 1, "2**64 - 1"), "seed of all noise", shown="seed {}")
+    speculation: bool = setting(
+        True, truth, "evaluate whole trajectories at once; the result is the same", changes_answers=False
+    )
+    draft_tokens: int = setting(
+        3, whole(0), "tokens that the base drafts ahead; the result is the same", changes_answers=False
+    )
 
     def __post_init__(self) -> None:
-        for name, low in _LOWEST.items():
-            self._set(name, _whole_number(_ARGUMENT.get(name, name), getattr(self, name), low))
-        for name in ("start_time", "final_time", "rtol", "atol", "first_step", "guidance_scale"):
-            self._set(name, _number(name, getattr(self, name)))
-        for name in ("normalize_average", "speculation"):
-            self._set(name, _truth(name, getattr(self, name)))
-        if self.seed >= 1 << 64:
-            raise ValueError(f"seed={self.seed} must be below 2**64.")
-        _one_of("solver", self.solver, (*FIXED_SOLVERS, *ADAPTIVE_SOLVERS))
-        _one_of("choice", self.choice, ("sample", "average"))
-        _one_of("end_velocity", self.end_velocity, ("straight", "zero"))
+        check_settings(self)
         if not 0 <= self.start_time < self.final_time <= 1:
             raise ValueError(
                 f"start_time={self.start_time:g}, final_time={self.final_time:g} is not a trajectory: "
                 "use 0 <= start_time < final_time <= 1."
             )
-        for name in ("rtol", "atol", "first_step"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name):g} must be a number above 0.")
         if self.solver in FIXED_SOLVERS:
             levels_for_budget(self.solver, self.budget)
         if self.votes > 1 and self.mc_samples > 1:
             raise ValueError(
                 f"votes={self.votes} and mc_samples={self.mc_samples} both average over noise draws: leave one at 1."
             )
-        if isinstance(self.guidance_class, bool) or not isinstance(self.guidance_class, (str, int, type(None))):
-            raise ValueError(f"guidance_class={self.guidance_class!r} must be a class name or its index.")
-        self._set("choice_temperature", _check_temperature(self.choice_temperature))
-
-    def _set(self, name: str, value: Any) -> None:
-        object.__setattr__(self, name, value)
 
     @property
     def is_base(self) -> bool:
@@ -132,11 +156,9 @@ class SamplerConfig:
                 f"next: use one of {', '.join(FIXED_SOLVERS)}."
             )
         if noise_free and not self.is_base:
-            usual = SamplerConfig()
-            once = all(getattr(self, name) == value for name, value in NOISE_FREE_SAMPLER.items())
-            for name in ("start_time", "final_time", "guidance_scale", "votes", "mc_samples"):
-                once = once and getattr(self, name) == getattr(usual, name)
-            if not once:
+            fixed = {one.name: one.default for one in declared(type(self)).values() if one.compute}
+            fixed |= {"guidance_scale": 1.0, **NOISE_FREE_SAMPLER}
+            if any(getattr(self, name) != value for name, value in fixed.items()):
                 raise ValueError(
                     f"diffusion_budget={self.budget}, solver={self.solver!r} cannot be spent by a noise-free path, "
                     "which is evaluated once: use diffusion_budget=2 with solver=euler and no times, guidance, votes "
@@ -146,7 +168,7 @@ class SamplerConfig:
 
     def replace(self, **changes: Any) -> "SamplerConfig":
         """A copy with `changes`, validated; unknown names raise `ValueError` with the nearest known one."""
-        names = [f.name for f in dataclasses.fields(self)]
+        names = declared(type(self))
         for name in changes:
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
@@ -194,54 +216,16 @@ def temperature_at(temperature: float | str, time: float) -> float:
     return (1 - time / end) ** power if time < end else 0.0
 
 
-_LOWEST = {"budget": 1, "max_evaluations": 1, "votes": 1, "mc_samples": 1, "seed": 0, "draft_tokens": 0}
-_ARGUMENT = {"budget": "diffusion_budget"}  # the name under which users know a field
+def unusual(values: Mapping[str, Any], leave_out: Container[str] = ()) -> list[str]:
+    """A phrase for each of a sampler's `values` that is not the default and may change an answer.
 
-
-def _number(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if isinstance(value, bool) or not math.isfinite(number):
-        raise ValueError(f"{name}={value!r} must be a finite number.")
-    return number
-
-
-def _whole_number(name: str, value: Any, low: int) -> int:
-    try:
-        number = int(value)
-        whole = not isinstance(value, bool) and number == float(value) and number >= low
-    except (TypeError, ValueError, OverflowError):
-        whole = False
-    if not whole:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {low}.")
-    return number
-
-
-def _truth(name: str, value: Any) -> bool:
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r} must be true or false.")
-    return value
-
-
-def _one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not known; choose one of: {', '.join(allowed)}.")
-
-
-def _check_temperature(value: Any) -> float | str:
-    if isinstance(value, str) and (match := _SCHEDULE.fullmatch(value)) and float(match[2]) > 0:
-        return value
-    try:
-        number = _number("choice_temperature", value)
-    except ValueError:
-        number = -1.0
-    if number < 0:
-        raise ValueError(
-            f"choice_temperature={value!r} must be a number of at least 0 or a schedule 'polynomial_p_end', "
-            "for example 'polynomial_1_1.0'."
-        )
-    return number
+    Budget and guidance, which every description names, and the names in `leave_out` have none. `values` may lack names,
+    and have others, which are ignored.
+    """
+    adaptive = values.get("solver") in ADAPTIVE_SOLVERS
+    return [
+        one.phrase(values[name])
+        for name, one in declared(SamplerConfig).items()
+        if one.changes_answers and one.shown != "" and name not in leave_out and (adaptive or not one.adaptive)
+        if name in values and values[name] != one.default
+    ]

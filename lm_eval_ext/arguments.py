@@ -7,7 +7,7 @@
 - `sampler_changes`: the sampler settings among a request's generation kwargs
 - `token_search`: `best_of_N` or `beam_N`, checked
 
-No torch is imported. `SAMPLER_ARGUMENTS` and `HARNESS_ARGUMENTS` are the tables of names.
+No torch is imported. `ARGUMENTS` declares all model args.
 """
 
 import contextlib
@@ -15,13 +15,14 @@ import dataclasses
 import difflib
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from l2d.checkpoint.hub import checkpoint_folder, looks_local
 from l2d.checkpoint.preflight import read_config_file
 from l2d.sampler_config import SamplerConfig
+from l2d.settings import Kind, Setting, declared, matching, refused, truth, whole
 
 logger = logging.getLogger(__name__)
 
@@ -86,105 +87,83 @@ class Settings:
             return checkpoint_folder(self.pretrained, self.revision)
 
 
-def _whole(low: int) -> Callable[[Any], Any]:
-    def check(value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)) or float(value) != int(float(value)):
-            raise ValueError
-        if int(float(value)) < low:
-            raise ValueError
-        return int(float(value))
-
-    check.__doc__ = f"a whole number of at least {low}"
-    return check
+def _matches(pattern: str) -> Callable[[Any], bool]:
+    return lambda value: not isinstance(value, bool) and re.fullmatch(pattern, str(value), re.IGNORECASE) is not None
 
 
-def _truth(value: Any) -> bool:
-    """true or false"""
-    if isinstance(value, str) and value.lower() in ("true", "false"):
-        return value.lower() == "true"
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
+_DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
+_AUTO_BATCH = re.compile(r"auto(:\d+(\.\d+)?)?")
+_anything = Kind("anything", lambda name, value: value)
+_folder = matching("a folder or hub name", lambda value: isinstance(value, (str, Path)) and bool(str(value)))
+_name = matching("a name or path", lambda value: isinstance(value, str) and bool(value))
+_mapping = matching("a JSON object", lambda value: isinstance(value, dict))
+_memory = matching("a number of bytes or a size such as 10GiB", _matches(r"\d+(\.\d+)?\s*[KMGT]?i?B?"))
+_device = matching(
+    "cpu, cuda, mps, xpu, npu or hpu, optionally with an index as in cuda:0",
+    _matches(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d+)?"),
+)
+_dtype = matching(
+    f"{', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}",
+    lambda value: value in _DTYPES if isinstance(value, str) else type(value).__module__ == "torch",
+)
+_version = matching(
+    "a branch, a tag or a commit",
+    lambda value: isinstance(value, (str, int, float)) and not isinstance(value, bool) and value != "",
+)
 
 
-def _text(value: Any) -> str:
-    """a name or path"""
-    if not isinstance(value, str) or not value:
-        raise ValueError
-    return value
-
-
-def _anything(value: Any) -> Any:
-    """anything"""
-    return value
-
-
-def _dtype(value: Any) -> Any:
-    """auto, float32, bfloat16, float16 or float64"""
-    if isinstance(value, str) and value not in ("auto", "float32", "bfloat16", "float16", "float64"):
-        raise ValueError
-    if not isinstance(value, str) and type(value).__module__ != "torch":
-        raise ValueError
-    return value
-
-
-def _device(value: Any) -> str:
-    """cpu, cuda, mps, xpu, npu or hpu, optionally with an index as in cuda:0"""
-    if not re.fullmatch(r"(cpu|cuda|mps|xpu|npu|hpu)(:\d+)?", str(value)):
-        raise ValueError
-    return str(value)
-
-
-def _batch_size(value: Any) -> int | str:
-    """a whole number of at least 1, 'auto' or 'auto:N'"""
-    if isinstance(value, str) and re.fullmatch(r"auto(:\d+(\.\d+)?)?", value):
+def _check_batch_size(name: str, value: Any) -> int | str:
+    allowed = "a whole number of at least 1, 'auto' or 'auto:N'"
+    if isinstance(value, str) and _AUTO_BATCH.fullmatch(value):
         return value
-    return _whole(1)(value)
+    try:
+        return whole(1).check(name, value)
+    except ValueError:
+        raise refused(name, value, allowed) from None
 
 
-def _memory(value: Any) -> int | str:
-    """a number of bytes or a size such as 10GiB"""
-    if isinstance(value, bool) or not re.fullmatch(r"\d+(\.\d+)?\s*[KMGT]?i?B?", str(value), re.IGNORECASE):
-        raise ValueError
-    return value
+_batch_size = Kind("a whole number of at least 1, auto or auto:N", _check_batch_size)
 
 
-def _mapping(value: Any) -> dict:
-    """a JSON object"""
-    if not isinstance(value, dict):
-        raise ValueError
-    return value
+def _harness(kind: Kind, default: str, meaning: str) -> Setting:
+    return Setting(None, kind, meaning, default_words=default)
 
 
-HARNESS_ARGUMENTS: dict[str, Callable[[Any], Any]] = {
-    "tokenizer": _anything,
-    "dtype": _dtype,
-    "device": _device,
-    "batch_size": _batch_size,
-    "max_batch_size": _whole(1),
-    "max_length": _whole(2),
-    "truncation": _truth,
-    "add_bos_token": _truth,
-    "prefix_token_id": _whole(0),
-    "use_fast_tokenizer": _truth,
-    "trust_remote_code": _truth,
-    "attn_implementation": _text,
-    "parallelize": _truth,
-    "max_memory_per_gpu": _memory,
-    "max_cpu_memory": _memory,
-    "offload_folder": _text,
-    "think_end_token": _anything,
-    "enable_thinking": _truth,
-    "chat_template_args": _mapping,
+HARNESS_ARGUMENTS: dict[str, Setting] = {
+    "tokenizer": _harness(_anything, "checkpoint's, else base's", "tokenizer, by name or folder"),
+    "dtype": _harness(_dtype, "auto", "type of the base's weights"),
+    "device": _harness(_device, "cuda, else cpu", "where to run"),
+    "batch_size": _harness(_batch_size, "1", "requests at once; no result depends on it"),
+    "max_batch_size": _harness(whole(1), "64", "largest batch size that auto tries"),
+    "max_length": _harness(whole(2), "base's", "longest input in tokens, the answer included"),
+    "truncation": _harness(truth, "false", "let the tokenizer cut long prompts"),
+    "add_bos_token": _harness(truth, "tokenizer's", "put the first token before every prompt"),
+    "prefix_token_id": _harness(whole(0), "tokenizer's", "token before texts that are scored whole"),
+    "use_fast_tokenizer": _harness(truth, "true", "use the fast tokenizer"),
+    "trust_remote_code": _harness(truth, "false", "run code that comes with the base"),
+    "attn_implementation": _harness(_name, "base's", "attention kernel, for example sdpa or eager"),
+    "parallelize": _harness(truth, "false", "spread the layers over all GPUs"),
+    "max_memory_per_gpu": _harness(_memory, "all", "limit per GPU with parallelize"),
+    "max_cpu_memory": _harness(_memory, "all", "limit of main memory with parallelize"),
+    "offload_folder": _harness(_name, "./offload", "where parallelize puts weights that fit nowhere"),
+    "think_end_token": _harness(_anything, "none", "text or number of the token that ends the thinking"),
+    "enable_thinking": _harness(truth, "template's", "passed to the chat template"),
+    "chat_template_args": _harness(_mapping, "none", "more arguments of the chat template"),
 }
-"""What the harness's own Hugging Face model class takes and this one passes on, with the check of each."""
+"""What the harness's own Hugging Face model class takes and this one passes on."""
 
-SAMPLER_ARGUMENTS: dict[str, str] = {
-    BUDGET if field.name == "budget" else field.name: field.name for field in dataclasses.fields(SamplerConfig)
-}
+SAMPLER_ARGUMENTS: dict[str, str] = {one.argument: name for name, one in declared(SamplerConfig).items()}
 """Name for users -> field of `SamplerConfig`. Each may also come with a task's or a run's generation kwargs."""
 
-ARGUMENTS = ("pretrained", "revision", "base", *SAMPLER_ARGUMENTS, SEARCH, *HARNESS_ARGUMENTS)
+ARGUMENTS: dict[str, Setting] = {
+    "pretrained": _harness(_anything, "none", "folder or hub name of the L2D checkpoint (required)"),
+    "revision": _harness(_version, "none", "version of a checkpoint on the hub; a folder has none"),
+    "base": _harness(_folder, "none", "base to load in place of the recorded one; its fingerprint must match"),
+    **{one.argument: one for one in declared(SamplerConfig).values()},
+    SEARCH: _harness(Kind("best_of_N, beam_N or none", lambda name, value: token_search(value)), "none",
+                     "search over generated texts, ranked by the model's own likelihood"),
+    **HARNESS_ARGUMENTS,
+}  # fmt: skip
 """All model args."""
 
 
@@ -204,7 +183,7 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
     search = token_search(given.get(SEARCH))
     _sampler({}, changes, lambda sampler: sampler)  # what is impossible anywhere is said before the folder is looked at
     pretrained, base = given.get("pretrained"), given.get("base")
-    revision = _revision(given.get("revision"))
+    revision = str(_checked("revision", given["revision"])) if "revision" in given else None
     if pretrained is None:
         raise UsageError(
             "model argument 'pretrained' is missing: give --model_args pretrained=FOLDER of a checkpoint, or its name "
@@ -213,7 +192,7 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
     if isinstance(pretrained, (str, Path)):
         config = read_checkpoint(pretrained, revision)
     elif not hasattr(pretrained, "config"):
-        raise UsageError(f"pretrained={_shown(pretrained)} must be the folder or hub name of an L2D checkpoint.")
+        raise UsageError(f"pretrained={pretrained!r} must be the folder or hub name of an L2D checkpoint.")
     elif revision is not None:
         raise UsageError(f"revision={revision!r} means nothing for a model that is loaded already: leave it out.")
     else:
@@ -231,12 +210,6 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
     return Settings(pretrained, revision, None if base is None else str(base), sampler, search, harness)
 
 
-def _revision(value: Any) -> str | None:
-    if isinstance(value, bool) or not isinstance(value, (str, int, float, type(None))) or value == "":
-        raise UsageError(f"revision={_shown(value)} must be a branch, a tag or a commit.")
-    return None if value is None else str(value)  # the harness makes numbers of digits
-
-
 def check_guidance(sampler: SamplerConfig, classes: list[str] | None) -> None:
     """Raise `ValueError` for guidance that a model with these `classes` cannot give; `AUTO` is any of them."""
     if sampler.guidance_class == AUTO and classes:
@@ -249,7 +222,7 @@ def token_search(value: Any) -> str | None:
     if value is None or str(value).lower() == "none":
         return None
     if not re.fullmatch(r"(best_of|beam)_[1-9]\d*", str(value)):
-        raise UsageError(f"{SEARCH}={_shown(value)} must be best_of_N or beam_N with N of at least 1, or none.")
+        raise UsageError(f"{SEARCH}={value!r} must be best_of_N or beam_N with N of at least 1, or none.")
     return str(value)
 
 
@@ -274,18 +247,13 @@ def read_checkpoint(name: str | Path, revision: str | None = None) -> dict[str, 
 
 
 def _check_base(base: Any) -> None:
-    if not isinstance(base, (str, Path)) or not str(base):
-        raise UsageError(f"base={base!r} must be the name or folder of the base model.")
-    if looks_local(base) and not Path(base).is_dir():
+    if looks_local(_checked("base", base)) and not Path(base).is_dir():
         raise UsageError(f"base={str(base)!r} is not a folder: give the folder or the hub name of the base model.")
 
 
 def _checked(name: str, value: Any) -> Any:
-    check = HARNESS_ARGUMENTS[name]
-    try:
-        return check(value)
-    except (ValueError, OverflowError) as error:
-        raise UsageError(f"{name}={_shown(value)} must be {check.__doc__}.") from error
+    with one_line():
+        return ARGUMENTS[name].kind.check(name, value)
 
 
 def _sampler(
@@ -297,12 +265,7 @@ def _sampler(
         raise UsageError(str(error)) from error
 
 
-def _nearest(name: str, known: tuple[str, ...]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, known, 1, cutoff=0.5)
     all_of_them = "python -m lm_eval_ext args lists all"
     return f"did you mean {near[0]!r}? ({all_of_them})" if near else f"{all_of_them}."
-
-
-def _shown(value: Any) -> str:
-    """`value` as the user wrote it: the harness turns -1 into -1.0."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else repr(value)

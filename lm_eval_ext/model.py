@@ -30,6 +30,8 @@ from l2d.checkpoint.hub import commit_of
 from l2d.checkpoint.loading import read_config
 from l2d.config import base_config_from_dict
 from l2d.fingerprint import fingerprint
+from l2d.sampler_config import SamplerConfig
+from l2d.settings import declared
 from lm_eval_ext.argument_table import help_text
 from lm_eval_ext.arguments import AUTO, one_line, parse_arguments
 from lm_eval_ext.harness import compute_files
@@ -46,7 +48,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 PROBED_PLACES = 8
 """Scored tokens per row when a batch size is tried."""
 _PLACEMENT = ("device", "batch_size", "max_batch_size", "parallelize", "max_memory_per_gpu", "max_cpu_memory")
-PERFORMANCE_ONLY = (*_PLACEMENT, "speculation", "draft_tokens")
+PERFORMANCE_ONLY = (*_PLACEMENT, *(name for name, one in declared(SamplerConfig).items() if not one.changes_answers))
 """Arguments that change no answer."""
 
 compute_files.install()

@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from l2d.sampler_config import SamplerConfig
-from lm_eval_ext.arguments import HARNESS_ARGUMENTS, SAMPLER_ARGUMENTS, UsageError, read_checkpoint
+from l2d.settings import declared
+from lm_eval_ext.arguments import HARNESS_ARGUMENTS, UsageError, read_checkpoint
 
 KINDS = ("one_evaluation", "noise_free", "finetuned")
 _ONCE = {"diffusion_budget": 2, "solver": "euler"}
 _OPTIONS = ("device", "batch_size", "max_batch_size")  # the harness's own model class takes them as options only
-_KEPT = ("seed", "guidance_scale", "guidance_class", "choice", "choice_temperature", "normalize_average")
+_REPLACED = {one.argument for one in declared(SamplerConfig).values() if one.compute}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +47,7 @@ def read_controls(controls: dict[str, Any], shared: dict[str, Any]) -> list[Poin
     harness = {name: value for name, value in shared.items() if name in HARNESS_ARGUMENTS}
     points = []
     if "one_evaluation" in controls:
-        kept = {name: value for name, value in shared.items() if name not in SAMPLER_ARGUMENTS or name in _KEPT}
+        kept = {name: value for name, value in shared.items() if name not in _REPLACED}
         for time in _times(controls["one_evaluation"]):
             points.append(Point(f"one_evaluation,t={time:g}", {**kept, **_ONCE, "final_time": time}))
     for folder in _folders("noise_free", controls.get("noise_free", [])):

@@ -7,13 +7,16 @@
 
 import argparse
 import dataclasses
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2d.budget import ADAPTIVE_SOLVERS, FIXED_SOLVERS
 from l2d.checkpoint.hub import checkpoint_folder
 from l2d.checkpoint.preflight import base_location, check_files, check_sampler, read_config_file
+from l2d.sampler_config import SamplerConfig
+from l2d.settings import Setting, declared
 
 if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM
@@ -155,15 +158,22 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", help="name or folder of the base, where it is not where it was")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the base's weights")
     parser.add_argument("--device", help="for example cpu or cuda:0")
-    parser.add_argument("--budget", type=int, help="evaluations per token, T; 1 is the base")
-    parser.add_argument("--solver", choices=(*FIXED_SOLVERS, *ADAPTIVE_SOLVERS))
-    parser.add_argument("--final-time", type=float, help="where the trajectory ends and the output is read")
-    parser.add_argument("--guidance", type=float, dest="guidance_scale", help="guidance scale; 1 is none")
-    parser.add_argument("--guidance-class", help="name or index of the guidance class")
-    parser.add_argument("--votes", type=int, help="noise draws per token, whose probabilities are averaged")
-    parser.add_argument("--seed", type=int, help="of all noise")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the output tokens; 0 (default) is greedy")
     parser.add_argument("--max-new-tokens", type=int, help="longest answer")
+    group = parser.add_argument_group("sampler", "by default as the checkpoint stores it")
+    for name, one in declared(SamplerConfig).items():
+        flags = [f"--{name.replace('_', '-')}", *(["--guidance"] if name == "guidance_scale" else [])]
+        group.add_argument(*flags, type=_typed(one), metavar="VALUE", help=f"{one.help} [{one.kind.allowed}]")
+
+
+def _typed(one: Setting) -> Callable[[str], Any]:
+    def read(word: str) -> Any:
+        try:
+            return one.check(int(word) if re.fullmatch(r"-?\d+", word) else word)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
 
 
 def session_from(given: argparse.Namespace, template: bool = False) -> Session:
@@ -178,8 +188,7 @@ def session_from(given: argparse.Namespace, template: bool = False) -> Session:
 
 def sampler_from(given: argparse.Namespace) -> dict[str, Any]:
     """The sampler settings that were given."""
-    names = ("budget", "solver", "final_time", "guidance_scale", "guidance_class", "votes", "seed")
-    return {name: value for name in names if (value := getattr(given, name)) is not None}
+    return {name: value for name in declared(SamplerConfig) if (value := getattr(given, name)) is not None}
 
 
 def _check_answer_length(given: int | None, longest: int) -> None:

@@ -18,7 +18,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from l2d.sampler_config import SamplerConfig
+from l2d.budget import ADAPTIVE_SOLVERS
+from l2d.sampler_config import SamplerConfig, unusual
 from lm_eval_ext.arguments import SAMPLER_ARGUMENTS, SEARCH, sampler_changes
 from lm_eval_ext.leaderboard.files import Run
 from lm_eval_ext.leaderboard.schema import number
@@ -155,7 +156,7 @@ def describe(run: Run) -> Setting:
     recipe = _recipe(model)
     given = ours.get("sampler")
     sampler = given if isinstance(given, dict) else {}
-    adaptive = sampler.get("solver") in ("adaptive_heun", "bosh3", "fehlberg2", "dopri5") and sampler.get("budget") != 1
+    adaptive = sampler.get("solver") in ADAPTIVE_SOLVERS and sampler.get("budget") != 1
     kind, base = _kind(run, model, sampler, recipe)
     tokens = (number(ours.get("generated_tokens")) or 0) + (number(ours.get("scored_tokens")) or 0)
     cost = {name: ours.get(f"{name}_per_token") for name in ("nfe_requested", "nfe_computed", "passes")}
@@ -215,18 +216,9 @@ def _details(ours: dict[str, Any], sampler: dict[str, Any], kind: str, adaptive:
         text.format(recipe[name]) for name, text in named.items() if recipe.get(name) not in (None, "0.0", "0", "null")
     ]
     trained += ["carried state"] if ours.get("carried_state") or recipe.get("carried_state") == "true" else []
-    usual = dict(solver="midpoint", start_time=0.0, final_time=1.0, choice="sample", choice_temperature=0.0)
-    usual |= dict(normalize_average=False, end_velocity="straight", votes=1, mc_samples=1, seed=0)
-    if kind in ("one-evaluation", "noise-free"):
-        usual |= {name: sampler.get(name) for name in ("solver", "final_time")}
-    if adaptive:
-        del usual["solver"]  # the label names it in place of a budget
-    named = {"solver": "{}", "final_time": "to t = {}", "start_time": "from t = {}", "choice": "{}", "seed": "seed {}"}
-    named |= {"choice_temperature": "τ = {}", "mc_samples": "{} noise draws", "normalize_average": "normalised"}
-    named |= {"end_velocity": "end velocity {}", "votes": "{} votes"}
-    unusual = [name for name, value in usual.items() if name in sampler and sampler[name] != value]
+    in_label = ("solver", "final_time") if kind in ("one-evaluation", "noise-free") else ("solver",) if adaptive else ()
     search = [str(ours[SEARCH])] if ours.get(SEARCH) not in (None, "none") else []
-    return ", ".join([*trained, *(named[name].format(sampler[name]) for name in unusual), *search])
+    return ", ".join([*trained, *unusual(sampler, in_label), *search])
 
 
 def decoding_of(run: Run, tasks: Iterable[str]) -> str:
