@@ -1,17 +1,18 @@
-"""`python -m l2d trace DIR ...` shows how tokens form; `python -m l2d chat DIR ...` talks to a checkpoint."""
+"""`python -m l2d trace DIR ...` shows how tokens form, `chat` talks to a checkpoint, `serve` serves it to others."""
 
 from l2d.cli.parser import Parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; users' mistakes end it with one line."""
-    from l2d.cli import chat, trace
+    from l2d.cli import chat, serve, trace
 
     parser = Parser(prog="python -m l2d", description="An L2D checkpoint at hand")
-    commands = parser.add_subparsers(required=True, metavar="trace | chat")
+    commands = parser.add_subparsers(required=True, metavar="trace | chat | serve")
     for name, module, words in (
         ("trace", trace, "show how each token of an answer forms"),
         ("chat", chat, "talk to the model; budget and guidance may change on the way"),
+        ("serve", serve, "serve the model to OpenAI clients"),
     ):
         command = commands.add_parser(name, help=words, description=words)
         module.add_arguments(command)

@@ -200,8 +200,13 @@ CASES = [
         "l2d.released base new --settings flow.json --base l2d", "base='l2d'", "name the model that it was trained on"
     ),
     # trace and chat
-    Case("l2d", "trace | chat", "--help"),
-    Case("l2d trac l2d", "'trac'", "'trace', 'chat'"),
+    Case("l2d", "trace | chat | serve", "--help"),
+    Case("l2d serve", "DIR", "--help"),
+    Case("l2d serve l2d --budget 14", "diffusion_budget=14", "use 13 or 15"),
+    Case("l2d serve nowhere", "pretrained='nowhere'", "give the folder"),
+    Case("l2d serve l2d --port 99999", "port=99999", "choose another", alone=True),
+    Case("l2d serve l2d --port many", "--port", "--help"),
+    Case("l2d trac l2d", "'trac'", "'trace', 'chat', 'serve'"),
     Case("l2d trace l2d", "--prompt", "--help", alone=True),
     Case("l2d trace l2d --prompt x --budgett 3", "--budgett", "did you mean --budget?"),
     Case("l2d trace l2d --prompt x --budget many", "diffusion_budget='many'", "a whole number of at least 1"),

@@ -16,6 +16,7 @@ from lm_eval.models.utils import has_bos_prefix, postprocess_generated_text
 from tqdm import tqdm
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
+from l2d.sampling.stop_strings import TextStop, after_last
 from lm_eval_ext.arguments import AUTO, SEARCH, UsageError, one_line
 from lm_eval_ext.requests.compute_record import QUANTITIES, Source
 from lm_eval_ext.requests.jobs import (
@@ -26,7 +27,6 @@ from lm_eval_ext.requests.jobs import (
     make_jobs,
     parse_generation,
 )
-from lm_eval_ext.requests.stop_strings import TextStop, after_last
 from lm_eval_ext.requests.token_search import Candidate, TokenLikelihood, beam_search, best
 
 logger = logging.getLogger(__name__)

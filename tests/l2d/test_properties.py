@@ -22,9 +22,9 @@ from l2d.network.main_path import LayerState, MainPathState
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling.fixed_grid import FixedGrid, fixed_grid
 from l2d.sampling.noise import RequestNoise, default_keys
+from l2d.sampling.stop_strings import TextStop
 from lm_eval_ext.arguments import ARGUMENTS, BUDGET, SAMPLER_ARGUMENTS, UsageError, parse_arguments
 from lm_eval_ext.requests.generate_until import AnswersGeneration
-from lm_eval_ext.requests.stop_strings import TextStop
 from tests.conftest import TRAINING_TEXT, train_tokenizer
 from training.microbatches import split_queries
 from training.trainer import response_positions

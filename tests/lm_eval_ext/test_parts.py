@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
 
 from l2d.sampler_config import SamplerConfig
+from l2d.sampling.stop_strings import TextStop, after_last
 from lm_eval_ext.argument_table import help_text, markdown, rows
 from lm_eval_ext.arguments import ARGUMENTS, UsageError, token_search
 from lm_eval_ext.requests.compute_record import QUANTITIES, RunRecord, sources
 from lm_eval_ext.requests.guidance import class_of_task
 from lm_eval_ext.requests.jobs import batches, make_jobs, parse_generation
-from lm_eval_ext.requests.stop_strings import TextStop, after_last
 from tests.conftest import train_tokenizer
 
 TOKENIZER = train_tokenizer()
