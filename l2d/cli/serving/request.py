@@ -5,7 +5,6 @@
 - `fields_of_request`: names under which a request sets a field of `SamplerConfig`
 """
 
-import dataclasses
 import difflib
 import threading
 from collections.abc import Collection
@@ -19,6 +18,7 @@ from l2d.cli.session import Session, decoding_options
 from l2d.decoding import UNUSED_SETTINGS, refuse
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling.stop_strings import TextStop
+from l2d.settings import declared
 
 HONOURED = (
     *("model", "messages", "prompt", "input", "instructions", "suffix", "tools", "stream", "seed", "stop"),
@@ -34,8 +34,7 @@ _NUMBERS = ("temperature", "top_p", "frequency_penalty")
 
 def fields_of_request() -> dict[str, str]:
     """Field of a request -> field of `SamplerConfig`; the budget is called `diffusion_budget`, as in `lm_eval`."""
-    names = {field.name: field.name for field in dataclasses.fields(SamplerConfig)}
-    return {("diffusion_budget" if name == "budget" else name): name for name in names}
+    return {one.argument: name for name, one in declared(SamplerConfig).items()}
 
 
 def check_fields(body: dict[str, Any], known: Collection[str]) -> None:
