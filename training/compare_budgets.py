@@ -4,7 +4,7 @@
 
 - `measure`: token accuracy, exact match and loss of one sampler setting, by teacher forcing
 - `best_single_evaluation`: the time at which one evaluation of the path does best
-- `compare`, `verdict`: a budget against one evaluation, paired by example
+- `compare`, `comparison`: a budget against one evaluation, paired by example, with a 95 % interval
 - `main`: the table, the best time with its `lm_eval` arguments, and the verdict
 
 An answer is exactly right when every one of its tokens, the end token included, is the most likely one given the true
@@ -29,6 +29,7 @@ from l2d.checkpoint.preflight import check_files, check_sampler, read_config_fil
 from l2d.cli.parser import Parser
 from l2d.cli.session import load_session, tokenizer_source
 from l2d.sampler_config import SamplerConfig
+from l2d.statistics import Estimate, Paired, mean, paired, ratio, shown, verdict
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 TIMES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 BUDGETS = (1, 3, 7, 15, 31)
-_SINGLE = {"solver": "euler", "budget": 2, "start_time": 0.0, "votes": 1, "mc_samples": 1}
+_SINGLE = {"solver": "euler", "budget": 2, "start_time": 0.0, "mc_samples": 1}
 
 
 def single_evaluation(time: float) -> dict[str, Any]:
@@ -63,33 +64,27 @@ class Measurement:
         return (self.right == self.counts).double()
 
     @property
-    def accuracy(self) -> tuple[float, float]:
-        """Share of right tokens and its standard error, over examples."""
-        return _ratio(self.right, self.counts)
+    def accuracy(self) -> Estimate:
+        """Share of right tokens, with the error over examples."""
+        return ratio(self.right.numpy(), self.counts.numpy())
 
     @property
-    def exact_match(self) -> tuple[float, float]:
-        """Share of answers that are right as a whole, and its standard error."""
-        return _ratio(self.exact, self.counts * 0 + 1)
+    def exact_match(self) -> Estimate:
+        """Share of answers that are right as a whole."""
+        return mean(self.exact.numpy())
 
     @property
-    def nll(self) -> tuple[float, float]:
-        """Mean negative log-probability of a target and its standard error, over examples."""
-        return _ratio(self.nll_sums, self.counts)
+    def nll(self) -> Estimate:
+        """Mean negative log-probability of a target in nats, with the error over examples."""
+        return ratio(self.nll_sums.numpy(), self.counts.numpy())
 
     def record(self) -> dict[str, Any]:
-        """Plain values."""
-        values = {"sampler": self.sampler.to_dict()}
+        """Plain values; an error is `None` where it is not known, as for one example."""
+        values: dict[str, Any] = {"sampler": self.sampler.to_dict()}
         for name in ("accuracy", "exact_match", "nll"):
-            values[name], values[f"{name}_stderr"] = getattr(self, name)
+            estimate: Estimate = getattr(self, name)
+            values |= {name: estimate.value, f"{name}_stderr": estimate.stderr}
         return values
-
-
-def _ratio(sums: "torch.Tensor", counts: "torch.Tensor") -> tuple[float, float]:
-    """Sum over sum, with the standard error over examples; 0 for a single example."""
-    value, examples = sums.sum() / counts.sum(), len(sums)
-    spread = ((sums - value * counts) ** 2).sum() * examples / max(examples - 1, 1)
-    return value.item(), spread.sqrt().item() / counts.sum().item()
 
 
 def measure(
@@ -133,38 +128,38 @@ def best_single_evaluation(
     times: Sequence[float] = TIMES,
     batch_size: int = 32,
 ) -> tuple[Measurement, list[Measurement]]:
-    """The best of `times` by exact match, of equal ones that with the lowest loss, and what all of them reached.
+    """The best of `times` as `choose_best` says, and what all of them reached.
 
     Arguments as for `measure`; the time is `Measurement.sampler.final_time`. Use data that were not trained on.
     """
-    found = [measure(model, ids, mask, wanted, single_evaluation(time), batch_size) for time in times]
-    return choose_best(found), found
+    measurements = [measure(model, ids, mask, wanted, single_evaluation(time), batch_size) for time in times]
+    return choose_best(measurements), measurements
 
 
-def choose_best(found: Sequence[Measurement]) -> Measurement:
-    """The highest exact match; of equal ones the lowest loss."""
-    return max(found, key=lambda one: (one.exact.sum().item(), -one.nll[0]))
+def choose_best(measurements: Sequence[Measurement]) -> Measurement:
+    """The lowest loss among those within one paired standard error of the highest exact match.
+
+    The highest exact match alone would be chosen by noise: times differ less in it than examples do.
+    """
+    highest = max(measurements, key=lambda one: one.exact_match.value)
+    behind = [(one, compare(highest, one)) for one in measurements]
+    close = [one for one, difference in behind if difference.value <= (difference.stderr or 0.0)]
+    return min(close, key=lambda one: one.nll.value)
 
 
-def compare(one: Measurement, other: Measurement) -> tuple[float, float]:
-    """Exact match of `one` minus that of `other` on the same examples, and the paired standard error."""
-    return _ratio(one.exact - other.exact, one.counts * 0 + 1)
+def compare(one: Measurement, other: Measurement) -> Paired:
+    """Exact match of `one` minus that of `other` on the same examples."""
+    return paired(one.exact.numpy(), other.exact.numpy())
 
 
-def verdict(budget: Measurement, single: Measurement) -> str:
-    """In one sentence, whether a budget is better than one evaluation, equal to it or worse."""
-    difference, error = compare(budget, single)
-    word = (
-        "equal to"
-        if abs(difference) <= 2 * error or not difference
-        else "better than"
-        if difference > 0
-        else "worse than"
-    )
+def comparison(budget: Measurement, single: Measurement) -> str:
+    """In one sentence, whether a budget is better than one evaluation, worse, or not told apart from it."""
+    difference = compare(budget, single)
+    word = {"better": "better than", "worse": "worse than"}.get(verdict(difference), "not told apart from")
     return (
         f"The largest budget, T = {budget.sampler.budget}, is {word} one evaluation at t = "
-        f"{single.sampler.final_time:g} at two paired standard errors: exact match {budget.exact_match[0]:.3f} against "
-        f"{single.exact_match[0]:.3f}, a difference of {difference:+.3f} ± {error:.3f}."
+        f"{single.sampler.final_time:g}: exact match {budget.exact_match.value:.3f} against "
+        f"{single.exact_match.value:.3f}, paired difference {shown(difference, signed=True)} (95 % interval)."
     )
 
 
@@ -306,7 +301,7 @@ def _recipe(folder: str) -> dict[str, Any]:
 def _told(found: Measurement) -> Measurement:
     """Progress, where someone is looking."""
     if sys.stderr.isatty():
-        print(_name(found), f"exact match {found.exact_match[0]:.3f}", file=sys.stderr)
+        print(_name(found), f"exact match {found.exact_match.value:.3f}", file=sys.stderr)
     return found
 
 
@@ -326,7 +321,7 @@ def report(
     """
     best, largest = choose_best(singles), budgets[-1]
     arguments = model_args(given.checkpoint, config, best.sampler, given.revision)
-    sentence = verdict(largest, best)
+    sentence = comparison(largest, best)
     print(table([*budgets, *singles], best))
     print(f"\nbest single evaluation: t = {best.sampler.final_time:g}")
     print(f"  lm_eval --model l2d --model_args {arguments} --tasks ...")
@@ -345,6 +340,7 @@ def report(
         "best_time": best.sampler.final_time,
         "model_args": arguments,
         "verdict": sentence,
+        "difference": compare(largest, best).record(),
         "single_evaluations": [one.record() for one in singles],
         "budgets": [one.record() for one in budgets],
     }
@@ -357,7 +353,7 @@ def model_args(checkpoint: str, config: dict[str, Any], sampler: SamplerConfig, 
     """Arguments of `lm_eval --model l2d` for one evaluation, beside what the checkpoint stores."""
     stored = SamplerConfig().replace(**(config.get("sampler") or {}))
     named = {"diffusion_budget": "budget", "solver": "solver", "final_time": "final_time"}
-    named |= {name: name for name in ("start_time", "votes", "mc_samples") if getattr(stored, name) != _SINGLE[name]}
+    named |= {name: name for name in ("start_time", "mc_samples") if getattr(stored, name) != _SINGLE[name]}
     where = [f"pretrained={checkpoint}", *([f"revision={revision}"] if revision is not None else [])]
     return ",".join([*where, *(f"{name}={_word(getattr(sampler, f))}" for name, f in named.items())])
 
@@ -366,13 +362,12 @@ def _word(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def table(found: list[Measurement], best: Measurement) -> str:
-    """One line per setting, in columns; the last one compares exact match with the best single evaluation's."""
+def table(measurements: list[Measurement], best: Measurement) -> str:
+    """One line per setting with 95 % intervals; the last column compares exact match with the best single one's."""
     lines = [["setting", "exact match", "token accuracy", "NLL per token", "exact match - best single"]]
-    for one in found:
-        cells = [f"{value:.4f} ± {error:.4f}" for value, error in (one.exact_match, one.accuracy, one.nll)]
-        difference, error = compare(one, best)
-        lines.append([_name(one), *cells, "best" if one is best else f"{difference:+.4f} ± {error:.4f}"])
+    for one in measurements:
+        cells = [shown(estimate, 4) for estimate in (one.exact_match, one.accuracy, one.nll)]
+        lines.append([_name(one), *cells, "best" if one is best else shown(compare(one, best), 4, signed=True)])
     widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)

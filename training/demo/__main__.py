@@ -28,7 +28,7 @@ def main() -> None:
     started = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the running steps, too
     try:
-        workspace = open_workspace(options.out, {"recipes": recipes(options.out.absolute())}, options.overwrite)
+        workspace = open_workspace(options.out, recipes(options.out.absolute()), options.overwrite)
     except OSError as error:
         sys.exit(_refused(f"OUT={options.out} cannot be written to ({error}): choose another folder with OUT=."))
     except ValueError as error:

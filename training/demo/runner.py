@@ -1,7 +1,7 @@
 """Runs the steps of the demo, or of another plan.
 
 * `Step`: one command, with the output that it leaves and the steps that must come before it
-* `run_steps`: two at a time, one thread each; output to log files, progress and times to the terminal; a step that
+* `run_steps`: some at a time, one thread each; output to log files, progress and times to the terminal; a step that
   fails ends the run with the last lines of its log
 * `run_or_exit`: the same for a command, which ends with a message
 """
@@ -107,10 +107,10 @@ def environment(out: Path) -> dict[str, str]:
     return {**os.environ, **fixed}
 
 
-def run_or_exit(steps: list[Step], workspace: Workspace) -> None:
-    """Run all steps; a failed or interrupted one ends the process with a message and exit status 1 or 130."""
+def run_or_exit(steps: list[Step], workspace: Workspace, slots: int = 2) -> None:
+    """Run all steps, `slots` at a time; a failed or interrupted one ends the process with a message and exit status 1 or 130."""
     try:
-        run_steps(steps, workspace, environment(workspace.folder), ROOT)
+        run_steps(steps, workspace, environment(workspace.folder), ROOT, slots)
     except StepFailed as error:
         print("error:", error, file=sys.stderr)
         print("the same command continues from here", file=sys.stderr)

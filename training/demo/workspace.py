@@ -125,7 +125,7 @@ def _resumed(folder: Path, settings: dict[str, Any], layout: Layout) -> dict[str
     remedy = "choose another folder with OUT=, or replace it with OVERWRITE=1 (--overwrite)."
     if state["finished"]:
         raise ValueError(f"OUT={folder} holds a finished {layout.noun} (see {layout.contents[0]} there): {remedy}")
-    if state["settings"] != settings:
+    if any(settings.get(name) != value for name, value in state["settings"].items()):  # what is added may be new
         raise ValueError(f"OUT={folder} holds an unfinished {layout.noun} of other settings: {remedy}")
     return state["seconds"]
 

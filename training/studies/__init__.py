@@ -5,7 +5,8 @@
 * `prepare`: writes the rows, trains the tiny bases
 * `plan`: methods, recipes and steps; all training through `python -m training.train`
 * `evaluate`: everything that is asked of one checkpoint: greedy and sampled exact match at all budgets, and at one
-  evaluation at the time that does best on validation data
-* `report`, `plot`: means over seeds with standard errors, comparisons, `study.md` and `study.png`
+  evaluation at the time that validation data choose
+* `scores`: what was measured, read back; means and paired differences over problems and over trainings
+* `report`, `plot`: tables, verdicts corrected for their number, `study.md`, `results.json` and `study.png`
 * `compute`: the command; steps, logs and the record of complete ones are those of the demo
 """

@@ -27,13 +27,16 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=list(TASKS), help="run the steps of one task; the same command without continues"
     )
+    parser.add_argument("--processes", type=int, default=2, metavar="N", help="steps at a time (default: 2)")
     parser.add_argument("--quick", action="store_true", help="twenty steps per training: shows that all works, no more")
     parser.add_argument("--overwrite", action="store_true", help="replace the study that the folder holds")
     options = parser.parse_args()
     started, out = time.monotonic(), options.out.absolute()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the running steps, too
     try:
-        workspace = open_workspace(out, {"recipes": recipes(out, options.quick)}, options.overwrite, LAYOUT)
+        if options.processes < 1:
+            raise ValueError(f"processes={options.processes} must be at least 1.")
+        workspace = open_workspace(out, recipes(out, options.quick), options.overwrite, LAYOUT)
     except OSError as error:
         sys.exit(_refused(f"OUT={options.out} cannot be written to ({error}): choose another folder with OUT=."))
     except ValueError as error:
@@ -43,7 +46,8 @@ def main() -> None:
         (out / folder).mkdir(exist_ok=True)
     write_configs(recipes(out, options.quick), out / "configs")
     steps = build_steps(out, list(TASKS), options.quick)
-    run_or_exit(build_steps(out, [options.only] if options.only else list(TASKS), options.quick), workspace)
+    tasks = [options.only] if options.only else list(TASKS)
+    run_or_exit(build_steps(out, tasks, options.quick), workspace, options.processes)
     write_report(out, options.quick)
     if all(workspace.complete(step.name, step.output) for step in steps):
         workspace.finish()

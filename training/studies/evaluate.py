@@ -4,10 +4,10 @@
 
 * `measure`: per problem, whether greedy decoding gives the answer, and how likely sampling at temperature 1 is to
 * `settings`: what is measured of a path, carried or not, or of a noise-free one
+* the result holds every problem's outcome, so that all statistics can be computed again from it
 
 Both come from scoring the true answers, as `training.compare_budgets` does. An answer is sampled with the product
-of its
-tokens' probabilities: that is the expectation of sampled exact match, without the noise of drawing.
+of its tokens' probabilities: that is the expectation of sampled exact match, without the noise of drawing.
 
 Legend: N problems, S positions.
 """
@@ -25,12 +25,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from l2d import L2DForCausalLM
 from l2d.sampler_config import NOISE_FREE_SAMPLER
-from training import compare_budgets as controls
-from training.compare_budgets import BUDGETS, single_evaluation
+from training import compare_budgets
+from training.compare_budgets import single_evaluation
 from training.demo.base import encode_rows
 from training.demo.data import read_rows
 
-VOTES = 31
+BUDGETS = (3, 7, 15, 31)  # T = 1 is the base, which is measured itself
 BATCH = 256
 
 
@@ -40,6 +40,10 @@ class Measured:
 
     greedy: Tensor
     sampled: Tensor
+
+    def record(self) -> dict[str, list]:
+        """Plain values."""
+        return {"greedy": self.greedy.int().tolist(), "sampled": [round(p, 6) for p in self.sampled.tolist()]}
 
 
 @torch.no_grad()
@@ -52,35 +56,35 @@ def measure(
         input_ids, labels: (N, S); labels are -100 where nothing is to be scored.
         sampler: changes to an L2D checkpoint's settings; other models have none.
     """
-    wanted = labels != -100
+    targets = labels != -100
     if sampler is not None:
-        found = controls.measure(model, input_ids, _until_last(wanted), wanted, sampler, BATCH)
-        return Measured(found.exact.bool(), (-found.nll_sums).exp())
+        return _measured(compare_budgets.measure(model, input_ids, _until_last(targets), targets, sampler, BATCH))
     greedy, sampled = [], []
-    for ids, targets in zip(input_ids.split(BATCH), wanted[:, 1:].split(BATCH), strict=True):
+    for ids, scored in zip(input_ids.split(BATCH), targets[:, 1:].split(BATCH), strict=True):
         logits = model(input_ids=ids).logits[:, :-1].double()
         logprobs = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
-        greedy.append(((logits.argmax(-1) == ids[:, 1:]) | ~targets).all(1))
-        sampled.append(logprobs.masked_fill(~targets, 0).sum(1).exp())
+        greedy.append(((logits.argmax(-1) == ids[:, 1:]) | ~scored).all(1))
+        sampled.append(logprobs.masked_fill(~scored, 0).sum(1).exp())
     return Measured(torch.cat(greedy), torch.cat(sampled))
 
 
-def _until_last(wanted: Tensor) -> Tensor:
+def _measured(measurement: compare_budgets.Measurement) -> Measured:
+    return Measured(measurement.exact.bool(), (-measurement.nll_sums).exp())
+
+
+def _until_last(targets: Tensor) -> Tensor:
     """(N, S) int64 mask of everything up to the last target of each row."""
-    places = torch.arange(wanted.shape[1])
-    return (places <= torch.where(wanted, places, 0).amax(1, keepdim=True)).long()
+    positions = torch.arange(targets.shape[1])
+    return (positions <= torch.where(targets, positions, 0).amax(1, keepdim=True)).long()
 
 
-def settings(model: PreTrainedModel, single: float) -> dict[str, dict[str, Any] | None]:
-    """Name -> sampler settings of everything that is measured of a model."""
+def settings(model: PreTrainedModel, single: float | None) -> dict[str, dict[str, Any] | None]:
+    """Name -> sampler settings of everything that is measured of a model; `single`: time of the one evaluation."""
     if not isinstance(model, L2DForCausalLM):
         return {"plain": None}
-    if model.config.noise_free:
+    if model.config.noise_free or single is None:
         return {"single": dict(NOISE_FREE_SAMPLER)}
-    wanted: dict[str, dict[str, Any] | None] = {f"T{budget}": {"budget": budget} for budget in BUDGETS}
-    wanted["single"] = single_evaluation(single)
-    wanted["votes"] = {**single_evaluation(single), "votes": VOTES}
-    return wanted
+    return {**{f"T{budget}": {"budget": budget} for budget in BUDGETS}, "single": single_evaluation(single)}
 
 
 def evaluate(checkpoint: Path, data: Path) -> dict[str, Any]:
@@ -89,27 +93,24 @@ def evaluate(checkpoint: Path, data: Path) -> dict[str, Any]:
     l2d = AutoConfig.from_pretrained(checkpoint).model_type == "l2d"
     model: Any = (L2DForCausalLM if l2d else AutoModelForCausalLM).from_pretrained(checkpoint)
     model.eval()
-    rows, chosen = read_rows(data / "test.jsonl"), read_rows(data / "validation.jsonl")
-    width = max(len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) for row in rows + chosen) + 1
-    test, validation = (encode_rows(part, tokenizer, width) for part in (rows, chosen))
-    single, times = float("nan"), {}
+    rows, validation_rows = read_rows(data / "test.jsonl"), read_rows(data / "validation.jsonl")
+    lengths = (len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) for row in rows + validation_rows)
+    width = max(lengths) + 1
+    test, validation = (encode_rows(part, tokenizer, width) for part in (rows, validation_rows))
+    single, times = None, {}
     if l2d and not model.config.noise_free:
-        ids, labels = validation
-        wanted = labels != -100
-        best, tried = controls.best_single_evaluation(model, ids, _until_last(wanted), wanted, batch_size=BATCH)
+        ids, targets = validation[0], validation[1] != -100
+        best, tried = compare_budgets.best_single_evaluation(
+            model, ids, _until_last(targets), targets, batch_size=BATCH
+        )
         single = best.sampler.final_time
-        times = {one.sampler.final_time: one.exact_match[0] for one in tried}
+        times = {f"{one.sampler.final_time:g}": _measured(one).record() | {"nll": one.nll.value} for one in tried}
     scores = {}
     for name, sampler in settings(model, single).items():
-        found = measure(model, *test, sampler)
-        scores[name] = {"greedy": found.greedy.int().tolist(), "sampled": [round(p, 6) for p in found.sampled.tolist()]}
-        print(f"{name}: greedy {found.greedy.double().mean():.3f}, sampled {found.sampled.mean():.3f}", flush=True)
-    return {
-        "depths": [row["depth"] for row in rows],
-        "best_time": single if times else None,
-        "times": times,
-        "scores": scores,
-    }
+        measured = measure(model, *test, sampler)
+        scores[name] = measured.record()
+        print(f"{name}: greedy {measured.greedy.double().mean():.3f}, sampled {measured.sampled.mean():.3f}", flush=True)
+    return {"depths": [row["depth"] for row in rows], "best_time": single, "validation": times, "scores": scores}
 
 
 def main(checkpoint: Path, data: Path, out: Path) -> None:

@@ -1,9 +1,11 @@
 """What the study runs: methods, recipes, and the steps as commands that a user could type.
 
-* `METHODS`: every method with its options, its steps relative to plain L2D's, and what tables call it
+* `METHODS`: every method with its options, what tables call it, what a step costs and how many seeds it gets
 * `Run`: one training of one method, on one task, from one base
 * `recipes`: one YAML file per run
 * `build_steps`: rows, bases, trainings (`python -m training.train`) and one evaluation per checkpoint
+
+All trainings of a task take the processor time of its steps of plain L2D: a method with cheaper steps gets more.
 """
 
 import json
@@ -17,7 +19,8 @@ from training.demo.runner import Step
 from training.demo.workspace import Layout
 from training.studies.tasks import TASKS
 
-SEEDS = (0, 1)
+SEEDS, HEADLINE_SEEDS = (0, 1), (0, 1, 2, 3, 4)
+HEADLINE_TASK = "products"
 QUICK_STEPS, QUICK_ROWS = 20, 2000
 LAYOUT = Layout(
     "study", ("study.md", "study.png", "results.json", "data", "runs", "configs", "logs", "cache", "study.json")
@@ -42,42 +45,33 @@ class Method:
     Attributes:
         title: in tables and figures.
         options: of the recipe.
-        length: number of steps, as a multiple of the task's.
-        only: the one task that it is for, or `None`.
+        cost: processor time of a step, relative to plain L2D's; `timing` measures it again in every study.
+        headline: whether claims rest on it, so that it gets `HEADLINE_SEEDS` on `HEADLINE_TASK`.
     """
 
     name: str
     title: str
     options: dict[str, Any]
-    length: int = 1
-    only: str | None = None
+    cost: float
+    headline: bool = False
+
+    def seeds(self, task: str) -> tuple[int, ...]:
+        """Of its trainings on a task; each is the seed of the base, too."""
+        return HEADLINE_SEEDS if self.headline and task == HEADLINE_TASK else SEEDS
+
+    def steps(self, task: str) -> int:
+        """Of one training: as many as take the time of the task's steps of plain L2D."""
+        return round(TASKS[task].steps / self.cost / 50) * 50
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("plain", "L2D, plain, K = 4 draws", {**_PATH, "draws": 4}),
-        Method("corrupted", "L2D, corrupted, q = 0.3, K = 4", {**_PATH, "draws": 4, "corruption_rate": 0.3}),
-        Method("rollout", "L2D, rollout, R = 8, G = 4", {**_PATH, **_ROLLOUT}),
-        Method("carried", "L2D, rollout + carried state", {**_PATH, **_ROLLOUT, "carried_state": True}),
-        Method(
-            "carried_long",
-            "L2D, rollout + carried state, three times the steps",
-            {**_PATH, **_ROLLOUT, "carried_state": True},
-            3,
-            "machine",
-        ),
-        Method("noise_free", "control: noise-free path", {**_PATH, "noise_free": True}),
-        Method("noise_free_long", "control: noise-free path, twice the steps", {**_PATH, "noise_free": True}, 2),
-        Method("lora", "LoRA finetuning, r = 32", {"method": "lora_sft", "learning_rate": 3.0e-3, "lora_rank": 32}),
-        Method("full", "full finetuning", {"method": "full_sft", "learning_rate": 3.0e-3}),
-        Method(
-            "full_long",
-            "full finetuning, three times the steps",
-            {"method": "full_sft", "learning_rate": 3.0e-3},
-            3,
-            "machine",
-        ),
+        Method("plain", "L2D, K = 4 draws", {**_PATH, "draws": 4}, 1.0, True),
+        Method("corrupted", "L2D, corrupted, q = 0.3, K = 4", {**_PATH, "draws": 4, "corruption_rate": 0.3}, 1.0, True),
+        Method("carried", "L2D, rollout + carried state", {**_PATH, **_ROLLOUT, "carried_state": True}, 1.3, True),
+        Method("noise_free", "control: noise-free path", {**_PATH, "noise_free": True}, 0.4, True),
+        Method("lora", "LoRA finetuning, r = 32", {"method": "lora_sft", "learning_rate": 3e-3, "lora_rank": 32}, 0.55),
     )
 }
 
@@ -97,14 +91,14 @@ class Run:
 
 
 def all_runs(tasks: tuple[str, ...] | list[str]) -> list[Run]:
-    """Every run of some tasks; the seeds of a method next to each other, so that they run side by side."""
-    return [
-        Run(task, method.name, seed)
-        for task in tasks
-        for method in METHODS.values()
-        for seed in SEEDS
-        if method.only in (None, task)
-    ]
+    """Every run of some tasks, the first two seeds of every method before the others."""
+    runs = [Run(task, one.name, seed) for task in tasks for one in METHODS.values() for seed in one.seeds(task)]
+    return sorted(runs, key=lambda run: (tasks.index(run.task), run.seed not in SEEDS))
+
+
+def base_seeds(task: str) -> list[int]:
+    """Every seed that some method of a task has."""
+    return sorted({seed for method in METHODS.values() for seed in method.seeds(task)})
 
 
 def base_folder(out: Path, task: str, seed: int) -> Path:
@@ -117,21 +111,24 @@ def result_file(out: Path, name: str) -> Path:
     return out / "runs" / f"{name}.json"
 
 
+def timing_file(out: Path, task: str) -> Path:
+    """Processor time of a training step of every method."""
+    return out / "runs" / f"{task}-seconds.json"
+
+
 def recipe(out: Path, run: Run, quick: bool) -> dict[str, Any]:
     """The recipe of a run."""
     task, method = TASKS[run.task], METHODS[run.method]
-    own = (
-        {"learning_rate": task.learning_rate, "noise_std": task.noise_std} if method.options["method"] == "l2d" else {}
-    )
+    path = {"learning_rate": task.learning_rate, "noise_std": task.noise_std} if "variant" in method.options else {}
     order = {"train_sampling_strategy": "sequential"} if task.ordered else {}
     return {
         "base": str(base_folder(out, run.task, run.seed)),
         "dataset": str(out / "data" / run.task / "train.jsonl"),
-        "max_steps": (QUICK_STEPS if quick else task.steps) * method.length,
+        "max_steps": QUICK_STEPS if quick else method.steps(run.task),
         "seed": run.seed,
         **TRAINING,
+        **path,
         **method.options,
-        **own,
         **order,
         "output_dir": str(out / "runs" / run.name),
     }
@@ -143,48 +140,42 @@ def recipes(out: Path, quick: bool) -> dict[str, dict[str, Any]]:
 
 
 def build_steps(out: Path, tasks: list[str], quick: bool) -> list[Step]:
-    """All steps, those that others wait for first."""
-    python = (sys.executable, "-m")
-    steps = []
-    for task in tasks:
-        data = out / "data" / task
-        rows, target = ((str(QUICK_ROWS),), ("0",)) if quick else ((), ())
-        command = (*python, "training.studies.prepare", "data", task, str(data), *rows)
-        steps.append(Step(f"data {task}", command, data))
-        for seed in SEEDS:
-            base = base_folder(out, task, seed)
-            command = (*python, "training.studies.prepare", "base", task, str(seed), str(data), str(base), *target)
-            steps.append(Step(f"base {task} {seed}", command, base, needs=(f"data {task}",)))
-    for task in tasks:
-        for seed in SEEDS:
-            steps.append(_evaluation(out, task, f"{task}-base-{seed}", f"base {task} {seed}"))
-        for run in all_runs([task]):
-            command = (*python, "training.train", "--config", str(out / "configs" / f"{run.name}.yaml"))
-            name = f"train {run.name}"
-            steps.append(Step(name, command, out / "runs" / run.name, needs=(f"base {task} {run.seed}",)))
-            steps.append(_evaluation(out, task, run.name, name))
-        steps.append(_timing(out, task))
-    return steps
+    """All steps of one task before those of the next, what others wait for first."""
+    return [step for task in tasks for step in _task_steps(out, task, quick)]
 
 
-def timing_file(out: Path, task: str) -> Path:
-    """Processor time of a training step of every method."""
-    return out / "runs" / f"{task}-seconds.json"
+def _task_steps(out: Path, task: str, quick: bool) -> list[Step]:
+    data = out / "data" / task
+    rows, target = ([str(QUICK_ROWS)], ["0"]) if quick else ([], [])
+    steps = [Step(f"data {task}", _python("training.studies.prepare", "data", task, data, *rows), data)]
+    bases: set[int] = set()
+    for run in all_runs([task]):
+        if run.seed not in bases:
+            base, name = base_folder(out, task, run.seed), f"base {task} {run.seed}"
+            command = _python("training.studies.prepare", "base", task, run.seed, data, base, *target)
+            steps.append(Step(name, command, base, needs=(f"data {task}",)))
+            steps.append(_evaluation(out, task, base.name, name))
+            bases.add(run.seed)
+        command = _python("training.train", "--config", out / "configs" / f"{run.name}.yaml")
+        steps.append(Step(f"train {run.name}", command, out / "runs" / run.name, needs=(f"base {task} {run.seed}",)))
+        steps.append(_evaluation(out, task, run.name, f"train {run.name}"))
+    return [*steps, _timing(out, task)]
+
+
+def _python(*arguments: Any) -> tuple[str, ...]:
+    return (sys.executable, "-m", *map(str, arguments))
 
 
 def _timing(out: Path, task: str) -> Step:
-    runs = all_runs([task])
-    configs = (f"{run.method}={out / 'configs' / run.name}.yaml" for run in runs if run.seed == SEEDS[0])
     file = timing_file(out, task)
-    command = (sys.executable, "-m", "training.studies.timing", str(file), *configs)
-    return Step(f"time {task}", command, file, needs=tuple(f"train {run.name}" for run in runs))
+    configs = (f"{name}={out / 'configs' / Run(task, name, SEEDS[0]).name}.yaml" for name in METHODS)
+    return Step(f"time {task}", _python("training.demo.timing", file, *configs), file, (f"base {task} {SEEDS[0]}",))
 
 
 def _evaluation(out: Path, task: str, name: str, needs: str) -> Step:
     file = result_file(out, name)
-    command = (sys.executable, "-m", "training.studies.evaluate")
-    arguments = (str(out / "runs" / name), str(out / "data" / task), str(file))
-    return Step(f"evaluate {name}", command + arguments, file, needs=(needs,), result=lambda: _summary(file))
+    command = _python("training.studies.evaluate", out / "runs" / name, out / "data" / task, file)
+    return Step(f"evaluate {name}", command, file, needs=(needs,), result=lambda: _summary(file))
 
 
 def _summary(file: Path) -> str:
