@@ -4,6 +4,7 @@
 - `paired`: the difference of two settings on the same documents; `sign_test`: wins against losses
 - `over_trainings`: several trainings, with the error over problems and the error over trainings
 - `average`, `independent_average`: the mean of several tasks, which share documents or do not
+- `holm`: p-values of several tests, corrected for their number
 - `wilson`: interval of a share; `verdict`, `shown`: a result in words
 
 Every result is an `Estimate`: value, standard error, interval, p-value and test of equality. Standard errors with
@@ -257,13 +258,28 @@ def independent_average(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(value, error, min(estimate.units for estimate in estimates))
 
 
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Holm's correction of several tests: adjusted p-values, of which all below alpha hold together at level alpha.
+
+    `None`, an unknown p-value, stays `None` and is not counted.
+    """
+    known = sorted((p, number) for number, p in enumerate(p_values) if p is not None)
+    adjusted: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, (p, number) in enumerate(known):
+        highest = max(highest, min(1.0, (len(known) - rank) * p))
+        adjusted[number] = highest
+    return adjusted
+
+
 # ---- words -------------------------------------------------------------------------------------------------------
 
 
 def verdict(difference: Estimate, margin: float | None = None, higher_is_better: bool = True) -> str:
     """ "better", "worse", "equal within MARGIN" (two one-sided tests; only if a margin is given) or "not told apart".
 
-    Better and worse need p < `ALPHA`. No verdict is corrected for the number of verdicts: say how many there are.
+    Better and worse need p < `ALPHA`. No verdict is corrected for the number of verdicts: say how many
+    there are, or use `holm`.
     """
     if difference.p_value is not None and difference.p_value < ALPHA:
         return "better" if (difference.value > 0) == higher_is_better else "worse"

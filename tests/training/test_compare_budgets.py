@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from l2d import L2DForCausalLM, SamplerConfig
 from lm_eval_ext.arguments import parse_arguments
@@ -13,10 +15,10 @@ from training.compare_budgets import (
     best_single_evaluation,
     choose_best,
     compare,
+    comparison,
     main,
     measure,
     single_evaluation,
-    verdict,
 )
 
 TIMES = (0.1, 0.5, 0.9)
@@ -75,11 +77,11 @@ def test_figures_by_hand(model):
     ids, mask, wanted = rows_of(model, {"budget": 3})
     found = measure(model, ids, mask, wanted, {"budget": 7}, batch_size=4)
     scored = model.score(ids, mask, continuation_mask=wanted, sampler={"budget": 7})
-    assert found.accuracy[0] == pytest.approx(scored.greedy[wanted].double().mean().item(), abs=1e-9)
-    assert found.nll[0] == pytest.approx(-scored.logprobs[wanted].mean().item(), abs=1e-5)
+    assert found.accuracy.value == pytest.approx(scored.greedy[wanted].double().mean().item(), abs=1e-9)
+    assert found.nll.value == pytest.approx(-scored.logprobs[wanted].mean().item(), abs=1e-5)
     whole = (scored.greedy | ~wanted).all(1).double()
-    assert found.exact_match[0] == pytest.approx(whole.mean().item(), abs=1e-9)
-    assert found.exact_match[1] == pytest.approx((whole.std() / len(whole) ** 0.5).item(), abs=1e-9)
+    assert found.exact_match.value == pytest.approx(whole.mean().item(), abs=1e-9)
+    assert found.exact_match.stderr == pytest.approx((whole.std() / len(whole) ** 0.5).item(), abs=1e-9)
     with pytest.raises(ValueError, match="wanted marks no target in some row"):
         measure(model, ids, mask, wanted & (torch.arange(len(ids)) > 0)[:, None], {"budget": 7})
 
@@ -87,14 +89,23 @@ def test_figures_by_hand(model):
 @pytest.mark.parametrize("time", TIMES)
 def test_the_time_that_made_the_answers_is_best(model, time):
     best, found = best_single_evaluation(model, *rows_of(model, single_evaluation(time)), TIMES)
-    assert best.sampler.final_time == time and best.exact_match == (1.0, 0.0)
+    assert best.sampler.final_time == time and best.exact_match.value == 1.0
     assert [one.sampler.final_time for one in found] == list(TIMES)
-    assert all(one.exact_match[0] < 1 for one in found if one is not best)
+    assert best.exact_match.stderr is None  # all are right: no error is known, and the interval is Wilson's
+    assert all(one.exact_match.value < 1 for one in found if one is not best)
 
 
-def test_ties_go_to_the_lower_loss():
-    one, other, worse = made([1, 0, 1], nll=0.5), made([1, 1, 0], nll=0.4), made([1, 0, 0], nll=0.1)
-    assert choose_best([one, other, worse]) is other and choose_best([worse, one]) is one
+def test_the_lowest_loss_within_one_error_is_best():
+    """The highest exact match alone is noise; far behind it a low loss does not count."""
+    rows = 100
+    highest = made([1] * 70 + [0] * 30, nll=0.5)
+    close = made([1] * 67 + [0] * 30 + [1] * 2 + [0], nll=0.4)  # behind by .01, five pairs differ: error .0224
+    far = made([1] * 60 + [0] * 40, nll=0.1)
+    assert compare(highest, close).stderr == pytest.approx(((5 / rows - 0.01**2) / (rows - 1)) ** 0.5)
+    assert choose_best([highest, close, far]) is close
+    assert choose_best([far, highest]) is highest
+    same = made([1] * 70 + [0] * 30, nll=0.3)
+    assert choose_best([highest, same, far]) is same
 
 
 @pytest.mark.parametrize(
@@ -102,18 +113,23 @@ def test_ties_go_to_the_lower_loss():
     [
         ([1] * 20 + [0] * 20, [0] * 40, "better than"),
         ([0] * 40, [1] * 20 + [0] * 20, "worse than"),
-        ([1] * 3 + [0] * 37, [0] * 37 + [1] * 2 + [0], "equal to"),
-        ([1, 0] * 20, [1, 0] * 20, "equal to"),
+        ([1] * 3 + [0] * 37, [0] * 37 + [1] * 2 + [0], "not told apart from"),
+        ([1] * 3 + [0] * 37, [0] * 39 + [1], "not told apart from"),  # .05 +- .049: between one error and two
+        ([1, 0] * 20, [1, 0] * 20, "not told apart from"),
     ],
 )
-def test_verdict(budget, single, word):
+def test_comparison(budget, single, word):
     one, other = made(budget, budget=31), made(single, budget=2, solver="euler", final_time=0.05)
-    sentence = verdict(one, other)
+    sentence = comparison(one, other)
     assert f"T = 31, is {word} one evaluation at t = 0.05" in sentence
-    difference, error = compare(one, other)
-    pairs = torch.tensor(budget, dtype=torch.float64) - torch.tensor(single, dtype=torch.float64)
-    assert difference == pytest.approx(pairs.mean().item())
-    assert error == pytest.approx((pairs.std() / 40**0.5).item())
+    difference, pairs = compare(one, other), np.array(budget) - np.array(single)
+    assert difference.value == pytest.approx(pairs.mean())
+    if pairs.any():
+        test = stats.ttest_rel(budget, single)
+        assert difference.stderr == pytest.approx(stats.sem(pairs))
+        assert difference.p_value == pytest.approx(test.pvalue)
+        low, high = test.confidence_interval()
+        assert f"paired difference {pairs.mean():+.3f} [{low:+.3f}, {high:+.3f}]" in sentence
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -141,14 +157,15 @@ def test_command(l2d_dir, tmp_path, capsys):
     assert written[0]["single_evaluations"] == written[1]["single_evaluations"] != written[2]["single_evaluations"]
     first = written[0]
     assert first["examples"] == 12 and [one["sampler"]["budget"] for one in first["budgets"]] == [1, 3]
-    best = max(first["single_evaluations"], key=lambda one: (one["exact_match"], -one["nll"]))
-    assert first["best_time"] == best["sampler"]["final_time"]
+    (best,) = (one for one in first["single_evaluations"] if one["sampler"]["final_time"] == first["best_time"])
+    assert best["nll"] == min(one["nll"] for one in first["single_evaluations"])  # no answer is right at any time
+    assert first["difference"]["value"] == 0.0 and first["difference"]["documents"] == 12
     words = dict(pair.split("=") for pair in first["model_args"].split(","))
     settings = parse_arguments(words)
     assert settings.sampler.to_dict() == best["sampler"]
     assert f"--model_args {first['model_args']} --tasks" in printed[0]
     assert f"best single evaluation: t = {first['best_time']:g}\n" in printed[0] and first["verdict"] in printed[0]
-    assert [line.split("  ")[0] for line in printed[0].splitlines() if "±" in line][:4] == [
+    assert [line.split("  ")[0] for line in printed[0].splitlines() if "[" in line][:4] == [
         *("T = 1 (the base)", "T = 3", "one evaluation, t = 0.1", "one evaluation, t = 0.5")
     ]
 

@@ -5,32 +5,53 @@
 * rows are right by an independent count, and no prompt is in two splits
 * the recipes are ones that the trainer's entry point accepts; a folder continues where it stopped
 * greedy and sampled exact match, read off scores, are those of decoding
-* means, standard errors and differences of made-up results, in the table and in the figure
+* statistics of made-up results against scipy, in the table and in the figure
 """
 
 import json
-import math
 import random
 import sys
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from l2d import L2DConfig, L2DForCausalLM
 from l2d.sampling.noise import default_keys
+from l2d.statistics import mean, shown
 from tests.conftest import randomise_path
-from tests.training_runs import BASELINE, SMALL, sums, write_jsonl, write_recipe
-from training.compare_budgets import BUDGETS, single_evaluation
+from training.compare_budgets import TIMES, single_evaluation
 from training.demo.base import build_base, encode_rows
 from training.demo.data import build_tokenizer
 from training.demo.plan import write_configs
 from training.demo.runner import Step, run_or_exit
 from training.demo.workspace import DEMO, open_workspace
 from training.recipe import read_recipe
-from training.studies import compute, report, timing
-from training.studies.evaluate import main, measure, settings
-from training.studies.plan import LAYOUT, METHODS, SEEDS, Run, all_runs, base_folder, build_steps, recipes, result_file
+from training.studies import compute, report
+from training.studies.evaluate import BUDGETS, evaluate, main, measure, settings
+from training.studies.plan import (
+    LAYOUT,
+    METHODS,
+    SEEDS,
+    Run,
+    all_runs,
+    base_folder,
+    base_seeds,
+    build_steps,
+    recipes,
+    result_file,
+)
 from training.studies.prepare import train_base, write_data
+from training.studies.scores import (
+    COMPARISONS,
+    compare,
+    corrected_verdict,
+    difference,
+    read_scores,
+    score,
+    unpack_scores,
+)
 from training.studies.tasks import DEEPEST, IDLE, OPERATIONS, PARTS, RISING, STATES, TASKS
 
 ROWS = 400
@@ -122,9 +143,11 @@ def test_steps_are_complete_and_in_order(tmp_path):
         assert set(step.needs) <= seen and step.name not in seen
         seen.add(step.name)
     runs = all_runs(list(TASKS))
-    assert len(runs) > len(TASKS) * len(SEEDS) * 6
+    assert {len(METHODS[run.method].seeds(run.task)) for run in runs} == {2, 5}
+    first = [run.seed in SEEDS for run in runs if run.task == "products"]
+    assert first == sorted(first, reverse=True)  # two seeds of everything before the third of anything
     assert sum(step.name.startswith("train") for step in steps) == len(runs)
-    assert sum(step.name.startswith("evaluate") for step in steps) == len(runs) + len(TASKS) * len(SEEDS)
+    assert sum(step.name.startswith("evaluate") for step in steps) == len(runs) + sum(len(base_seeds(t)) for t in TASKS)
     only = build_steps(tmp_path, ["machine"], quick=False)
     assert {step.name for step in only} == {step.name for step in steps if "machine" in step.name}
 
@@ -164,6 +187,7 @@ def model():
     config = L2DConfig(variant="full", diffusion_dim=16, noise_std=1.5, input_width=16, conditioning_width=16)
     model = L2DForCausalLM.from_base(build_base(tokenizer), config).eval()
     randomise_path(model)
+    model.base.lm_head.weight.data.mul_(20)  # probabilities that differ
     return model
 
 
@@ -178,32 +202,32 @@ def answered(model, sampler, **options):
     return input_ids, input_ids.where(torch.arange(input_ids.shape[1]) >= ids.shape[1], -100)
 
 
-@pytest.mark.parametrize(
-    "sampler", [{"budget": 7}, single_evaluation(0.2), {**single_evaluation(0.2), "votes": 3}, {"budget": 1}]
-)
+@pytest.mark.parametrize("sampler", [{"budget": 7}, single_evaluation(0.2), {"budget": 1}])
 def test_greedy_is_what_decoding_gives(model, sampler):
     input_ids, labels = answered(model, sampler)
     assert measure(model, input_ids, labels, sampler).greedy.tolist() == [False, True] * 6
 
 
-def test_sampled_is_how_often_sampling_gives_the_answer(model):
-    sampler, copies = {"budget": 7, "draft_tokens": 0}, 1000
+@pytest.mark.parametrize("budget", [1, 7])
+def test_sampled_is_how_often_sampling_gives_the_answer(model, budget):
+    """A thousand requests with a key each, so with noise and output draws of their own."""
+    sampler, keys = {"budget": budget, "draft_tokens": 0}, list(range(1000))
     input_ids, labels = (part[1:2] for part in answered(model, sampler))
-    expected = measure(model, input_ids, labels, sampler).sampled.item()
-    prompt = input_ids[:, :-2]
-    torch.manual_seed(0)
-    made = model.generate(
-        prompt.expand(copies, -1),
-        max_new_tokens=2,
-        do_sample=True,
-        temperature=1.0,
-        eos_token_id=None,
-        sampler=sampler,
-        request_keys=default_keys(prompt.tolist()) * copies,
-    )
-    often = (made[:, -2:] == input_ids[:, -2:]).all(1).double().mean().item()
-    assert 0.005 < expected < 0.995
-    assert abs(often - expected) < 4 * math.sqrt(expected * (1 - expected) / copies)
+    copies, prompts = input_ids.expand(len(keys), -1), input_ids[:, :-2].expand(len(keys), -1)
+    scored = labels.expand(len(keys), -1) != -100
+    logprobs = model.score(copies, continuation_mask=scored, sampler=sampler, request_keys=keys).logprobs
+    chances = logprobs.double().masked_fill(~scored, 0).sum(1).exp()
+    measured = measure(model, input_ids, labels, sampler).sampled.item()
+    (default,) = default_keys(input_ids[:, :-2].tolist())
+    own = model.score(input_ids, continuation_mask=labels != -100, sampler=sampler, request_keys=[default]).logprobs
+    assert measured == pytest.approx(own[labels != -100].double().sum().exp().item())
+    options = {"max_new_tokens": 2, "do_sample": True, "temperature": 1.0, "eos_token_id": None, "sampler": sampler}
+    drawn = model.generate(prompts, request_keys=keys, **options)[:, -2:]
+    assert len(drawn.unique(dim=0)) > 10
+    often = (drawn == input_ids[:, -2:]).all(1).double().mean()
+    spread = (chances * (1 - chances)).sum().sqrt() / len(keys)
+    assert 0.05 < chances.mean() < 0.95 and (budget > 1) == (chances.std() > 1e-6)
+    assert abs(often - chances.mean()) < 4 * spread
 
 
 def test_plain_model_is_measured_like_its_path_at_the_base(model):
@@ -215,26 +239,13 @@ def test_plain_model_is_measured_like_its_path_at_the_base(model):
 
 def test_settings_are_what_a_model_can_follow(model):
     names = list(settings(model, 0.1))
-    assert names == [*(f"T{budget}" for budget in BUDGETS), "single", "votes"]
+    assert names == [*(f"T{budget}" for budget in BUDGETS), "single"]
     assert settings(model.base, 0.1) == {"plain": None}
     config = L2DConfig(variant="full", diffusion_dim=16, noise_free=True)
     control = L2DForCausalLM.from_base(build_base(build_tokenizer()), config).eval()
-    (sampler,) = settings(control, math.nan).values()
+    (sampler,) = settings(control, None).values()
     input_ids, labels = answered(control, sampler)
     assert measure(control, input_ids, labels, sampler).greedy.tolist() == [False, True] * 6
-
-
-def test_steps_are_timed_without_touching_the_run(tmp_path, base_dir, monkeypatch):
-    """Every recipe is timed for the same few steps, whatever it says of steps and folder."""
-    monkeypatch.setattr(timing, "seconds_per_step", lambda path, run=timing.seconds_per_step: run(path, steps=2))
-    common = {"base": base_dir, "dataset": write_jsonl(tmp_path / "rows.jsonl", sums(8)), "max_steps": 10**6}
-    common |= {"output_dir": tmp_path / "run", "report_to": "none"}
-    plain = write_recipe(tmp_path / "plain.yaml", **{**SMALL, **common})
-    lora = write_recipe(tmp_path / "lora.yaml", **{**BASELINE, **common, "method": "lora_sft", "lora_rank": 2})
-    timing.main(tmp_path / "seconds.json", {"plain": plain, "lora": lora})
-    seconds = json.loads((tmp_path / "seconds.json").read_text())
-    assert seconds.keys() == {"plain", "lora"} and all(value > 0 for value in seconds.values())
-    assert not (tmp_path / "run").exists()
 
 
 def test_checkpoint_is_evaluated_whole(tmp_path, rows, model):
@@ -252,9 +263,30 @@ def test_checkpoint_is_evaluated_whole(tmp_path, rows, model):
     assert found["scores"]["plain"]["sampled"] == pytest.approx(expected.tolist(), abs=1e-6)
 
 
+def test_path_is_evaluated_at_the_time_that_validation_chooses(tmp_path, model):
+    """The outcomes of every time are kept, so that the choice can be made again."""
+    write_data("products", tmp_path / "data", ROWS)
+    for part in ("validation", "test"):
+        lines = (tmp_path / "data" / f"{part}.jsonl").read_text().splitlines(keepends=True)
+        (tmp_path / "data" / f"{part}.jsonl").write_text("".join(lines[:8]))
+    model.base.save_pretrained(tmp_path / "base")
+    build_tokenizer().save_pretrained(tmp_path / "base")
+    path = L2DForCausalLM.from_base(str(tmp_path / "base"), model.config)
+    path.path.load_state_dict(model.path.state_dict())
+    path.save_pretrained(tmp_path / "path")
+    build_tokenizer().save_pretrained(tmp_path / "path")
+    content = evaluate(tmp_path / "path", tmp_path / "data")
+    assert list(content["scores"]) == [*(f"T{budget}" for budget in BUDGETS), "single"]
+    losses = {time: kept["nll"] for time, kept in content["validation"].items()}
+    assert list(losses) == [f"{time:g}" for time in TIMES]
+    assert all(not any(kept["greedy"]) for kept in content["validation"].values())  # so that the loss decides
+    assert f"{content['best_time']:g}" == min(losses, key=losses.get)
+
+
 # ---- report ------------------------------------------------------------------------------------------------------
 
-SOLVED = {"plain": 0.7, "corrupted": 0.9, "rollout": 0.8, "carried": 0.95, "carried_long": 0.95}
+SOLVED = {"plain": 0.7, "corrupted": 0.9, "carried": 0.95}
+ABOUT = {"command": "the command", "date": "2026-01-02", "commit": "abc", "machine": "2 cores"}
 
 
 @pytest.fixture(scope="module")
@@ -264,75 +296,117 @@ def made_up(tmp_path_factory):
     depths = [1 + number % 2 for number in range(problems)]
     (out / "runs").mkdir()
     for method in ("base", *METHODS):
-        for seed in SEEDS:
-            name = Run("machine", method, seed).name
+        for seed in (*SEEDS, 2):
+            name, path = Run("products", method, seed).name, method in SOLVED
             (out / "runs" / name).mkdir()
-            path = method in SOLVED
-            wanted = (
-                {f"T{budget}": 0.0 for budget in BUDGETS} | {"single": 0.0, "votes": 0.0} if path else {"plain": 0.0}
-            )
-            if method.startswith("noise_free"):
-                wanted = {"single": 0.0}
+            settings = [f"T{budget}" for budget in BUDGETS] + ["single"] if path else ["plain"]
             scores = {}
-            for setting in wanted:
+            for setting in ["single"] if method == "noise_free" else settings:
                 share = SOLVED.get(method, 0.5) - (0.3 if setting == "single" and method == "carried" else 0.0)
-                greedy = [int(draw.random() < share and depth == 1) for depth in depths]
-                scores[setting] = {"greedy": greedy, "sampled": [value / 2 for value in greedy]}
-            found = {"depths": depths, "scores": scores, "times": {"0.1": 0.5} if path else {}, "best_time": 0.1}
-            result_file(out, name).write_text(json.dumps(found))
+                greedy = [int(draw.random() < share - 0.03 * seed and depth == 1) for depth in depths]
+                scores[setting] = {"greedy": greedy, "sampled": [value * 0.6 for value in greedy]}
+            content = {"depths": depths, "scores": scores, "best_time": 0.1 if path else None}
+            result_file(out, name).write_text(json.dumps(content))
             (out / "runs" / name / "pretraining.json").write_text(json.dumps({"steps": 100}))
-    (out / "runs" / "machine-seconds.json").write_text(json.dumps(dict.fromkeys(METHODS, 0.02) | {"rollout": 0.03}))
+    (out / "runs" / "products-seconds.json").write_text(json.dumps(dict.fromkeys(METHODS, 0.02) | {"lora": 0.04}))
     return out
 
 
-def test_scores_are_means_over_seeds(made_up):
-    task = report.read_scores(made_up, "machine")
-    key = ("corrupted", "T7")
-    files = [result_file(made_up, Run("machine", "corrupted", seed).name) for seed in SEEDS]
-    seeds = [json.loads(file.read_text())["scores"]["T7"]["greedy"] for file in files]
-    found = report.score(task, key, "greedy")
-    means = torch.tensor(seeds).double().mean(0)
-    assert found.seeds == pytest.approx([sum(seed) / 400 for seed in seeds])
-    assert found.value == pytest.approx(means.mean().item())
-    assert found.stderr == pytest.approx(means.std().item() / 20)
-    assert found.depths == pytest.approx({1: 2 * found.value, 2: 0.0})
-    assert report.score(task, key, "sampled").value == pytest.approx(found.value / 2)
-    assert report.relative_time(task, "rollout") == 1.5
-    assert report.relative_time(task, "noise_free_long") == 2.0
+@pytest.fixture(scope="module")
+def measured(made_up):
+    return {"products": read_scores(made_up, "products")}
 
 
-def test_differences_are_paired(made_up):
-    task = report.read_scores(made_up, "machine")
-    key = ("carried", "T7")
-    assert report.difference(task, key, key, "greedy") == (0.0, 0.0)
-    value, error = report.difference(task, key, ("carried", "single"), "greedy")
-    one, two = (torch.tensor(task.problems[k]["greedy"]).double().mean(0) for k in (key, ("carried", "single")))
-    assert value == pytest.approx((one - two).mean().item())
-    assert error == pytest.approx((one - two).std().item() / 20)
-    assert report.verdict(value, error) == "better" and report.verdict(-value, error) == "worse"
-    assert report.verdict(0.01, 0.01) == "no difference"
+def outcomes_of(out, method, setting, decoding="greedy"):
+    """(seeds, N) from the files themselves."""
+    files = [result_file(out, Run("products", method, seed).name) for seed in METHODS[method].seeds("products")]
+    return np.array([json.loads(file.read_text())["scores"][setting][decoding] for file in files if file.exists()])
 
 
-def test_report_holds_everything(made_up):
-    tasks = {"machine": report.read_scores(made_up, "machine")}
-    about = {"command": "the command", "date": "2026-01-02", "commit": "abc", "machine": "2 cores"}
-    text = report.markdown(tasks, about)
+def test_scores_have_an_error_over_problems_and_one_over_trainings(made_up, measured):
+    """Against scipy; a method without a seed's result is reported without it."""
+    task, outcomes = measured["products"], outcomes_of(made_up, "corrupted", "T7")
+    assert outcomes.shape == (3, 400)  # of five seeds
+    problems, trainings = score(task, ("corrupted", "T7"), "greedy")
+    assert problems.value == trainings.value == pytest.approx(outcomes.mean())
+    assert problems.stderr == pytest.approx(stats.sem(outcomes.mean(0)))
+    assert trainings.stderr == pytest.approx(stats.sem(outcomes.mean(1)))
+    assert trainings.interval() == pytest.approx(stats.ttest_1samp(outcomes.mean(1), 0).confidence_interval())
+    assert score(task, ("corrupted", "T7"), "sampled").problems.value == pytest.approx(0.6 * outcomes.mean())
+    assert score(task, ("lora", "plain"), "greedy").trainings.units == 2
+    assert task.relative_time("products", "lora") == pytest.approx(2 * METHODS["lora"].steps("products") / 2000)
+    assert read_scores(made_up, "machine") is None
+
+
+def test_differences_are_paired_by_problem_and_seed(made_up, measured):
+    task, key = measured["products"], ("carried", "T7")
+    assert difference(task, key, key, "greedy").problems.value == 0.0
+    one, other = (outcomes_of(made_up, *k) for k in (key, ("carried", "single")))
+    problems, trainings = difference(task, key, ("carried", "single"), "greedy")
+    assert problems.stderr == pytest.approx(stats.sem((one - other).mean(0)))
+    assert trainings.p_value == pytest.approx(stats.ttest_rel(one.mean(1), other.mean(1)).pvalue)
+    problems, trainings = difference(task, key, ("lora", "plain"), "greedy")  # on the two seeds that both have
+    pairs = one[:2] - outcomes_of(made_up, "lora", "plain")
+    assert trainings.units == 2 and problems.stderr == pytest.approx(stats.sem(pairs.mean(0)))
+
+
+def test_verdicts_are_corrected_for_their_number(measured):
+    """Holm's correction by hand, over problems and over trainings, all comparisons together."""
+    compared = compare(measured)
+    assert len(compared) == 2 * len(COMPARISONS)
+    for number in (0, 1):
+        p_values = np.array([one.difference[number].p_value for one in compared])
+        order, adjusted, highest = np.argsort(p_values, kind="stable"), np.zeros(len(p_values)), 0.0
+        for rank, place in enumerate(order):
+            highest = adjusted[place] = min(1.0, max(highest, (len(order) - rank) * p_values[place]))
+        assert [one.adjusted[number] for one in compared] == pytest.approx(adjusted.tolist())
+        for one in compared:
+            estimate, decided = one.difference[number], one.adjusted[number] < 0.05
+            assert (one.verdicts()[number] in ("better", "worse")) == decided
+            if decided:
+                assert one.verdicts()[number] == ("better" if estimate.value > 0 else "worse")
+    words = {one.verdicts()[number] for one in compared for number in (0, 1)}
+    assert {"better", "not told apart"} <= words
+
+
+@pytest.mark.parametrize(
+    ("values", "adjusted", "word"),
+    [
+        ([0.5, 0.4, 0.6], 0.04, "better"),
+        ([-0.5, -0.4, -0.6], 0.04, "worse"),
+        ([0.5, 0.4, 0.6], 0.06, "not told apart"),  # between one error and two, or after the correction
+        ([0.001, -0.002, 0.003, 0.0], 1.0, "equal within 0.02"),
+        ([0.4], None, "one training"),
+    ],
+)
+def test_words_of_a_verdict(values, adjusted, word):
+    assert corrected_verdict(mean(values, bounds=None), adjusted) == word
+
+
+def test_results_can_be_computed_again_from_themselves(measured):
+    content = json.loads(json.dumps(report.results(measured, ABOUT)))
+    again = {name: unpack_scores(packed) for name, packed in content["measured"].items()}
+    assert json.loads(json.dumps(report.results(again, ABOUT))) == content
+    assert report.markdown(again, ABOUT) == report.markdown(measured, ABOUT)
+    assert len(content["rows"]) == 2 * (3 + 3 * (len(BUDGETS) + 1))
+
+
+def test_report_holds_everything(measured):
+    text = report.markdown(measured, ABOUT)
     assert "`the command`, 2026-01-02, commit abc, on 2 cores." in text
-    assert all(METHODS[method].title in text for method in METHODS) and "one evaluation, t = 0.1 |" in text
-    found = report.score(tasks["machine"], ("carried", "T7"), "greedy")
-    assert f"| {found.value:.3f} ± {found.stderr:.3f} (" in text
-    content = json.loads(json.dumps(report.results(tasks, about)))["tasks"]["machine"]
-    assert len(content["rows"]) == 2 * (1 + 5 * (len(BUDGETS) + 2) + len(METHODS) - 5)
-    assert len(content["comparisons"]) == 2 * len(report.COMPARISONS)
-    assert report.read_scores(made_up, "products") is None
+    assert all(method.title in text for method in METHODS.values()) and "one evaluation, t = 0.1 |" in text
+    problems, trainings = score(measured["products"], ("carried", "T7"), "greedy")
+    low, high = trainings.interval()
+    assert f"| {shown(problems)} [{low:.3f}, {high:.3f}] (" in text
+    ratio = 2 * METHODS["lora"].steps("products") / 2000
+    assert f"LoRA finetuning, r = 32 {ratio:.1f}." in text and f"of {2 * len(COMPARISONS)} comparisons" in text
 
 
 def test_figure_and_files_are_written(made_up):
     compute.write_report(made_up)
     assert (made_up / "study.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((made_up / "results.json").read_text())["command"].startswith(
-        "python -m training.studies.compute"
-    )
+    command = json.loads((made_up / "results.json").read_text())["command"]
+    assert command.startswith("python -m training.studies.compute")
 
 
 def test_base_is_trained_on_its_own_rows(tmp_path):

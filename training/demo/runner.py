@@ -108,7 +108,7 @@ def environment(out: Path) -> dict[str, str]:
 
 
 def run_or_exit(steps: list[Step], workspace: Workspace, slots: int = 2) -> None:
-    """Run all steps, `slots` at a time; a failed or interrupted one ends the process with a message and exit status 1 or 130."""
+    """Run all steps; a failed or interrupted one ends the process with a message and exit status 1 or 130."""
     try:
         run_steps(steps, workspace, environment(workspace.folder), ROOT, slots)
     except StepFailed as error:

@@ -1,6 +1,6 @@
 """Runs the study: `python -m training.studies.compute --out FOLDER`.
 
-* trains every method on every task, from two bases, and measures it at every budget and against the controls
+* trains every method on every task, from two to five bases, and measures it at every budget and against the controls
 * leaves `study.md`, `study.png` and `results.json` in the folder, with every model and log
 * an interrupted run continues; a finished one is not overwritten without `--overwrite`
 """
@@ -62,10 +62,10 @@ def _refused(message: str) -> int:
 def write_report(out: Path, quick: bool = False) -> None:
     """Write tables, plain values and figure of all tasks that were measured."""
     from training.studies.plot import draw
-    from training.studies.report import circumstances, markdown, read_scores, results
+    from training.studies.report import circumstances, markdown, results
+    from training.studies.scores import read_scores
 
-    found = {task: read_scores(out, task) for task in TASKS}
-    tasks = {task: scores for task, scores in found.items() if scores is not None}
+    tasks = {task: scores for task in TASKS if (scores := read_scores(out, task)) is not None}
     about = circumstances(f"python -m training.studies.compute --out {out.name}" + " --quick" * quick)
     draft = out / ".results.json"
     draft.write_text(json.dumps(results(tasks, about), indent=1) + "\n", encoding="utf-8")

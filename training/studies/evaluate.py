@@ -109,7 +109,9 @@ def evaluate(checkpoint: Path, data: Path) -> dict[str, Any]:
     for name, sampler in settings(model, single).items():
         measured = measure(model, *test, sampler)
         scores[name] = measured.record()
-        print(f"{name}: greedy {measured.greedy.double().mean():.3f}, sampled {measured.sampled.mean():.3f}", flush=True)
+        print(
+            f"{name}: greedy {measured.greedy.double().mean():.3f}, sampled {measured.sampled.mean():.3f}", flush=True
+        )
     return {"depths": [row["depth"] for row in rows], "best_time": single, "validation": times, "scores": scores}
 
 

@@ -1,7 +1,8 @@
 """The study's figure: accuracy against budget, one panel per task and decoding.
 
 * `draw`: a curve per way of training the path, its best single evaluation as an open mark at T = 2 (the free answer of
-  the base, and one evaluation), and everything that has no budget as a horizontal line; bars are one standard error
+  the base, and one evaluation), and everything that has no budget as a horizontal line; bars are 95 % intervals over
+  problems, and dots the single seeds
 """
 
 from pathlib import Path
@@ -14,24 +15,17 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
+from l2d.statistics import Estimate
 from training.studies.evaluate import BUDGETS
-from training.studies.report import DECODINGS, TaskScores, score, title
+from training.studies.report import title
+from training.studies.scores import DECODINGS, TaskScores, score
 from training.studies.tasks import TASKS
 
-COLORS = {
-    "plain": "tab:blue",
-    "corrupted": "tab:orange",
-    "rollout": "tab:green",
-    "carried": "tab:red",
-    "carried_long": "darkred",
-}
+COLORS = {"plain": "tab:blue", "corrupted": "tab:orange", "carried": "tab:red"}
 LINES = {
     "base": ("plain", "tab:gray", "-"),
-    "noise_free": ("single", "black", ":"),
-    "noise_free_long": ("single", "black", "--"),
+    "noise_free": ("single", "black", "--"),
     "lora": ("plain", "tab:purple", "--"),
-    "full": ("plain", "tab:purple", ":"),
-    "full_long": ("plain", "tab:purple", "-"),
 }
 
 
@@ -43,7 +37,7 @@ def draw(tasks: dict[str, TaskScores], path: Path) -> None:
         for axes, decoding in zip(line, DECODINGS, strict=True):
             _panel(axes, task, decoding)
             axes.set_title(f"{TASKS[name].title}, {decoding}", fontsize=10)
-        line[0].set_ylabel("exact match (± standard error)")
+        line[0].set_ylabel("exact match")
     for axes in panels[-1]:
         axes.set_xlabel("budget T: evaluations per token (open marks: one evaluation at its best time)")
         axes.xaxis.label.set_size(8)
@@ -56,20 +50,30 @@ def draw(tasks: dict[str, TaskScores], path: Path) -> None:
 
 def _panel(axes: Axes, task: TaskScores, decoding: str) -> None:
     for method, (setting, color, style) in LINES.items():
-        if (method, setting) in task.problems:
-            found = score(task, (method, setting), decoding)
-            axes.axhline(found.value, color=color, linestyle=style, linewidth=1, label=title(method))
-    shown = [method for method in COLORS if (method, "single") in task.problems]
-    for place, method in enumerate(shown):
-        shift = 1.03 ** (place - (len(shown) - 1) / 2)
-        curve = [score(task, (method, f"T{budget}"), decoding) for budget in BUDGETS]
+        if (method, setting) in task.outcomes:
+            value = score(task, (method, setting), decoding).problems.value
+            axes.axhline(value, color=color, linestyle=style, linewidth=1, label=title(method))
+    curves = [method for method in COLORS if (method, "single") in task.outcomes]
+    for number, method in enumerate(curves):
+        shift = 1.03 ** (number - (len(curves) - 1) / 2)
+        keys = [(method, "single"), *((method, f"T{budget}") for budget in BUDGETS)]
+        places = [budget * shift for budget in (2, *BUDGETS)]
+        estimates = [score(task, key, decoding).problems for key in keys]
         look: Any = {"capsize": 3, "markersize": 4, "elinewidth": 1, "color": COLORS[method]}
-        values, errors = [one.value for one in curve], [one.stderr for one in curve]
-        axes.errorbar([budget * shift for budget in BUDGETS], values, errors, fmt="o-", label=title(method), **look)
-        single = score(task, (method, "single"), decoding)
-        axes.errorbar([2 * shift], [single.value], [single.stderr], fmt="o", markerfacecolor="white", **look)
+        values, bars = [one.value for one in estimates], [_reach(one) for one in estimates]
+        axes.errorbar(places[1:], values[1:], bars[1:], fmt="o-", label=title(method), **look)
+        axes.errorbar(places[:1], values[:1], bars[:1], fmt="o", markerfacecolor="white", **look)
+        for key, place in zip(keys, places, strict=True):
+            seeds = [outcomes.mean() for outcomes in task.outcomes[key][decoding].values()]
+            axes.plot([place] * len(seeds), seeds, ".", color=COLORS[method], markersize=3, alpha=0.6)
     axes.set_xscale("log", base=2)
-    axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
+    axes.set_xticks([2, *BUDGETS], ["one", *map(str, BUDGETS)])
     axes.minorticks_off()
     axes.set_ylim(0, 1.03)
     axes.grid(alpha=0.3)
+
+
+def _reach(estimate: Estimate) -> float:
+    """Half of the 95 % interval; 0 where it is not known or not symmetric."""
+    interval = estimate.interval()
+    return 0.0 if interval is None or estimate.stderr is None else (interval[1] - interval[0]) / 2

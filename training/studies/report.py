@@ -1,167 +1,50 @@
-"""What the study found: means over seeds with standard errors, paired comparisons, and `study.md`.
+"""The study in words: tables, `study.md` and `results.json`.
 
-* `read_scores`: per problem, from the files that `evaluate` left
-* `Score`: a method at a setting; its mean over the seeds, and over the problems of each depth
-* `COMPARISONS`: the differences that the study is about, with a verdict at two standard errors
-* `results`, `markdown`: everything as plain values, and for people
+* `results`: everything as plain values, with every outcome, so that all of it can be computed again
+* `markdown`: tables of scores and of paired differences with their verdicts
+* `findings`: sentences computed from the figures
 
-Standard errors are over problems: of every problem the mean over the seeds is one observation, so that they also hold
-for seeds that are tested on the same problems. Differences are paired by problem. What another pair of seeds would
-give is not in them: the seeds are therefore shown one by one, too.
+Every score and difference has two intervals of 95 %: over problems, for these trainings, and over trainings, from the
+seeds (Student's t). A verdict is one at 5 % after Holm's correction for all comparisons of the study.
 """
 
-import json
 import os
 import platform
 import subprocess
-from dataclasses import dataclass
 from datetime import UTC, datetime
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from training.compare_budgets import BUDGETS
+import numpy as np
+
+from l2d.statistics import Estimate, shown
 from training.demo.runner import ROOT
-from training.studies.evaluate import VOTES
-from training.studies.plan import METHODS, SEEDS, Run, result_file, timing_file
+from training.studies.plan import METHODS
+from training.studies.scores import (
+    DECODINGS,
+    MARGIN,
+    SETTINGS,
+    Comparison,
+    Key,
+    TaskScores,
+    compare,
+    pack_scores,
+    score,
+)
 from training.studies.tasks import TASKS
 
-DECODINGS = ("greedy", "sampled")
-SETTINGS = {
-    "single": "one evaluation",
-    "votes": f"one evaluation, {VOTES} votes",
-    **{f"T{budget}": f"T = {budget}" for budget in BUDGETS},
-    "plain": "",
-}
-# (what it is about, first method and setting, second method and setting): first minus second
-COMPARISONS = (
-    ("corruption, at T = 15", ("corrupted", "T15"), ("plain", "T15")),
-    ("corruption, at one evaluation", ("corrupted", "single"), ("plain", "single")),
-    ("rollout, at T = 15", ("rollout", "T15"), ("plain", "T15")),
-    ("carried state, at T = 7", ("carried", "T7"), ("rollout", "T7")),
-    ("more evaluations: plain, T = 31 against one", ("plain", "T31"), ("plain", "single")),
-    ("more evaluations: corrupted, T = 31 against one", ("corrupted", "T31"), ("corrupted", "single")),
-    ("more evaluations: rollout, T = 7 against one", ("rollout", "T7"), ("rollout", "single")),
-    ("more evaluations: carried, T = 7 against one", ("carried", "T7"), ("carried", "single")),
-    ("beyond the unroll: carried, T = 31 against 7", ("carried", "T31"), ("carried", "T7")),
-    ("votes at one evaluation: plain", ("plain", "votes"), ("plain", "single")),
-    (
-        "corrupted at T = 15 against a noise-free path of twice the steps",
-        ("corrupted", "T15"),
-        ("noise_free_long", "single"),
-    ),
-    ("carried at T = 7 against a noise-free path", ("carried", "T7"), ("noise_free", "single")),
-    ("carried at T = 7 against a noise-free path of twice the steps", ("carried", "T7"), ("noise_free_long", "single")),
-    ("carried at T = 7 against LoRA finetuning", ("carried", "T7"), ("lora", "plain")),
-    ("carried at T = 7 against full finetuning", ("carried", "T7"), ("full", "plain")),
-    ("three times the steps: carried, T = 7 against one", ("carried_long", "T7"), ("carried_long", "single")),
-    ("three times the steps: carried at T = 7 against full finetuning", ("carried_long", "T7"), ("full_long", "plain")),
-)
+INTRODUCTION = f"""\
+Exact match on held-out problems. The first interval (95 %) is over problems, for these trainings; the second one is
+over trainings, a t interval of the values of the seeds, which follow it. A seed is that of base and training. T is the
+budget: evaluations per token, midpoint solver; T = 1 is the base. One evaluation is at a time that validation problems
+choose: the lowest loss among the times within one error of the highest exact match. Sampled: the probability that
+sampling at temperature 1 gives the whole answer. Every training takes about the same processor time, for which methods
+with cheaper steps take more of them.
 
-Problems = dict[str, list[list[float]]]
-"""Decoding -> per seed, a number for every problem."""
-Key = tuple[str, str]
-"""Method and setting."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """Exact match of one method at one setting.
-
-    Attributes:
-        value, stderr: over the problems, of the mean over the seeds.
-        seeds: the value of each seed.
-        depths: depth -> value over the problems of that depth.
-    """
-
-    value: float
-    stderr: float
-    seeds: list[float]
-    depths: dict[int, float]
-
-
-@dataclass(frozen=True)
-class TaskScores:
-    """Everything that was measured on one task.
-
-    Attributes:
-        problems: per method and setting, decoding, seed and problem.
-        depths: of the problems.
-        times: method -> per seed, the time of its single evaluation.
-        seconds: method -> processor time of its training.
-        base_steps: of each seed's base.
-    """
-
-    problems: dict[Key, Problems]
-    depths: list[int]
-    times: dict[str, list[float]]
-    seconds: dict[str, float]
-    base_steps: list[int]
-
-
-# ---- reading -----------------------------------------------------------------------------------------------------
-
-
-def read_scores(out: Path, task: str) -> TaskScores | None:
-    """What the folder holds of a task, methods of which every seed is there; `None` before its bases are evaluated."""
-    problems: dict[Key, Problems] = {}
-    times, depths = {}, []
-    for method in ("base", *METHODS):
-        names = [Run(task, method, seed).name for seed in SEEDS]
-        files = [result_file(out, name) for name in names]
-        if not all(file.exists() for file in files):
-            continue
-        found = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        depths = found[0]["depths"]
-        for setting in found[0]["scores"]:
-            per_seed = [one["scores"][setting] for one in found]
-            problems[method, setting] = {decoding: [one[decoding] for one in per_seed] for decoding in DECODINGS}
-        if found[0]["times"]:
-            times[method] = [one["best_time"] for one in found]
-    if ("base", "plain") not in problems:
-        return None
-    bases = [out / "runs" / Run(task, "base", seed).name / "pretraining.json" for seed in SEEDS]
-    steps = [json.loads(base.read_text(encoding="utf-8"))["steps"] for base in bases]
-    timed = timing_file(out, task)
-    per_step = json.loads(timed.read_text(encoding="utf-8")) if timed.exists() else {}
-    seconds = {name: value * METHODS[name].length * TASKS[task].steps for name, value in per_step.items()}
-    return TaskScores(problems, depths, times, seconds, steps)
-
-
-def score(task: TaskScores, key: Key, decoding: str) -> Score:
-    """Means and standard error of a method at a setting."""
-    seeds = task.problems[key][decoding]
-    means = _over_seeds(seeds)
-    depths = {}
-    for depth in sorted(set(task.depths)):
-        chosen = [value for value, own in zip(means, task.depths, strict=True) if own == depth]
-        depths[depth] = sum(chosen) / len(chosen)
-    value, stderr = mean_and_error(means)
-    return Score(value, stderr, [sum(seed) / len(seed) for seed in seeds], depths)
-
-
-def difference(task: TaskScores, first: Key, second: Key, decoding: str) -> tuple[float, float]:
-    """First minus second, and its standard error, paired by problem."""
-    one, other = (_over_seeds(task.problems[key][decoding]) for key in (first, second))
-    return mean_and_error([a - b for a, b in zip(one, other, strict=True)])
-
-
-def mean_and_error(values: list[float]) -> tuple[float, float]:
-    """Mean and its standard error."""
-    mean = sum(values) / len(values)
-    return mean, sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
-
-
-def _over_seeds(seeds: list[list[float]]) -> list[float]:
-    return [sum(values) / len(values) for values in zip(*seeds, strict=True)]
-
-
-def verdict(value: float, error: float) -> str:
-    """What a difference says at two standard errors."""
-    return "better" if value > 2 * error else "worse" if value < -2 * error else "no difference"
-
-
-# ---- writing -----------------------------------------------------------------------------------------------------
+Differences are paired by problem and by seed. Verdicts are at 5 % after Holm's correction for all of them together,
+separately over problems and over trainings. "Equal within {MARGIN:g}" is said where two one-sided tests at 5 % exclude
+a larger difference; "not told apart" says that the data do not decide.
+"""
 
 
 def circumstances(command: str) -> dict[str, str]:
@@ -186,72 +69,87 @@ def _lines(path: str) -> list[str]:
 
 
 def results(tasks: dict[str, TaskScores], about: dict[str, str]) -> dict[str, Any]:
-    """Everything as plain values, rounded to what the standard errors allow."""
-    content: dict[str, Any] = {**about, "tasks": {}}
-    for name, task in tasks.items():
-        rows = []
-        for method, setting in task.problems:
-            for decoding in DECODINGS:
-                found = score(task, (method, setting), decoding)
-                row = {"method": method, "setting": setting, "decoding": decoding, "value": round(found.value, 4)}
-                row |= {"stderr": round(found.stderr, 4), "seeds": [round(value, 4) for value in found.seeds]}
-                if len(found.depths) > 1:
-                    row["depths"] = {depth: round(value, 4) for depth, value in found.depths.items()}
-                rows.append(row)
-        compared = []
-        for text, first, second in _measured_comparisons(task):
-            for decoding in DECODINGS:
-                value, error = difference(task, first, second, decoding)
-                compared.append(
-                    {"about": text, "first": first, "second": second, "decoding": decoding}
-                    | {"difference": round(value, 4), "stderr": round(error, 4), "verdict": verdict(value, error)}
-                )
-        own = {"problems": len(task.depths), "base_steps": task.base_steps, "single_times": task.times}
-        content["tasks"][name] = {
-            **own,
-            "training_seconds": {name: round(value, 1) for name, value in task.seconds.items()},
-            "rows": rows,
-            "comparisons": compared,
-        }
-    return content
+    """Everything as plain values: statistics, and what they were computed from."""
+    rows = [
+        {"task": name, "method": method, "setting": setting, "decoding": decoding}
+        | _both(score(task, (method, setting), decoding))
+        for name, task in tasks.items()
+        for method, setting in task.outcomes
+        for decoding in DECODINGS
+    ]
+    compared = [
+        {"task": one.task, "about": one.about, "first": one.first, "second": one.second, "decoding": one.decoding}
+        | _both(one.difference)
+        | {"adjusted": one.adjusted, "verdicts": one.verdicts()}
+        for one in compare(tasks)
+    ]
+    measured = {name: pack_scores(task) for name, task in tasks.items()}
+    return {**about, "rows": rows, "comparisons": compared, "measured": measured}
 
 
-def _measured_comparisons(task: TaskScores) -> list[tuple[str, Key, Key]]:
-    return [one for one in COMPARISONS if one[1] in task.problems and one[2] in task.problems]
+def _both(estimates: tuple[Estimate, Estimate]) -> dict[str, Any]:
+    return {"problems": estimates[0].record(), "trainings": estimates[1].record()}
+
+
+# ---- words -------------------------------------------------------------------------------------------------------
 
 
 def markdown(tasks: dict[str, TaskScores], about: dict[str, str]) -> str:
-    """`study.md`: tables; what they mean is for a reader to say."""
+    """`study.md`."""
+    comparisons = compare(tasks)
     text = ["# Does more compute help? A study on two tasks", ""]
     text += [f"`{about['command']}`, {about['date']}, commit {about['commit']}, on {about['machine']}.", ""]
-    text += [
-        "Exact match on held-out problems: mean over two seeds of base and training ± standard error over problems, "
-        "and in parentheses each seed. T is the budget: evaluations per token, midpoint solver; T = 1 is the base. One "
-        "evaluation is at the time that did best on validation problems. Sampled: the probability that sampling at "
-        "temperature 1 gives the whole answer. Training time is processor time, relative to plain L2D.",
-        "",
-        "![accuracy against budget](study.png)",
-        "",
-    ]
+    text += [INTRODUCTION, "![accuracy against budget](study.png)", ""]
+    text += ["## What the figures say", "", *(f"- {line}" for line in findings(tasks, comparisons)), ""]
     for name, task in tasks.items():
-        text += [f"## {TASKS[name].title[0].upper()}{TASKS[name].title[1:]}", ""]
-        text += [f"{len(task.depths):,} problems; bases trained for {_list(task.base_steps)} steps.", ""]
-        text += _table(["method", "setting", "training time", *DECODINGS], _score_lines(task))
+        title = TASKS[name].title
+        text += [f"## {title[0].upper()}{title[1:]}", ""]
+        steps = _joined([f"{steps:,}" for steps in task.base_steps.values()])
+        text += [f"{len(task.depths):,} problems; the bases were trained for {steps} steps.", ""]
+        text += _table(["method", "setting", *DECODINGS], _score_lines(task))
         if len(set(task.depths)) > 1:
             depths = sorted(set(task.depths))
-            text += ["Greedy, by depth:", ""]
-            text += _table(["method", "setting", *map(str, depths)], _depth_lines(task))
-        text += ["Differences, paired by problem; the verdict is at two standard errors.", ""]
-        text += _table(["about", "greedy", "", "sampled", ""], _comparison_lines(task))
+            text += ["Greedy, by depth:", "", *_table(["method", "setting", *map(str, depths)], _depth_lines(task))]
+        own = [one for one in comparisons if one.task == name]
+        if own:
+            text += ["Differences:", ""]
+            text += _table(["first against second", "decoding", "difference", "problems", "trainings"], _lines_of(own))
     return "\n".join(text)
+
+
+def findings(tasks: dict[str, TaskScores], comparisons: list[Comparison]) -> list[str]:
+    """Sentences computed from the figures: training time, verdicts and their number."""
+    sentences = []
+    for name, task in tasks.items():
+        if "plain" in task.step_seconds:
+            times = [f"{METHODS[method].title} {task.relative_time(name, method):.1f}" for method in task.step_seconds]
+            steps = [f"{METHODS[method].steps(name):,}" for method in task.step_seconds]
+            sentences.append(
+                f"{TASKS[name].title}, processor time of a training relative to plain L2D (median time of a step times "
+                f"{_joined(steps)} steps): {', '.join(times)}."
+            )
+    for number, kind in enumerate(("over problems, for these trainings", "over trainings")):
+        decided = [one for one in comparisons if one.verdicts()[number] in ("better", "worse")]
+        equal = [one for one in comparisons if one.verdicts()[number].startswith("equal")]
+        sentences.append(
+            f"{kind[0].upper()}{kind[1:]}, {len(decided)} of {len(comparisons)} comparisons are decided at 5 % after "
+            f"Holm's correction, and {len(equal)} are equal within {MARGIN:g}."
+        )
+    for one in comparisons:
+        if one.decoding == DECODINGS[0] and one.verdicts()[1] in ("better", "worse"):
+            sentences.append(
+                f"Decided over trainings, too ({TASKS[one.task].title}, greedy): {one.about}: "
+                f"{shown(one.difference.trainings, signed=True)}, {one.verdicts()[1]}."
+            )
+    return sentences
 
 
 def _table(header: list[str], lines: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines]] + [""]
 
 
-def _list(values: list[Any]) -> str:
-    return " and ".join(f"{value:,}" for value in values)
+def _joined(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def title(method: str) -> str:
@@ -263,44 +161,37 @@ def setting_title(task: TaskScores, key: Key) -> str:
     """What tables call a setting, with the times of a single evaluation."""
     method, setting = key
     if setting == "single" and method in task.times:
-        times = sorted(set(task.times[method]))
+        times = sorted(set(task.times[method].values()))
         return f"{SETTINGS[setting]}, t = {' / '.join(f'{time:g}' for time in times)}"
     return SETTINGS[setting]
 
 
 def _score_lines(task: TaskScores) -> list[list[str]]:
     lines = []
-    for key in task.problems:
-        method = key[0]
-        spent = f"{relative_time(task, method):.2f}" if method in task.seconds and "plain" in task.seconds else ""
+    for key, decodings in task.outcomes.items():
         cells = []
         for decoding in DECODINGS:
-            found = score(task, key, decoding)
-            seeds = " / ".join(f"{value:.3f}" for value in found.seeds)
-            cells.append(f"{found.value:.3f} ± {found.stderr:.3f} ({seeds})")
-        lines.append([title(method), setting_title(task, key), spent, *cells])
+            seeds = " / ".join(f"{values.mean():.3f}" for values in decodings[decoding].values())
+            cells.append(f"{_intervals(*score(task, key, decoding))} ({seeds})")
+        lines.append([title(key[0]), setting_title(task, key), *cells])
     return lines
 
 
-def relative_time(task: TaskScores, method: str) -> float:
-    """Processor time of a method's training, divided by plain L2D's."""
-    return task.seconds[method] / task.seconds["plain"]
+def _intervals(problems: Estimate, trainings: Estimate, signed: bool = False) -> str:
+    """The value with both intervals; one that is not known is left out."""
+    sign, interval = "+" if signed else "", trainings.interval()
+    ends = "" if interval is None else f" [{', '.join(f'{end:{sign}.3f}' for end in interval)}]"
+    return shown(problems, signed=signed) + ends
 
 
 def _depth_lines(task: TaskScores) -> list[list[str]]:
     lines = []
-    for key in task.problems:
-        depths = score(task, key, "greedy").depths
-        lines.append([title(key[0]), setting_title(task, key), *(f"{value:.2f}" for value in depths.values())])
+    for key, decodings in task.outcomes.items():
+        means, depths = np.mean(list(decodings["greedy"].values()), axis=0), np.array(task.depths)
+        by_depth = (f"{means[depths == depth].mean():.2f}" for depth in sorted(set(task.depths)))
+        lines.append([title(key[0]), setting_title(task, key), *by_depth])
     return lines
 
 
-def _comparison_lines(task: TaskScores) -> list[list[str]]:
-    lines = []
-    for text, first, second in _measured_comparisons(task):
-        cells = []
-        for decoding in DECODINGS:
-            value, error = difference(task, first, second, decoding)
-            cells += [f"{value:+.3f} ± {error:.3f}", verdict(value, error)]
-        lines.append([text, *cells])
-    return lines
+def _lines_of(comparisons: list[Comparison]) -> list[list[str]]:
+    return [[one.about, one.decoding, _intervals(*one.difference, signed=True), *one.verdicts()] for one in comparisons]
