@@ -185,7 +185,7 @@ def test_noise_free_paths_have_one_evaluation(make_l2d, base_dir, tmp_path, caps
     ("changes", "sentence"),
     [
         (["--times", "0,0.5"], "start_time=0, final_time=0 is not a trajectory"),
-        (["--times", "1.5"], "final_time=1.5 is not a trajectory"),
+        (["--times", "1.5"], "final_time=1.5 must be a number from 0 to 1"),
         (["--times", "nan"], "times='nan' must be finite numbers"),
         (["--times", "early"], "times='early' must be numbers with commas between them"),
         (["--budgets", "3.5"], "budgets='3.5' must be whole numbers"),
