@@ -87,6 +87,7 @@ def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTraini
         if name in given and options[name] and not options[other]:
             raise ValueError(f"{name} would be ignored: set {other} too, or leave it out.")
     _check_data(model, data, training)
+    _check_loss_average(model, training)
     if model.method == "l2d":
         _check_l2d(model, data, training)
     check_schedule(training, given)
@@ -138,6 +139,15 @@ def longest_example(config: PreTrainedConfig, model: ModelArguments, training: L
     if longest is not None and limit > longest:
         raise ValueError(f"max_length={limit} is more than base={model.base!r} takes: use at most {longest}.")
     return limit
+
+
+def _check_loss_average(model: ModelArguments, training: L2DTrainingConfig) -> None:
+    """A baseline's loss is TRL's own, which knows no examples within a batch."""
+    if model.method != "l2d" and training.loss_average == "example" and training.per_device_train_batch_size != 1:
+        raise ValueError(
+            f"loss_average=example with method {model.method} needs per_device_train_batch_size: 1, and it is "
+            f"{training.per_device_train_batch_size}: set it (total_batch_size keeps the batch), or use token."
+        )
 
 
 def _check_l2d(model: ModelArguments, data: DataArguments, training: L2DTrainingConfig) -> None:

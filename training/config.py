@@ -232,6 +232,21 @@ class L2DTrainingConfig(SFTConfig):
     )  # fmt: skip
     eval_sample_tokens: int = field(default=64, metadata={"help": "Most tokens of such a response."})
     time_bins: int = field(default=4, metadata={"help": "Loss and accuracy are reported in this many bins of time."})
+    loss_average: str = field(
+        default="token",
+        metadata={
+            "help": "What weighs the same in a step's loss: token (every target) or example (every example, as the "
+            "release has it where its micro-batches are single examples)."
+        },
+    )
+    warmup_shape: str = field(
+        default="linear",
+        metadata={"help": "Rise of the learning rate over warmup_steps: linear, or logarithmic as in the release."},
+    )
+    weight_decay_exempt: list[str] | None = field(
+        default=None,
+        metadata={"help": "Parts of names of parameters without weight decay. Default: biases and norms."},
+    )
     too_long: str = field(
         default="error", metadata={"help": "Examples longer than max_length: error, drop or truncate."}
     )
@@ -301,6 +316,23 @@ class L2DTrainingConfig(SFTConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be a probability, from 0 to 1.")
         one_of("too_long", self.too_long, ("error", "drop", "truncate"))
+        self._check_release_options()
+
+    def _check_release_options(self) -> None:
+        one_of("loss_average", self.loss_average, ("token", "example"))
+        one_of("warmup_shape", self.warmup_shape, ("linear", "logarithmic"))
+        if self.loss_average == "example" and (self.packing or self.padding_free):
+            raise ValueError(
+                "loss_average=example needs one example per row: leave out packing and padding_free, or use token."
+            )
+        if self.warmup_shape == "logarithmic" and self.lr_scheduler_type not in ("linear", "polynomial"):
+            raise ValueError(
+                f"warmup_shape=logarithmic is followed by a linear decay: lr_scheduler_type={self.lr_scheduler_type} "
+                "must be linear or polynomial."
+            )
+        power = (mapping("lr_scheduler_kwargs", self.lr_scheduler_kwargs) or {}).get("power", 1.0)
+        if self.warmup_shape == "logarithmic" and power != 1:
+            raise ValueError(f"warmup_shape=logarithmic is followed by a linear decay: power={power} must be 1.")
 
     def _check_schedule(self) -> None:
         for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):

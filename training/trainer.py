@@ -33,6 +33,7 @@ from training.config import L2DTrainingConfig
 from training.draws import evaluation_queries, training_queries, window_length
 from training.microbatches import default_queries, split_queries
 from training.model_card import model_card
+from training.optimization import target_weights
 
 
 class L2DTrainer(SafeCheckpoints, SFTTrainer):
@@ -93,13 +94,16 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
     ) -> torch.Tensor:
         """Mean cross-entropy over targets and draws, of the whole accumulated batch in all processes.
 
+        With `loss_average="example"` it is the mean over examples of the mean over each one's targets and draws.
+
         In training, all but the last `max_queries` queries are also taken through the backward pass here, a piece at a
         time: queries are independent given the main path, so nothing is computed twice and little is kept. Not so with
         sharded weights, which are gathered for every pass: processes would need the same number of pieces.
         """
         index, targets = response_positions(inputs["labels"])
         queries = self._draw(inputs, index, targets)
-        count = (index >= 0).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        weights = target_weights(index >= 0, self.args.loss_average)
+        count = (weights * (index >= 0)).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         scored = 1 if self.args.rollout_evaluations is None else window_length(self.args)
         scale = 1 / (count.clamp(min=1) * self.args.draws * scored)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -109,10 +113,10 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         state, done = None, torch.zeros((), device=index.device)
         for piece in pieces[:-1]:
             with self.accelerator.no_sync(model):
-                loss, state = self._piece_loss(model, inputs, piece, state, scale)
+                loss, state = self._piece_loss(model, inputs, piece, state, scale * weights)
                 self.accelerator.backward(loss)
             done += loss.detach()
-        return self._piece_loss(model, inputs, pieces[-1], state, scale)[0] + done
+        return self._piece_loss(model, inputs, pieces[-1], state, scale * weights)[0] + done
 
     def _pieces(self, queries: NoisedTargets) -> list[NoisedTargets]:
         return [queries] if self._sharded else split_queries(queries, self.args.max_queries)
@@ -120,10 +124,10 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
     def _piece_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], queries: NoisedTargets, state: Any, scale: torch.Tensor
     ) -> tuple[torch.Tensor, Any]:
-        """Scaled loss of some queries, which are counted for the log, and the main path."""
+        """Loss of some queries, scaled row by row (B, 1), which are counted for the log, and the main path."""
         output = self._ask(model, inputs, queries, state)
         self._sums += sums_by_bin(output, queries.scored_time, self.args.time_bins).sum(0)
-        return output.nll.sum() * scale, output.state
+        return (output.nll * scale).sum(), output.state
 
     def _ask(
         self, model: torch.nn.Module, inputs: dict[str, Any], queries: NoisedTargets, state: Any = None

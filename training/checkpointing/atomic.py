@@ -22,14 +22,14 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
-from trl import SFTTrainer
 
 from training.checkpointing.checksums import write_checksums
 from training.checkpointing.disk_errors import Interrupted, writing
 from training.checkpointing.resume import UNFINISHED, check_sharding_of, choose_checkpoint
+from training.optimization import Optimization
 
 
-class SafeCheckpoints(SFTTrainer):
+class SafeCheckpoints(Optimization):
     """A trainer's checkpoints, atomic: a kill leaves an `unfinished-checkpoint-N`, never half of one."""
 
     resumed_from: str | None = None
@@ -241,5 +241,13 @@ class StopOnSignal(TrainerCallback):
         return control
 
 
-class BaselineTrainer(SafeCheckpoints, SFTTrainer):
-    """TRL's `SFTTrainer` as it is, with safe checkpoints."""
+class BaselineTrainer(SafeCheckpoints):
+    """TRL's `SFTTrainer` with safe checkpoints and the options of `Optimization`."""
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """TRL's loss; with `loss_average="example"` that of one example, divided by the examples of the step."""
+        if num_items_in_batch is not None and self.args.loss_average == "example":
+            num_items_in_batch = num_items_in_batch * (inputs["labels"][:, 1:] != -100).sum().clamp(min=1)
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
