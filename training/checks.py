@@ -118,6 +118,8 @@ def _check_data(model: ModelArguments, data: DataArguments, training: L2DTrainin
     base = model.base or ""
     if looks_local(base) and not os.path.isdir(base) and model.base_config is None:
         raise ValueError(f"base={model.base!r} is not a folder: give the folder or the hub name of the base model.")
+    if model.tokenizer and looks_local(model.tokenizer) and not os.path.isdir(model.tokenizer):
+        raise ValueError(f"tokenizer={model.tokenizer!r} is not a directory: give a directory or a hub name.")
     if model.base_revision is not None and os.path.isdir(base):
         raise ValueError(f"base_revision={model.base_revision!r} means nothing for a folder: leave it out.")
     for name in ("dataset", "eval_dataset"):

@@ -37,6 +37,10 @@ class ModelArguments:
     method: str = field(default="l2d", metadata={"help": "l2d, lora_sft or full_sft."})
     base: str | None = field(default=None, metadata={"help": "Hub name or folder of the pre-trained causal LM."})
     base_revision: str | None = field(default=None, metadata={"help": "Revision of the base on the hub."})
+    tokenizer: str | None = field(
+        default=None,
+        metadata={"help": "Hub name or folder of the tokenizer, where it is not the base's own (same vocabulary)."},
+    )
     base_config: str | None = field(
         default=None,
         metadata={"help": "JSON file with the base's configuration, for --dry_run where the base is not at hand."},
@@ -90,6 +94,8 @@ class ModelArguments:
             raise ValueError(f"base_config={self.base_config!r} does not exist: give a JSON file, or leave it out.")
         if self.base is not None and os.path.isdir(self.base):
             self.base = os.path.abspath(self.base)
+        if self.tokenizer is not None and os.path.isdir(self.tokenizer):
+            self.tokenizer = os.path.abspath(self.tokenizer)
 
     def lora_config(self) -> Any:
         """PEFT's configuration for `lora_sft`, `None` for other methods."""

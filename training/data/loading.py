@@ -233,24 +233,27 @@ def _named(example: dict[str, Any], columns: dict, classes, sources, translate, 
 
 
 def load_tokenizer(model: ModelArguments, training: L2DTrainingConfig) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, with an end-of-sequence and a padding token and the chat template asked for.
+    """The base's tokenizer, or the recipe's, with an end-of-sequence and a padding token and the chat template asked for.
 
     Raises `ValueError` if it cannot be found or has no end-of-sequence token.
     """
-    base = named("base", model.base)
+    base = model.tokenizer or named("base", model.base)
+    name = "tokenizer" if model.tokenizer else "base"
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            base, revision=model.base_revision, trust_remote_code=training.trust_remote_code
+            base,
+            revision=None if model.tokenizer else model.base_revision,
+            trust_remote_code=training.trust_remote_code,
         )
     except (OSError, ValueError, KeyError) as error:
         kind = ValueError if os.path.isdir(base) else Unavailable
-        raise kind(f"base={base!r} has no tokenizer that can be loaded: {error}") from error
+        raise kind(f"{name}={base!r} has no tokenizer that can be loaded: {error}") from error
     if training.eos_token is not None:
         if training.eos_token not in tokenizer.get_vocab():
-            raise ValueError(f"eos_token={training.eos_token!r} is not in the vocabulary of base={base!r}.")
+            raise ValueError(f"eos_token={training.eos_token!r} is not in the vocabulary of {name}={base!r}.")
         tokenizer.eos_token = training.eos_token
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of base={base!r} has no end-of-sequence token: set eos_token.")
+        raise ValueError(f"the tokenizer of {name}={base!r} has no end-of-sequence token: set eos_token.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if training.chat_template_path is not None:
