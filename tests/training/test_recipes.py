@@ -90,7 +90,7 @@ def test_recipes_follow_the_release(base, kind):
         assert recipe.model.lora_target_modules == (None if "all-linear" in kind else ["q_proj", "v_proj"])
 
 
-def test_another_tokenizer(dry, tmp_path, base_dir, tokenizer):
+def test_another_tokenizer(tmp_path, base_dir, tokenizer):
     """`tokenizer` names where it is; it must be there, and errors say which one is meant."""
     data = write_jsonl(tmp_path / "data.jsonl", sums(4))
     (tmp_path / "other").mkdir()
@@ -101,8 +101,8 @@ def test_another_tokenizer(dry, tmp_path, base_dir, tokenizer):
     path = write_recipe(tmp_path / "recipe.yaml", **settings, tokenizer=tmp_path / "other")
     recipe = read_recipe(["--config", str(path)])
     assert load_tokenizer(recipe.model, recipe.training).chat_template == "other"
-    with pytest.raises(ValueError, match="tokenizer='.*nowhere' "):
-        dry(path, "--tokenizer", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="tokenizer='.*nowhere' is not a directory"):
+        read_recipe(["--config", str(path), "--tokenizer", str(tmp_path / "nowhere")])
 
 
 def test_examples_with_their_mask(dry, tmp_path, base_dir):

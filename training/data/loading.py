@@ -233,7 +233,7 @@ def _named(example: dict[str, Any], columns: dict, classes, sources, translate, 
 
 
 def load_tokenizer(model: ModelArguments, training: L2DTrainingConfig) -> PreTrainedTokenizerBase:
-    """The base's tokenizer, or the recipe's, with an end-of-sequence and a padding token and the chat template asked for.
+    """The base's tokenizer, or the recipe's, with an end-of-sequence and a padding token and the recipe's template.
 
     Raises `ValueError` if it cannot be found or has no end-of-sequence token.
     """
