@@ -1,19 +1,19 @@
 """The decoding loop: a main-path step, a diffusion solve, a choice of the output token.
 
 - `DecodingLoop`: the loop, for transformers' `generate` to call
-- `DecodeRecord`: evaluations asked for and made, rounds and changes, for every generated token
+- `DecodeRecord`: evaluations requested and computed, passes and changes, for every generated token
 
 All randomness belongs to (seed, request, position), so a row's tokens do not depend on batch-mates or their order. A
 token's noise does not depend on the budget either: budgets are compared on the same noise.
 
-Speculation along the text (`SamplerConfig.draft_tokens`): the base goes on alone for a few tokens, whose keys and
-values are needed anyway if it guesses right, and one batch of queries decides all these positions. Tokens are kept up
-to the first one that differs from the draft, and the cache is cut back to them: the result is that of one by one.
+Speculation along the text (`SamplerConfig.draft_tokens`): the base drafts a few tokens, whose keys and values are
+needed anyway if they are right, and one solve decides all these positions. Tokens are kept up to the first one that
+differs from the draft, and the cache is cut back to them: the result is that of deciding one by one.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import (
@@ -25,15 +25,12 @@ from transformers import (
 )
 
 from l2d.network.main_path import MainPathState
+from l2d.network.two_paths import TwoPaths
 from l2d.sampler_config import SamplerConfig
-from l2d.sampling.evaluator import SiteSolution
 from l2d.sampling.noise import RequestNoise, default_keys, draw_token
-from l2d.sampling.solve import speculates
-from l2d.sampling.speculation import queries_per_pass
-from l2d.votes import solve_next
-
-if TYPE_CHECKING:
-    from l2d.modeling import L2DForCausalLM
+from l2d.sampling.sites import SiteSolution
+from l2d.sampling.solve import solve_next, speculates
+from l2d.sampling.speculation import evaluations_per_pass
 
 UNUSED_SETTINGS = {
     "num_beams": "the L2D sampler decodes greedily or samples; leave num_beams at 1",
@@ -64,10 +61,11 @@ def refuse(given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
 
 @dataclasses.dataclass
 class DecodeRecord:
-    """Cost of every generated token: `asked[row][i]` and so on for token i of a row.
+    """Cost of every generated token: `nfe_requested[row][i]` and so on for token i of a row.
 
-    asked: evaluations asked for (T); computed: queries to the network; rounds: batched passes of the path; changes: how
-    often the chosen token changed along the trajectory; capped: solves that ran into `max_evaluations`.
+    nfe_requested: evaluations requested (T); nfe_computed: evaluations computed by the network; passes: batched passes
+    of the path; changes: how often the chosen token changed along the trajectory; capped: solves that reached
+    `max_evaluations`.
     """
 
     nfe_requested: list[list[int]]
@@ -91,9 +89,9 @@ class DecodeRecord:
         for row, nfe_requested, nfe_computed, passes, changes in zip(rows, *columns, strict=True):
             wasted = sum(nfe_computed[accepted:])
             for number in range(accepted):
-                made = nfe_computed[number] + (wasted if number == accepted - 1 else 0)
+                extra = wasted if number == accepted - 1 else 0
                 self.nfe_requested[row].append(nfe_requested[number])
-                self.nfe_computed[row].append(made)
+                self.nfe_computed[row].append(nfe_computed[number] + extra)
                 self.passes[row].append(passes[number])
                 self.changes[row].append(changes[number])
         self.capped += int(solved.capped.view(shape)[:, :accepted].sum())
@@ -132,27 +130,27 @@ class DecodingLoop:
 
     def __init__(
         self,
-        model: "L2DForCausalLM",
+        paths: TwoPaths,
         sampler: SamplerConfig,
         request_keys: list[bytes | str | int] | None,
         noise: torch.Tensor | None,
         streamer: Any,
     ):
-        self.model, self.sampler, self.request_keys = model, sampler, request_keys
+        self.paths, self.sampler, self.request_keys = paths, sampler, request_keys
         self.given_noise, self.streamer = noise, streamer
         self.record = DecodeRecord.empty(0)
 
     @torch.no_grad()
     def run(
         self,
-        model: "L2DForCausalLM",
+        model: Any,
         input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Any:
-        """Decode from prompts (B, L) that transformers' `generate` prepared."""
+        """Decode from prompts (B, L) that transformers' `generate` prepared; the paths are those of `model`."""
         refuse(vars(generation_config), UNUSED_SETTINGS)
         mask = model_kwargs.get("attention_mask")
         self.mask = torch.ones_like(input_ids) if mask is None else mask
@@ -171,10 +169,15 @@ class DecodingLoop:
         self.logits: list[torch.Tensor] = []
         new_ids, positions = input_ids, (self.mask.cumsum(1) - 1).clamp(min=0)
         while bool(self.unfinished.any()):
-            state = self.model.main_path(new_ids, self.mask, positions, self.cache).last()
+            # 1. The main path over the new tokens: their keys and values join the cache.
+            state = self.paths.main_path(new_ids, self.mask, positions, self.cache).last()
+            # 2. The base drafts tokens: P positions to decide, P - 1 drafted tokens between them.
             state, drafts = self._draft(state)
+            # 3. One solve of the diffusion path gives the logits at all P positions.
             solved, logits = self._solve(state)
+            # 4. Output tokens are chosen one by one, up to the first that differs from its draft.
             self._accept(solved, logits, drafts)
+            # 5. The last of them is what the main path has not seen yet.
             new_ids, positions = self.ids[:, -1:], (self.lengths - 1)[:, None]
         if self.streamer is not None:
             self.streamer.end()
@@ -195,21 +198,21 @@ class DecodingLoop:
     def _check_noise(self) -> None:
         if self.given_noise is None or self.sampler.is_base:
             return
-        rows, dim = len(self.ids), self.model.config.diffusion_dim
+        rows, dim = len(self.ids), self.paths.config.diffusion_dim
         steps = 1 if self.config.max_length is None else self.config.max_length - self.ids.shape[1]
-        found = tuple(self.given_noise.shape)
-        if len(found) != 3 or found[1:] != (rows, dim) or found[0] < steps:
-            raise ValueError(f"noise has shape {found}: give ({steps} or more steps, {rows} rows, {dim} dimensions).")
+        shape = tuple(self.given_noise.shape)
+        if len(shape) != 3 or shape[1:] != (rows, dim) or shape[0] < steps:
+            raise ValueError(f"noise has shape {shape}: give ({steps} or more steps, {rows} rows, {dim} dimensions).")
 
     def _draft(self, state: MainPathState) -> tuple[MainPathState, torch.Tensor]:
-        """Let the base go on alone: the main path at P positions, and its tokens (B, P - 1) between them."""
+        """Let the base draft tokens (B, P - 1); returns the main path at all P positions, and the draft."""
         rows = int(self.unfinished.sum())
         count = min(self.drafting.choose(rows), self._room(state, rows))
         if self.config.max_length is not None:
             count = min(count, self.config.max_length - self.ids.shape[1] - 1)
         states, ids, mask = [state], self.ids, self.mask
         for number in range(count):
-            logits = self.model._decoder.logits(states[-1].hidden[:, -1], plain=False).float()
+            logits = self.paths.logits(states[-1].hidden[:, -1], plain=False).float()
             token = self._choose(self.guesser(ids, logits), number)
             ends = self.config._eos_token_tensor
             if ends is not None and bool(torch.isin(token, ends.to(token.device))[self.unfinished].all()):
@@ -217,26 +220,26 @@ class DecodingLoop:
             ids = torch.cat([ids, token[:, None]], dim=1)
             mask = torch.cat([mask, mask.new_ones(len(token), 1)], dim=1)
             positions = (self.lengths + number)[:, None]
-            states.append(self.model.main_path(token[:, None], mask, positions, self.cache))
+            states.append(self.paths.main_path(token[:, None], mask, positions, self.cache))
         return MainPathState.join(states), ids[:, self.ids.shape[1] :]
 
     def _room(self, state: MainPathState, rows: int) -> int:
-        """How many drafted positions are decided in the pass that the next one needs anyway."""
+        """How many drafted positions fit into the pass that the next position needs anyway."""
         branches = 2 if self.sampler.guided else 1
-        each = self.sampler.budget if speculates(self.model, self.sampler) else 1
-        return queries_per_pass(state.hidden) // (rows * self.sampler.votes * branches * each) - 1
+        each = self.sampler.budget if speculates(self.paths, self.sampler) else 1
+        return evaluations_per_pass(state.hidden) // (rows * branches * each) - 1
 
     def _solve(self, state: MainPathState) -> tuple[SiteSolution, torch.Tensor]:
         """Solve the P positions of unfinished rows: logits (B, P, V) float32, zeros for rows that are finished."""
         rows, width = torch.nonzero(self.unfinished, as_tuple=True)[0], state.hidden.shape[1]
         index = torch.arange(width, device=rows.device).repeat(len(rows))
-        places = (self.lengths[rows, None] + torch.arange(width, device=rows.device)).flatten().tolist()
+        numbers = (self.lengths[rows, None] + torch.arange(width, device=rows.device)).flatten().tolist()
         spread = rows.repeat_interleave(width)
         noises = [self.noises[row] for row in spread.tolist()]
         start = None
         if self.given_noise is not None and not self.sampler.is_base:
             start = self.given_noise.to(rows.device)[self.step + index, spread].double()
-        solved, logits = solve_next(self.model, state, self.sampler, spread, index, places, noises, start)
+        solved, logits = solve_next(self.paths, state, self.sampler, spread, index, numbers, noises, start)
         logits = logits.unflatten(0, (len(rows), width))
         if len(rows) == len(self.unfinished):
             return solved, logits
@@ -284,8 +287,8 @@ class DecodingLoop:
         """Output tokens (B,) for scores (B, V) at the position `ahead` of the next one."""
         if not self.config.do_sample:
             return scores.argmax(-1)
-        places = (self.lengths + ahead).tolist()
-        uniforms = [noise.output(place) for noise, place in zip(self.noises, places, strict=True)]
+        positions = (self.lengths + ahead).tolist()
+        uniforms = [noise.output(position) for noise, position in zip(self.noises, positions, strict=True)]
         uniform = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)
         return draw_token(torch.softmax(scores, dim=-1), uniform)
 
@@ -303,7 +306,7 @@ class DecodingLoop:
 
 
 def _stateless(processors: LogitsProcessorList) -> LogitsProcessorList:
-    """Those of `processors` that may be asked about drafts, which may come to nothing: they keep no state.
+    """Those of `processors` that keep no state, and so may see drafts that are discarded later.
 
     A user's own may count its calls, and a watermark remembers what it was shown.
     """

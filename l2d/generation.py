@@ -6,17 +6,15 @@ What the loop does is in `decoding.py`.
 """
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import GenerationMixin, StoppingCriteriaList
 from transformers.generation import StopStringCriteria
 
 from l2d.decoding import UNUSED_SETTINGS, DecodingLoop, refuse
+from l2d.network.two_paths import TwoPaths
 from l2d.sampler_config import SamplerConfig
-
-if TYPE_CHECKING:
-    from l2d.modeling import L2DForCausalLM
 
 _REFUSED = {
     "assistant_model": "assisted decoding is not part of the L2D sampler; leave assistant_model out",
@@ -24,16 +22,17 @@ _REFUSED = {
     "inputs_embeds": "the sampler needs token ids; pass input_ids",
     "custom_generate": "the L2D sampler is the generate function; leave custom_generate out",
     "position_ids": "positions follow from attention_mask; leave position_ids out",
-    "queries": "they are for training; leave queries out",
+    "noised_targets": "they are for training; leave noised_targets out",
     "state": "it is for training; leave state out",
 }
 
 
 def generate(
-    model: "L2DForCausalLM",
+    model: Any,
+    paths: TwoPaths,
+    sampler: SamplerConfig,
     inputs: torch.Tensor | None = None,
     *,
-    sampler: SamplerConfig | dict[str, Any] | None = None,
     request_keys: list[bytes | str | int] | None = None,
     return_record: bool = False,
     noise: torch.Tensor | None = None,
@@ -42,8 +41,8 @@ def generate(
     """Generate with the L2D sampler.
 
     Args:
+        model: the `L2DForCausalLM` that owns `paths`, whose `generate` of transformers prepares the arguments.
         inputs (or `input_ids`): (B, L) prompts, left-padded; `attention_mask` (B, L) marks the padding.
-        sampler: overrides of the checkpoint's sampler settings; `{"budget": 1}` is the base model.
         request_keys: identity of each row for its noise; default: its prompt, and how often it occurred before.
         return_record: return `(result, DecodeRecord)`.
         noise: (steps, B, d) start noise, already scaled, in place of the requests' own.
@@ -55,7 +54,7 @@ def generate(
     Raises `ValueError` for settings that this sampler would ignore.
     """
     refuse(kwargs, _REFUSED)
-    refuse(kwargs, UNUSED_SETTINGS)  # those of a `generation_config` are looked at once it is settled
+    refuse(kwargs, UNUSED_SETTINGS)  # those of a `generation_config` are checked in the loop, once it is complete
     if inputs is None:
         inputs = kwargs.pop("input_ids", None)
     if not isinstance(inputs, torch.Tensor) or inputs.dim() != 2 or inputs.shape[1] == 0:
@@ -65,17 +64,14 @@ def generate(
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, and input_ids {tuple(inputs.shape)}: they must be the same."
         )
-    sampler = model.sampler(sampler)
-    if noise is not None and sampler.votes > 1:
-        raise ValueError(f"noise gives one start per token, and votes={sampler.votes} need several: leave votes at 1.")
-    model.prepare_inference()
-    loop = DecodingLoop(model, sampler, request_keys, noise, kwargs.get("streamer"))
+    paths.prepare_inference()
+    loop = DecodingLoop(paths, sampler, request_keys, noise, kwargs.get("streamer"))
     result = GenerationMixin.generate(model, inputs, custom_generate=loop.run, **_with_stop_strings(kwargs))
     return (result, loop.record) if return_record else result
 
 
 def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate` with `stop_strings` as a stopping criterion: to a custom loop no tokenizer is handed."""
+    """Arguments of `generate` with `stop_strings` as a stopping criterion: a custom loop gets no tokenizer."""
     kwargs = dict(kwargs)
     tokenizer, config = kwargs.pop("tokenizer", None), kwargs.get("generation_config")
     strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)

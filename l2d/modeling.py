@@ -1,14 +1,14 @@
 """`L2DForCausalLM`: a frozen base with a trained diffusion path beside it.
 
 - `from_base`: a new model; `from_pretrained`, `save_pretrained`: only trained tensors are on disk
-- `forward`: the base's logits, or the training loss of given diffusion queries
-- `generate`, `score`, `solve`: see `generation.py`, `scoring.py` and `sampling.py`
+- `forward`: the base's logits, or the training loss at given sites
+- `generate`, `score`, `solve`: see `generation.py`, `scoring.py` and `sampling/solve.py`
 
-Legend: B rows, S positions, Q queries per row, K draws, V vocabulary, H hidden size, d diffusion dimension.
+It is what transformers sees; the computation is in `TwoPaths`, the model's attribute `paths`.
+Legend: B rows, S positions, Q sites per row, V vocabulary, d diffusion dimension.
 """
 
 import copy
-import dataclasses
 import os
 from collections.abc import Callable
 from typing import Any
@@ -19,37 +19,22 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput, logging
+from transformers.utils import logging
 
 from l2d.checkpoint import loading as checkpoint
 from l2d.config import L2DConfig, SamplerConfig
 from l2d.digest import tensors_digest
 from l2d.fingerprint import fingerprint
 from l2d.generation import generate
-from l2d.loss import training_output
-from l2d.network.attention import QueryLayout
-from l2d.network.diffusion_path import DiffusionPath, NoisedTargets, Queries
-from l2d.network.main_path import Decoder, MainPathState, run_main_path
-from l2d.network.merged_weights import DeltaMerger
+from l2d.loss import L2DTrainingOutput, diffusion_loss
+from l2d.network.diffusion_path import NoisedTargets
+from l2d.network.main_path import MainPathState
+from l2d.network.two_paths import TwoPaths
 from l2d.sampling.solve import Solution, solve
 from l2d.scoring import ScoreOutput, score
 
 __all__ = ["L2DConfig", "L2DForCausalLM", "L2DTrainingOutput"]
 logger = logging.get_logger(__name__)
-
-
-@dataclasses.dataclass
-class L2DTrainingOutput(ModelOutput):
-    """nll (K, B, Q) float32, 0 at padding; correct (K, B, Q) bool: argmax is the target; valid (B, Q) bool.
-
-    For a rollout K counts every scored evaluation of every draw. `state` is the main path, for further queries over
-    the same inputs.
-    """
-
-    nll: Any = None
-    correct: Any = None
-    valid: Any = None
-    state: MainPathState | None = None
 
 
 class L2DForCausalLM(PreTrainedModel, GenerationMixin):
@@ -78,19 +63,18 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("base is itself an L2D model; give the model that it was built on (its attribute `base`).")
         super().__init__(config)
         self.base = base.requires_grad_(False).eval()
-        self.path = DiffusionPath(config, base)
-        self._decoder = Decoder(base)
-        self._merger = DeltaMerger(self.path)
+        self.paths = TwoPaths(config, base)
+        self.path = self.paths.path
         frozen = {id(parameter) for parameter in base.parameters()}
         self._trained_names = tuple(
             name for name, parameter in self.path.named_parameters("path") if id(parameter) not in frozen
         )
-        device = self._decoder.embeddings.weight.device
+        device = base.get_input_embeddings().weight.device
         for name, parameter in self.trained_parameters():
             parameter.data = parameter.data.float() if ".twin." in name else parameter.data.to(device, torch.float32)
             parameter.requires_grad_(True)
-        if places := getattr(base, "hf_device_map", None):  # of several devices; the path's layers are where theirs are
-            self.hf_device_map = {f"base.{name}".rstrip("."): place for name, place in places.items()}
+        if devices := getattr(base, "hf_device_map", None):  # each layer of the path is on the device of the base's
+            self.hf_device_map = {f"base.{name}".rstrip("."): device for name, device in devices.items()}
         self.generation_config = copy.deepcopy(base.generation_config)
         for module in self.modules():  # nothing here may be initialised a second time
             module._is_hf_initialized = True
@@ -132,7 +116,7 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         """Load a trained checkpoint and its base.
 
         Args:
-            base: another place to find the base (folder, hub name or a loaded model); its weights must be the same.
+            base: the base, where it is not in its recorded place: a folder, hub name or loaded model of equal weights.
             kwargs: `dtype`, `device_map`, `trust_remote_code`, ... for the base; `token`, `cache_dir`,
                 `local_files_only` and `force_download` for both, `revision` and `subfolder` for the checkpoint.
 
@@ -140,7 +124,17 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         tensor is missing, unexpected, of another shape or not finite, and where the tensors are not those that were
         saved (see `digest`).
         """
-        return checkpoint.load(cls, pretrained_model_name_or_path, base=base, config=config, **kwargs)
+        parts = checkpoint.load_parts(pretrained_model_name_or_path, base=base, config=config, **kwargs)
+        model = cls(parts.config, base=parts.base)
+        parts.fill(dict(model.trained_parameters()))
+        if parts.config.variant == "full":  # copies of the base's projections run in the base's dtype
+            for name, parameter in model.trained_parameters():
+                if ".twin." in name:
+                    parameter.data = parameter.data.to(parts.base.dtype)
+        if parts.generation_config is not None:
+            model.generation_config = parts.generation_config
+        model.name_or_path = parts.name
+        return model.eval()
 
     def save_pretrained(self, save_directory: str | os.PathLike, state_dict: dict | None = None, **kwargs: Any) -> None:
         """Write `config.json`, `generation_config.json` and the trained tensors (safetensors), never the base.
@@ -179,17 +173,16 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
     def train(self, mode: bool = True) -> "L2DForCausalLM":
         """Set the path's mode; the base stays in evaluation mode.
 
-        What was made from the weights for inference is dropped: changes of `parameter.data` are seen from here on.
+        Everything that was computed from the weights for inference is dropped, so changes of `parameter.data` count.
         """
         super().train(mode)
         self.base.eval()
-        self._merger.release()
-        self.path.forget()
+        self.paths.forget()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
         """State for pickles and copies, of which packed weights cannot be a part."""
-        self._merger.release()
+        self.paths.release()
         return super().__getstate__()
 
     def _refuse_change(self, *args: Any, **kwargs: Any) -> Any:
@@ -231,103 +224,44 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         """The base's decoder stack."""
         return self.base.get_decoder()
 
-    # ---- the two paths -------------------------------------------------------------------------------------------
-
-    def main_path(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        cache: Any = None,
-    ) -> MainPathState:
-        """Run the base once over `input_ids` (B, S) and keep what the diffusion path needs."""
-        return run_main_path(self._decoder, input_ids, attention_mask, position_ids, cache)
-
-    def base_logits(self, state: MainPathState, index: torch.Tensor | None = None) -> torch.Tensor:
-        """The base's logits at all positions, (B, S, V), or at positions `index` (B, Q): (B, Q, V)."""
-        hidden = state.hidden
-        if index is not None:
-            hidden = hidden.gather(1, index.clamp(min=0).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
-        return self._decoder.logits(hidden)
-
-    def path_hidden(
-        self,
-        state: MainPathState,
-        rows: torch.Tensor,
-        index: torch.Tensor,
-        x: torch.Tensor,
-        time: torch.Tensor,
-        classes: torch.Tensor | None = None,
-        carried: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fused and own hidden states, (N, H) each, of flat queries: rows, index, time, classes (N,) and x (N, d).
-
-        `carried` (N, H) is what the last evaluations of the same places left; see `DiffusionPath.forward`.
-        """
-        if torch.is_grad_enabled():
-            self._merger.release()
-        else:
-            self._merger.release_stale()
-        modulation = self.path.modulate(time.float(), classes)
-        return self.path(x, time, modulation, QueryLayout(state, rows, index), carried)
-
-    def path_logits(self, state: MainPathState, queries: Queries) -> torch.Tensor:
-        """Logits (B, Q, V) float of padded queries; zero at padding."""
-        rows, slots = torch.nonzero(queries.index >= 0, as_tuple=True)
-        classes = None if queries.classes is None else queries.classes[rows, slots]
-        hidden, _ = self.path_hidden(
-            state, rows, queries.index[rows, slots], queries.x[rows, slots], queries.time[rows, slots], classes
-        )
-        logits = self._decoder.logits(hidden)
-        output = logits.new_zeros(*queries.index.shape, logits.shape[-1])
-        output[rows, slots] = logits
-        return output
-
-    def vocabulary_table(self) -> torch.Tensor:
-        """Embeddings of all tokens in the diffusion space, (V, d) float32, cached."""
-        return self.path.vocabulary_table()
+    # ---- forward --------------------------------------------------------------------------------------------------
 
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        queries: NoisedTargets | None = None,
+        noised_targets: NoisedTargets | None = None,
         state: MainPathState | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | L2DTrainingOutput:
-        """The base's output, bit for bit (t = 0), or with `queries` the loss of the diffusion path.
+        """The base's output, bit for bit (t = 0), or with `noised_targets` the loss of the diffusion path.
 
         Args:
             input_ids, attention_mask, position_ids: (B, S); without a mask, restarting positions are packed documents.
-            queries: noised targets at response positions; the main path then runs without autograd state.
+            noised_targets: targets at response positions; the main path then runs without autograd state.
             state: the main path of these inputs, from the output of an earlier call; it is then not run again.
         """
-        if queries is None:
+        if noised_targets is None:
             return self.base(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
         if state is None:
             if input_ids is None:
-                raise ValueError("queries need input_ids, or the state of an earlier call.")
-            state = self.main_path(input_ids, attention_mask, position_ids)
-        nll, correct = training_output(self, state, queries)
-        return L2DTrainingOutput(nll=nll, correct=correct, valid=queries.index >= 0, state=state)
+                raise ValueError("noised_targets need input_ids, or the state of an earlier call: pass one of them.")
+            state = self.paths.main_path(input_ids, attention_mask, position_ids)
+        return diffusion_loss(self.paths, state, noised_targets)
 
     # ---- inference -----------------------------------------------------------------------------------------------
 
     def sampler(self, sampler: SamplerConfig | dict[str, Any] | None = None) -> SamplerConfig:
         """Sampler settings: the checkpoint's defaults overridden by `sampler`, as this model can follow them."""
-        asked = self.config.default_sampler(sampler)
-        used = self.config.check_sampler(asked)
-        if asked.speculation and not used.speculation and not used.is_base:
+        requested = self.config.default_sampler(sampler)
+        used = self.config.check_sampler(requested)
+        if requested.speculation and not used.speculation and not used.is_base:
             logger.warning_once(
-                "This model carries a state from one evaluation to the next: they go in sequence, and speculation "
-                "along the trajectory is off."
+                "This model carries a state from one evaluation to the next: evaluations run in sequence, and "
+                "speculation along the trajectory is off."
             )
         return used
-
-    def prepare_inference(self) -> None:
-        """Merge LoRA deltas where that changes nothing but speed; `train()` separates them again."""
-        self._merger.prepare()
 
     def solve(
         self,
@@ -339,17 +273,30 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         record: bool = True,
         uniforms: torch.Tensor | None = None,
     ) -> Solution:
-        """Integrate from start noise `x0` (B, Q, d) at positions `index` (B, Q); see `sampling.solve`."""
-        self._merger.release_stale()
-        return solve(self, state, index, x0, self.sampler(sampler), classes, record, uniforms)
+        """Integrate from start noise `x0` (B, Q, d) at positions `index` (B, Q) of `paths.main_path`; see `solve`."""
+        return solve(self.paths, state, index, x0, self.sampler(sampler), classes, record, uniforms)
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any):
-        """Decode token by token with the L2D sampler; see `generation.generate` for all arguments."""
-        return generate(self, inputs, **kwargs)
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        sampler: SamplerConfig | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Decode token by token with the L2D sampler; see `generation.generate` for all arguments.
 
-    def score(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> ScoreOutput:
+        `sampler` overrides the checkpoint's settings; `{"budget": 1}` is the base model.
+        """
+        return generate(self, self.paths, self.sampler(sampler), inputs, **kwargs)
+
+    def score(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        sampler: SamplerConfig | dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> ScoreOutput:
         """Log-probabilities of given continuations; see `scoring.score` for all arguments."""
-        return score(self, input_ids, attention_mask, **kwargs)
+        return score(self.paths, self.sampler(sampler), input_ids, attention_mask, **kwargs)
 
 
 AutoModelForCausalLM.register(L2DConfig, L2DForCausalLM, exist_ok=True)

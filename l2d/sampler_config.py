@@ -21,6 +21,9 @@ from l2d.settings import Kind, check_settings, declared, matching, number, one_o
 NOISE_FREE_SAMPLER: dict[str, Any] = {"solver": "euler", "budget": 2}
 """The base's answer at t = 0, which costs nothing, and one evaluation of the path at t = 1."""
 
+REMOVED = {"votes": "votes was removed, since averaging over noise draws gained no accuracy: leave it out."}
+"""Settings of earlier versions, and what to tell whoever still names them."""
+
 _SCHEDULE = re.compile(r"polynomial_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)")
 
 
@@ -97,9 +100,6 @@ class SamplerConfig:
         compute=True,
         shown="end velocity {}",
     )
-    votes: int = setting(
-        1, whole(1), "noise draws per token, each at the whole budget, averaged", compute=True, shown="{} votes"
-    )
     mc_samples: int = setting(
         1, whole(1), "noise draws averaged when a given continuation is scored", compute=True, shown="{} noise draws"
     )
@@ -120,10 +120,6 @@ class SamplerConfig:
             )
         if self.solver in FIXED_SOLVERS:
             levels_for_budget(self.solver, self.budget)
-        if self.votes > 1 and self.mc_samples > 1:
-            raise ValueError(
-                f"votes={self.votes} and mc_samples={self.mc_samples} both average over noise draws: leave one at 1."
-            )
 
     @property
     def is_base(self) -> bool:
@@ -139,11 +135,6 @@ class SamplerConfig:
     def guided(self) -> bool:
         """Whether every evaluation needs both a class-conditional and an unconditional answer."""
         return self.guidance_scale != 1.0
-
-    @property
-    def scored_draws(self) -> int:
-        """Noise draws averaged where a given continuation is scored."""
-        return 1 if self.is_base else max(self.votes, self.mc_samples)
 
     def for_path(self, carried_state: bool, noise_free: bool) -> "SamplerConfig":
         """These settings as a path with a carried state, or without noise, can follow them.
@@ -161,8 +152,8 @@ class SamplerConfig:
             if any(getattr(self, name) != value for name, value in fixed.items()):
                 raise ValueError(
                     f"diffusion_budget={self.budget}, solver={self.solver!r} cannot be spent by a noise-free path, "
-                    "which is evaluated once: use diffusion_budget=2 with solver=euler and no times, guidance, votes "
-                    "or draws, or diffusion_budget=1 for the base."
+                    "which is evaluated once: use diffusion_budget=2 with solver=euler and no times, guidance or "
+                    "draws, or diffusion_budget=1 for the base."
                 )
         return dataclasses.replace(self, speculation=False) if carried_state else self
 
@@ -170,6 +161,8 @@ class SamplerConfig:
         """A copy with `changes`, validated; unknown names raise `ValueError` with the nearest known one."""
         names = declared(type(self))
         for name in changes:
+            if name in REMOVED:
+                raise ValueError(REMOVED[name])
             if name not in names:
                 near = difflib.get_close_matches(name, names, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known settings are {', '.join(names)}."

@@ -21,7 +21,7 @@ from typing import Any
 
 from l2d.checkpoint.hub import checkpoint_folder, looks_local
 from l2d.checkpoint.preflight import read_config_file
-from l2d.sampler_config import SamplerConfig
+from l2d.sampler_config import REMOVED, SamplerConfig
 from l2d.settings import Kind, Setting, declared, matching, refused, truth, whole
 
 logger = logging.getLogger(__name__)
@@ -175,6 +175,8 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
     for this checkpoint.
     """
     for name in arguments:
+        if name in REMOVED:
+            raise UsageError(REMOVED[name])
         if name not in ARGUMENTS:
             raise UsageError(f"model argument {name!r} is not known: {_nearest(name, ARGUMENTS)}")
     given = {name: value for name, value in arguments.items() if value is not None}

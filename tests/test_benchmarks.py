@@ -49,7 +49,7 @@ def test_every_evaluation_of_the_released_procedure_makes_the_vocabulary_anew(mo
     with released.as_released(model):
         token = released.released_token(model, prompt, 7)()
     assert len(made) == 6  # the last evaluation reads the output and needs none
-    state = model.main_path(prompt)
+    state = model.paths.main_path(prompt)
     noise = torch.randn(1, 1, model.config.diffusion_dim, generator=torch.Generator().manual_seed(4))
     x0 = noise * model.config.noise_std
     solution = model.solve(state, torch.tensor([[7]]), x0, model.sampler({"budget": 7, "speculation": False}))
@@ -83,8 +83,8 @@ def test_the_naive_step_has_the_same_loss(tmp_path, monkeypatch):
     naive = naive_loss(trainer, batch)
     monkeypatch.undo()
     index, targets = response_positions(batch["labels"])
-    queries = trainer._draw(batch, index, targets)
-    queries.time = time.gather(1, index)[None]
-    queries.noise = noise.gather(1, index[..., None].expand(-1, -1, 8))[None]
-    trainer._draw = lambda *args: queries
+    noised = trainer._draw(batch, index, targets)
+    noised.time = time.gather(1, index)[None]
+    noised.noise = noise.gather(1, index[..., None].expand(-1, -1, 8))[None]
+    trainer._draw = lambda *args: noised
     assert trainer.compute_loss(model, batch).item() == pytest.approx(naive.item(), rel=1e-5)

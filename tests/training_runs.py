@@ -127,16 +127,16 @@ def draw_by_example(trainer: Any, inputs: dict[str, torch.Tensor], index: torch.
     from torch.nn.functional import pad
 
     from l2d.network.diffusion_path import NoisedTargets
-    from training.draws import training_queries
+    from training.draws import training_targets
 
     rows, width = [], index.shape[1]
     for row, count in enumerate((index >= 0).sum(1).tolist()):
         key = (trainer.args.seed, *inputs["input_ids"][row][inputs["attention_mask"][row].bool()].tolist())
         part = slice(row, row + 1), slice(0, count)
-        rows.append(training_queries(trainer.model.config, trainer.args, index[part], targets[part], None, key, 0))
+        rows.append(training_targets(trainer.model.config, trainer.args, index[part], targets[part], None, key, 0))
 
     def joined(name: str, padding: tuple[int, ...], dim: int) -> torch.Tensor | None:
-        values = [getattr(queries, name) for queries in rows]
+        values = [getattr(noised, name) for noised in rows]
         if values[0] is None:
             return None
         return torch.cat([pad(v, (*padding, 0, width - v.shape[dim + 1])) for v in values], dim)

@@ -36,8 +36,8 @@ _PATH_ONLY = {
 }  # fmt: skip
 L2D_ONLY = _PATH_ONLY | {
     "guidance_column", "guidance_class", "guidance_map",
-    "draws", "max_queries", "time_power", "corruption_rate", "corruption_base_share", "rollout_evaluations",
-    "rollout_window", "guidance_dropout", "eval_draws", "time_bins", "eval_budgets",
+    "draws", "max_evaluations_per_pass", "time_power", "corruption_rate", "corruption_base_share",
+    "rollout_evaluations", "rollout_window", "guidance_dropout", "eval_draws", "time_bins", "eval_budgets",
     "eval_budget_examples", "eval_samples", "eval_sample_tokens",
 }  # fmt: skip
 LORA_SFT_ONLY = {"lora_target_modules"}
@@ -380,8 +380,10 @@ def check_sharding(method: str, given: set[str]) -> None:
             f"{asked[0]} is the launcher's: leave it out and use accelerate launch --config_file with one of "
             "training/accelerate_configs."
         )
-    if method == "l2d" and sharded() and "max_queries" in given:
-        raise ValueError("max_queries would be ignored with sharding, where all queries go at once: leave it out.")
+    if method == "l2d" and sharded() and "max_evaluations_per_pass" in given:
+        raise ValueError(
+            "max_evaluations_per_pass would be ignored with sharding, where all evaluations go at once: leave it out."
+        )
     if os.environ.get("ACCELERATE_USE_FSDP") != "true":
         return
     if os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT") != "FULL_STATE_DICT":

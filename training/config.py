@@ -200,9 +200,9 @@ class L2DTrainingConfig(SFTConfig):
         gradient_accumulation_steps: int
 
     draws: int = field(default=1, metadata={"help": "Draws of (time, noise) per response position and step."})
-    max_queries: int | None = field(
+    max_evaluations_per_pass: int | None = field(
         default=None,
-        metadata={"help": "Queries (position and draw) that go through the path at a time, forward and backward. "
+        metadata={"help": "Evaluations (site and draw) that go through the path at a time, forward and backward. "
                   "Default: 4096, on a CPU 512 to 2048 by the model's size. Changes memory and speed, not the result."},
     )  # fmt: skip
     time_power: float = field(default=1.0, metadata={"help": "Times are u ** time_power with u uniform."})
@@ -310,7 +310,7 @@ class L2DTrainingConfig(SFTConfig):
         at_least("eval_samples", self.eval_samples, 0)
         for name in ("draws", "eval_draws", "time_bins", "eval_budget_examples", "eval_sample_tokens"):
             at_least(name, getattr(self, name), 1)
-        for name in ("rollout_evaluations", "rollout_window", "max_queries"):
+        for name in ("rollout_evaluations", "rollout_window", "max_evaluations_per_pass"):
             if getattr(self, name) is not None:
                 at_least(name, getattr(self, name), 1)
         if self.max_length is not None:

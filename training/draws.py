@@ -1,7 +1,7 @@
 """Which noise, times and tokens the path is trained on: the draws of one batch.
 
-- `training_queries`: as published, corrupted (`corruption_rate`), rolled out (`rollout_evaluations`), or noise-free
-- `evaluation_queries`: stratified times, and noise that belongs to an example
+- `training_targets`: as published, corrupted (`corruption_rate`), rolled out (`rollout_evaluations`), or noise-free
+- `evaluation_targets`: stratified times, and noise that belongs to an example
 
 Legend: B rows, Q targets per row, K draws, R evaluations of a whole rollout, J those up to the end of the window.
 """
@@ -21,7 +21,7 @@ def window_length(args: L2DTrainingConfig) -> int:
     return args.rollout_window or min(4, args.rollout_evaluations or 0)
 
 
-def training_queries(
+def training_targets(
     config: L2DConfig,
     args: L2DTrainingConfig,
     index: torch.Tensor,
@@ -30,7 +30,7 @@ def training_queries(
     key: tuple[int, ...],
     process: int,
 ) -> NoisedTargets:
-    """Fresh queries for positions index (B, Q), -1 at padding, and targets (B, Q): a function of `key` and `process`.
+    """Fresh targets for sites index (B, Q), -1 at padding, and targets (B, Q): a function of `key` and `process`.
 
     Args:
         classes: (B, Q) class of each position before dropout, or `None`.
@@ -45,19 +45,19 @@ def training_queries(
     if classes is not None:
         dropped = torch.rand(shape, **options) < args.guidance_dropout
         classes = classes.expand(shape).masked_fill(dropped, len(config.guidance_classes or []))
-    queries = NoisedTargets(index, targets, _times(uniform, config, args), noise, classes)
+    noised = NoisedTargets(index, targets, _times(uniform, config, args), noise, classes)
     if args.corruption_rate:
-        corrupt(queries, args.corruption_rate, args.corruption_base_share, options)
+        corrupt(noised, args.corruption_rate, args.corruption_base_share, options)
     if args.rollout_evaluations is not None:
         evaluations, window = args.rollout_evaluations, window_length(args)
         place = torch.randint(evaluations - window + 1, (), generator=keyed_generator(*key, evaluations))
-        queries.unscored = int(place)
-        offsets = torch.rand((queries.unscored + window, *shape), **options)
-        queries.time = _rollout_times(offsets, evaluations, config)
-    return queries
+        noised.unscored = int(place)
+        offsets = torch.rand((noised.unscored + window, *shape), **options)
+        noised.time = _rollout_times(offsets, evaluations, config)
+    return noised
 
 
-def evaluation_queries(
+def evaluation_targets(
     config: L2DConfig,
     args: L2DTrainingConfig,
     index: torch.Tensor,
@@ -65,7 +65,7 @@ def evaluation_queries(
     classes: torch.Tensor | None,
     examples: list[list[int]],
 ) -> NoisedTargets:
-    """Queries whose times (stratified over the draws) and noise depend on the seed and an example's own tokens only.
+    """Targets whose times (stratified over the draws) and noise depend on the seed and an example's own tokens only.
 
     A rollout is evaluated whole, with a loss at every evaluation; targets are not corrupted.
 
@@ -102,19 +102,19 @@ def _rollout_times(offsets: torch.Tensor, evaluations: int, config: L2DConfig) -
     return (number + offsets) / evaluations * (1 - config.min_noise)
 
 
-def corrupt(queries: NoisedTargets, rate: float, base_share: float, options: dict[str, Any]) -> None:
-    """Give each query, with probability `rate`, a wrong token to build `x_t` from; the target stays the true one.
+def corrupt(noised: NoisedTargets, rate: float, base_share: float, options: dict[str, Any]) -> None:
+    """Give each evaluation, with probability `rate`, a wrong token to build `x_t` from; the target stays the true one.
 
     With probability `base_share` that is a sample of the base's distribution without the target, else the token of
     another position of the same answer (a run of neighbouring targets), drawn uniformly among those that differ from
     the target; where none differs it is a sample, too. So the share of wrong tokens is `rate`, not less.
     """
-    shape, targets = queries.time.shape, queries.targets
+    shape, targets = noised.time.shape, noised.targets
     corrupted = torch.rand(shape, **options) < rate
     sampled = torch.rand(shape, **options) < base_share
     uniform = torch.rand(shape, **options)
-    queries.uniforms = torch.rand(shape, dtype=torch.float64, **options)
-    first, length = answer_runs(queries.index)
+    noised.uniforms = torch.rand(shape, dtype=torch.float64, **options)
+    first, length = answer_runs(noised.index)
     # Sorted by answer, then token: an answer keeps its slots, and tokens that equal a target are neighbours.
     own = first * (targets.max() + 1) + targets
     keys, order = own.sort(dim=1)
@@ -124,7 +124,7 @@ def corrupt(queries: NoisedTargets, rate: float, base_share: float, options: dic
     chosen = torch.where(chosen >= start, chosen + end - start, chosen).clamp(max=targets.shape[1] - 1)
     other = targets.gather(1, order).expand(shape).gather(2, chosen)
     other = torch.where(sampled | (differing == 0), -1, other)
-    queries.sources = torch.where(corrupted & (queries.index >= 0), other, targets)
+    noised.sources = torch.where(corrupted & (noised.index >= 0), other, targets)
 
 
 def answer_runs(index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -25,7 +25,7 @@ from training.config import L2DTrainingConfig, named
 from training.console import say
 from training.data.loading import IGNORED, Unavailable
 from training.draws import window_length
-from training.microbatches import default_queries, layer_bytes
+from training.microbatches import default_evaluations, layer_bytes
 from training.recipe import Recipe
 
 ASSUMED_LENGTH, ASSUMED_RESPONSE = 700, 0.5  # mean tokens per example and share of targets, where the data are not here
@@ -51,7 +51,7 @@ class Shape:
     mean_length: int  # tokens of an example, of which `response` are targets
     response: float
     draws: int
-    max_queries: int
+    max_evaluations_per_pass: int
     checkpointing: bool
     device: str = "cuda"  # kind that it will run on
     scored: int = 1  # evaluations of each draw that have a loss,
@@ -181,7 +181,7 @@ def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, 
         mean_length=length,
         response=response,
         draws=training.draws if l2d else 1,
-        max_queries=training.max_queries or default_queries(base, stream_bytes, device),
+        max_evaluations_per_pass=training.max_evaluations_per_pass or default_evaluations(base, stream_bytes, device),
         checkpointing=bool(training.activation_checkpointing),
         device=device,
         **rollout,
@@ -198,10 +198,10 @@ def estimate_memory(shape: Shape) -> dict[str, float]:
     parts: dict[str, float] = {"frozen weights": shape.frozen * shape.frozen_bytes, _STATE: shape.trained * 16}
     targets = math.ceil(tokens * shape.response)
     if shape.method == "l2d":
-        targets = queries = min(targets * shape.draws, shape.max_queries)
+        targets = evaluations = min(targets * shape.draws, shape.max_evaluations_per_pass)
         per_layer = hidden * s if shape.checkpointing else block
         parts["keys and values of the main path"] = 2 * layers * kept * tokens * s
-        parts["activations"] = queries * (layers * per_layer + (block if shape.checkpointing else 0))
+        parts["activations"] = evaluations * (layers * per_layer + (block if shape.checkpointing else 0))
     else:
         block += s * 2 * kept
         parts["activations"] = tokens * (layers * hidden * s + block if shape.checkpointing else layers * block)

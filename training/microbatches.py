@@ -1,8 +1,8 @@
-"""Queries go through the path in pieces, forward and backward: how many at a time, and which.
+"""Evaluations go through the path in microbatches, forward and backward: how many at a time, and which.
 
 - `layer_bytes`: what one layer keeps of a position for the backward pass
-- `default_queries`: as many at a time as are fast and take little memory
-- `split_queries`: the pieces
+- `default_evaluations`: as many at a time as are fast and take little memory
+- `split_targets`: the pieces
 """
 
 import torch
@@ -27,8 +27,8 @@ def layer_bytes(base: PreTrainedConfig, stream_bytes: int, modulated: bool) -> i
     return kept + (24 * hidden if modulated else 0)
 
 
-def default_queries(base: PreTrainedConfig, stream_bytes: int, device: str) -> int:
-    """`max_queries` where none is given: 4096 on an accelerator; on a CPU 512, or for small models up to 2048.
+def default_evaluations(base: PreTrainedConfig, stream_bytes: int, device: str) -> int:
+    """The default of `max_evaluations_per_pass`: 4096 on an accelerator; on a CPU 512, or for small models up to 2048.
 
     More than 512 are taken only while they need no more than 256 MiB. Logits do not count: they are made in chunks.
     """
@@ -38,13 +38,13 @@ def default_queries(base: PreTrainedConfig, stream_bytes: int, device: str) -> i
     return max(LEAST_ON_CPU, min(fitting, MOST_ON_CPU))
 
 
-def split_queries(queries: NoisedTargets, most: int) -> list[NoisedTargets]:
-    """Pieces of at most `most` scored queries each: some draws of all positions, or one draw of some positions."""
-    valid = queries.index >= 0
-    count, draws = int(valid.sum()), queries.noise.shape[0]
-    most = max(1, most * draws // queries.scored_time.shape[0])
+def split_targets(noised: NoisedTargets, most: int) -> list[NoisedTargets]:
+    """Pieces of at most `most` scored evaluations each: some draws of all sites, or one draw of some sites."""
+    valid = noised.index >= 0
+    count, draws = int(valid.sum()), noised.noise.shape[0]
+    most = max(1, most * draws // noised.scored_time.shape[0])
     if count * draws <= most:
-        return [queries]
+        return [noised]
     groups = torch.arange(draws).split(max(1, most // max(count, 1)))
     number = valid.flatten().cumsum(0).view_as(valid) - 1  # of each position among the valid ones
     pieces = []
@@ -52,5 +52,5 @@ def split_queries(queries: NoisedTargets, most: int) -> list[NoisedTargets]:
         draw = slice(int(group[0]), int(group[-1]) + 1)
         for start in range(0, count, most):
             wanted = valid & (number >= start) & (number < start + most)
-            pieces.append(queries.select(queries.index.masked_fill(~wanted, -1), draw))
+            pieces.append(noised.select(noised.index.masked_fill(~wanted, -1), draw))
     return pieces

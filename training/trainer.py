@@ -1,7 +1,7 @@
 """`L2DTrainer`: TRL's `SFTTrainer` with the diffusion loss.
 
 - `response_positions`: labels -> positions whose next token is a target
-- `L2DTrainer.compute_loss`: draws times and noise there, asks the diffusion path, averages over targets and draws
+- `L2DTrainer.compute_loss`: draws times and noise there, evaluates the diffusion path, averages over targets and draws
 - `L2DTrainer.evaluation_loop`: the same loss on held-out data, also by bin of time, with noise seeded per example
 
 Legend: B rows, S positions, Q targets per row, K draws, d diffusion dimension, T time bins.
@@ -30,8 +30,8 @@ from training.checkpointing.atomic import SafeCheckpoints
 from training.checkpointing.resume import check_same_model
 from training.checks import check_objective, refuse_ignored_by_l2d
 from training.config import L2DTrainingConfig
-from training.draws import evaluation_queries, training_queries, window_length
-from training.microbatches import default_queries, split_queries
+from training.draws import evaluation_targets, training_targets, window_length
+from training.microbatches import default_evaluations, split_targets
 from training.model_card import model_card
 from training.optimization import target_weights
 
@@ -65,9 +65,11 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         backend = take_compile(args)
         own_collator = kwargs.get("data_collator") is None
         super().__init__(model=model, args=args, **kwargs)
-        if args.max_queries is None:
+        if args.max_evaluations_per_pass is None:
             mixed = args.bf16 or args.fp16
-            args.max_queries = default_queries(model.base.config.get_text_config(), 2 if mixed else 4, args.device.type)
+            args.max_evaluations_per_pass = default_evaluations(
+                model.base.config.get_text_config(), 2 if mixed else 4, args.device.type
+            )
         self._sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
         if self.is_fsdp_enabled and self.accelerator.mixed_precision != "no":
             # Accelerate's own policy would round the trained weights before they are used; autocast does not.
@@ -95,13 +97,12 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         """Mean cross-entropy over targets and draws, of the whole accumulated batch in all processes.
 
         With `loss_average="example"` it is the mean over examples of the mean over each one's targets and draws.
-
-        In training, all but the last `max_queries` queries are also taken through the backward pass here, a piece at a
-        time: queries are independent given the main path, so nothing is computed twice and little is kept. Not so with
-        sharded weights, which are gathered for every pass: processes would need the same number of pieces.
+        In training, all microbatches but the last (`max_evaluations_per_pass` evaluations each) also go through the
+        backward pass here: evaluations are independent given the main path, so nothing is computed twice and little is
+        kept. Sharded weights are gathered for every pass, and processes would need equally many: one pass has them all.
         """
         index, targets = response_positions(inputs["labels"])
-        queries = self._draw(inputs, index, targets)
+        noised = self._draw(inputs, index, targets)
         weights = target_weights(index >= 0, self.args.loss_average)
         count = (weights * (index >= 0)).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         scored = 1 if self.args.rollout_evaluations is None else window_length(self.args)
@@ -109,7 +110,7 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             scale = scale * self.accelerator.num_processes  # the count is over all processes; DDP averages gradients
         in_pieces = torch.is_grad_enabled() and num_items_in_batch is not None
-        pieces = self._pieces(queries) if in_pieces else [queries]
+        pieces = self._pieces(noised) if in_pieces else [noised]
         state, done = None, torch.zeros((), device=index.device)
         for piece in pieces[:-1]:
             with self.accelerator.no_sync(model):
@@ -118,25 +119,25 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
             done += loss.detach()
         return self._piece_loss(model, inputs, pieces[-1], state, scale * weights)[0] + done
 
-    def _pieces(self, queries: NoisedTargets) -> list[NoisedTargets]:
-        return [queries] if self._sharded else split_queries(queries, self.args.max_queries)
+    def _pieces(self, noised: NoisedTargets) -> list[NoisedTargets]:
+        return [noised] if self._sharded else split_targets(noised, self.args.max_evaluations_per_pass)
 
     def _piece_loss(
-        self, model: torch.nn.Module, inputs: dict[str, Any], queries: NoisedTargets, state: Any, scale: torch.Tensor
+        self, model: torch.nn.Module, inputs: dict[str, Any], noised: NoisedTargets, state: Any, scale: torch.Tensor
     ) -> tuple[torch.Tensor, Any]:
-        """Loss of some queries, scaled row by row (B, 1), which are counted for the log, and the main path."""
-        output = self._ask(model, inputs, queries, state)
-        self._sums += sums_by_bin(output, queries.scored_time, self.args.time_bins).sum(0)
+        """Loss of some evaluations, scaled row by row (B, 1), which are counted for the log, and the main path."""
+        output = self._outputs(model, inputs, noised, state)
+        self._sums += sums_by_bin(output, noised.scored_time, self.args.time_bins).sum(0)
         return (output.nll * scale).sum(), output.state
 
-    def _ask(
-        self, model: torch.nn.Module, inputs: dict[str, Any], queries: NoisedTargets, state: Any = None
+    def _outputs(
+        self, model: torch.nn.Module, inputs: dict[str, Any], noised: NoisedTargets, state: Any = None
     ) -> L2DTrainingOutput:
         return model(
             input_ids=inputs["input_ids"],
             attention_mask=inputs.get("attention_mask"),
             position_ids=inputs.get("position_ids"),
-            queries=queries,
+            noised_targets=noised,
             state=state,
         )
 
@@ -153,7 +154,7 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         self._batch_of_step = (step, self._batch_of_step[1] + 1 if self._batch_of_step[0] == step else 0)
         key, process = (self.args.seed, *self._batch_of_step), self.args.process_index
         classes = classes_at(inputs["guidance_class"], index) if "guidance_class" in inputs else None
-        return training_queries(self.model.config, self.args, index, targets, classes, key, process)
+        return training_targets(self.model.config, self.args, index, targets, classes, key, process)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add accuracy, and loss and accuracy by time bin, of the steps since the last training log."""
@@ -185,8 +186,8 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             sums, state = torch.zeros(()), None
-            for piece in self._pieces(self.evaluation_queries(inputs)):
-                output = self._ask(model, inputs, piece, state)
+            for piece in self._pieces(self.evaluation_targets(inputs)):
+                output = self._outputs(model, inputs, piece, state)
                 state = output.state
                 sums = sums + sums_by_bin(output, piece.scored_time, self.args.time_bins)  # (B, T, 3)
         # Processes get equally many examples, some of them twice; gathering leaves the second ones out.
@@ -213,13 +214,13 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         output.metrics.update(metrics_by_bin(sums, f"{metric_key_prefix}_"))
         return output
 
-    def evaluation_queries(self, inputs: dict[str, torch.Tensor]) -> NoisedTargets:
-        """Queries of a padded batch that depend on the seed and each example alone; see `noising`."""
+    def evaluation_targets(self, inputs: dict[str, torch.Tensor]) -> NoisedTargets:
+        """Targets of a padded batch whose noise depends on the seed and each example alone; see `draws`."""
         index, targets = response_positions(inputs["labels"])
         masks = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
         examples = [ids[mask].tolist() for ids, mask in zip(inputs["input_ids"], masks, strict=True)]
         classes = classes_at(inputs["guidance_class"], index) if "guidance_class" in inputs else None
-        return evaluation_queries(self.model.config, self.args, index, targets, classes, examples)
+        return evaluation_targets(self.model.config, self.args, index, targets, classes, examples)
 
     # ---- checkpoints and data ------------------------------------------------------------------------------------
 
@@ -328,7 +329,7 @@ def take_compile(args: L2DTrainingConfig) -> str | None:
 
 
 def compile_path(model: L2DForCausalLM, backend: str) -> None:
-    """Compile the MLP half of every layer of the path, in which nothing varies but the number of queries.
+    """Compile the MLP half of every layer of the path, in which only the number of evaluations varies.
 
     Attention is left as it is; the whole model, as `Trainer` compiles it, would be compiled anew for most batches.
     """

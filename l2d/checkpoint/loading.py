@@ -1,6 +1,6 @@
 """Loading: a checkpoint's trained tensors, and the base that they belong to.
 
-- `load`: what `L2DForCausalLM.from_pretrained` does
+- `load_parts`: configuration, base and trained tensors of a checkpoint, which `L2DForCausalLM` puts together
 - `load_base`, `base_name`, `describe_base`: the frozen base and what a checkpoint records of it
 - `in_dtype`: a loaded base in another dtype, as transformers loads it
 - `read_tensors`: trained tensors of a checkpoint folder, whole or sharded (safetensors only)
@@ -10,12 +10,14 @@ with tensors of another digest than `config.json` records (one without a digest 
 Settings may be edited: they are checked by their ranges.
 """
 
+import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -33,9 +35,6 @@ from l2d.checkpoint.preflight import base_location
 from l2d.config import L2DConfig
 from l2d.digest import tensors_digest
 from l2d.fingerprint import fingerprint
-
-if TYPE_CHECKING:
-    from l2d.modeling import L2DForCausalLM
 
 _ACCESS_ARGUMENTS = ("cache_dir", "token", "local_files_only", "force_download")  # to the checkpoint and to its base
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -98,15 +97,49 @@ def in_dtype(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return copy
 
 
-def load(
-    cls: "type[L2DForCausalLM]",
-    name: str | os.PathLike,
-    *,
-    base: Any = None,
-    config: L2DConfig | None = None,
-    **kwargs: Any,
-) -> "L2DForCausalLM":
-    """Load checkpoint `name`, around its recorded base or around `base`; see `L2DForCausalLM.from_pretrained`."""
+@dataclasses.dataclass
+class CheckpointParts:
+    """A loaded checkpoint: its name, configuration, base, trained tensors, and generation settings if it has any."""
+
+    name: str
+    config: L2DConfig
+    base: PreTrainedModel
+    tensors: dict[str, torch.Tensor]
+    generation_config: GenerationConfig | None
+
+    @torch.no_grad()
+    def fill(self, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        """Copy the tensors into a model's trained `parameters`.
+
+        Raises `ValueError` for missing, unexpected, misshapen or non-finite tensors, and for another digest.
+        """
+        missing = sorted(parameters.keys() - self.tensors.keys())
+        extra = sorted(self.tensors.keys() - parameters.keys())
+        for what, names in (("lacks", missing), ("holds unexpected", extra)):
+            if names:
+                raise ValueError(
+                    f"pretrained={self.name!r} {what} {len(names)} tensors ({names[0]}, ...): it is not intact."
+                )
+        for key, parameter in parameters.items():
+            value, where = self.tensors[key], f"pretrained={self.name!r}: tensor {key}"
+            if value.shape != parameter.shape:
+                raise ValueError(f"{where} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}.")
+            if not value.is_floating_point():
+                raise ValueError(f"{where} holds {value.dtype}, expected floating point.")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{where} holds values that are not finite.")
+            parameter.copy_(value)
+        if self.config.tensors_digest not in (None, tensors_digest(self.tensors)):
+            raise ValueError(
+                f"pretrained={self.name!r}: the tensors are not those that config.json was saved with: the files are "
+                "damaged or of several checkpoints, copy the whole folder again."
+            )
+
+
+def load_parts(
+    name: str | os.PathLike, *, base: Any = None, config: L2DConfig | None = None, **kwargs: Any
+) -> CheckpointParts:
+    """Load checkpoint `name` and its recorded base, or `base`; see `L2DForCausalLM.from_pretrained`."""
     for unused in ("state_dict", "output_loading_info"):
         if kwargs.pop(unused, None) not in (None, False):
             raise ValueError(f"{unused} cannot be used: the trained tensors are those of the folder; leave it out.")
@@ -145,21 +178,10 @@ def load(
         )
     if not config.base_config:
         describe_base(config, base)
-    model = cls(config, base=base)
-    _fill(model, tensors, os.fspath(name))
-    if config.tensors_digest not in (None, tensors_digest(tensors)):
-        raise ValueError(
-            f"pretrained={os.fspath(name)!r}: the tensors are not those that config.json was saved with: the files are "
-            "damaged or of several checkpoints, copy the whole folder again."
-        )
-    if config.variant == "full":  # copies of the base's projections run in the base's dtype
-        for parameter_name, parameter in model.trained_parameters():
-            if ".twin." in parameter_name:
-                parameter.data = parameter.data.to(base.dtype)
-    if _read_json(folder, GENERATION_CONFIG_NAME) is not None:  # else the base's stays
-        model.generation_config = GenerationConfig.from_pretrained(folder)
-    model.name_or_path = os.fspath(name)
-    return model.eval()
+    generation_config = None
+    if _read_json(folder, GENERATION_CONFIG_NAME) is not None:
+        generation_config = GenerationConfig.from_pretrained(folder)
+    return CheckpointParts(os.fspath(name), config, base, tensors, generation_config)
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -236,23 +258,3 @@ def _check_base(name: str | os.PathLike, config: L2DConfig, base: PreTrainedMode
             f"base={where!r} is not the base that {os.fspath(name)!r} was trained on (fingerprint {fingerprint(base)}, "
             f"expected {config.base_fingerprint}): pass base= with the original weights."
         )
-
-
-@torch.no_grad()
-def _fill(model: "L2DForCausalLM", tensors: dict[str, torch.Tensor], name: str) -> None:
-    wanted = dict(model.trained_parameters())
-    missing, extra = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    for what, names in (("lacks", missing), ("holds unexpected", extra)):
-        if names:
-            raise ValueError(f"pretrained={name!r} {what} {len(names)} tensors ({names[0]}, ...): it is not intact.")
-    for key, parameter in wanted.items():
-        value = tensors[key]
-        if value.shape != parameter.shape:
-            raise ValueError(
-                f"pretrained={name!r}: tensor {key} has shape {tuple(value.shape)}, expected {tuple(parameter.shape)}."
-            )
-        if not value.is_floating_point():
-            raise ValueError(f"pretrained={name!r}: tensor {key} holds {value.dtype}, expected floating point.")
-        if not torch.isfinite(value).all():
-            raise ValueError(f"pretrained={name!r}: tensor {key} holds values that are not finite.")
-        parameter.copy_(value)

@@ -1,4 +1,4 @@
-"""Talk to a checkpoint: streaming, with budget, guidance, votes and seed changeable on the way.
+"""Talk to a checkpoint: streaming, with budget, guidance and seed changeable on the way.
 
 - `Chat`: the conversation; `answer` gives the next reply through `generate`, as the evaluation would
 - `command`: what `/budget 31` and its like do
@@ -13,10 +13,10 @@ from typing import Any
 
 from l2d.cli.session import Session, add_sampler_arguments, decoding_options, sampler_from, session_from
 from l2d.cli.terminal import harmless, shade
+from l2d.sampler_config import REMOVED
 
 HELP = """/budget T          evaluations per token; 1 is the base
 /guidance G [NAME] guidance scale and class; 1 is none
-/votes M           noise draws per token, whose probabilities are averaged
 /seed N            of all noise
 /temperature X     of the output tokens; 0 is greedy
 /tint              answers once more, tinted by compute: on or off
@@ -155,8 +155,6 @@ class Chat:
         parts = [f"T = {sampler.budget}, {sampler.solver}", f"seed {sampler.seed}", f"temperature {self.temperature:g}"]
         if sampler.guided or sampler.guidance_class is not None:
             parts.append(f"guidance {sampler.guidance_scale:g} towards {sampler.guidance_class}")
-        if sampler.votes > 1:
-            parts.append(f"{sampler.votes} votes")
         return ", ".join(parts)
 
 
@@ -171,7 +169,7 @@ def command(chat: Chat, line: str) -> str | None:
     if name == "tint":
         chat.tint = not chat.tint
         return f"Tint is {'on' if chat.tint else 'off'}."
-    changes = ("budget", "votes", "seed", "temperature")
+    changes = ("budget", "seed", "temperature")
     if name in changes and len(values) == 1:
         chat.change(**{name: _number(name, values[0], float if name == "temperature" else int)})
     elif name == "guidance" and len(values) in (1, 2):
@@ -183,6 +181,8 @@ def command(chat: Chat, line: str) -> str | None:
         return HELP
     elif name in (*changes, "guidance"):
         raise ValueError(f"/{name} takes {'one or two values' if name == 'guidance' else 'one value'}.\n{HELP}")
+    elif name in REMOVED:
+        raise ValueError(REMOVED[name])
     elif name != "settings":
         raise ValueError(f"/{name} is not known.\n{HELP}")
     return chat.settings()

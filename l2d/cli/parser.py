@@ -10,6 +10,8 @@ import os
 from pathlib import Path
 from typing import NoReturn
 
+from l2d.sampler_config import REMOVED
+
 
 class Parser(argparse.ArgumentParser):
     """Refuses with one sentence and exit status 2; an unknown option gets the nearest known one as a hint."""
@@ -22,7 +24,10 @@ class Parser(argparse.ArgumentParser):
         """As in the base class, but what is not known is refused here, where the known options are at hand."""
         known, rest = super().parse_known_args(args, namespace)
         if rest:
-            near = difflib.get_close_matches(rest[0].split("=")[0], self._option_string_actions, 1)
+            name = rest[0].split("=")[0]
+            if reason := REMOVED.get(name.lstrip("-")):
+                self.error(reason)
+            near = difflib.get_close_matches(name, self._option_string_actions, 1)
             self.error(f"argument {rest[0]!r} is not known{f': did you mean {near[0]}?' if near else ''}")
         return known, rest
 

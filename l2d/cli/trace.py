@@ -28,7 +28,7 @@ USUAL_LENGTH = 64
 """Most tokens of an answer where nothing else is asked for."""
 SHOWN = 6
 """Most candidates of a token."""
-_QUERIES = 512  # places of one batch of evaluations
+_BATCH = 512  # evaluations whose logits are computed at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +128,6 @@ def trace_prompt(
 
 
 def _refuse_untraceable(settings: SamplerConfig) -> None:
-    if settings.votes > 1:
-        raise ValueError(f"votes={settings.votes} make several trajectories for each token: trace with votes=1.")
     if settings.adaptive and not settings.is_base:
         raise ValueError(
             f"solver={settings.solver!r} has no fixed evaluation times: trace a fixed-grid solver instead."
@@ -142,26 +140,25 @@ def _trajectories(session: Session, sequences: Any, start: int, settings: Any) -
 
     from l2d.sampling.fixed_grid import fixed_grid
     from l2d.sampling.noise import RequestNoise, default_keys
+    from l2d.sampling.sites import make_sites
     from l2d.sampling.solve import solve_sites
-    from l2d.scoring import make_sites
 
-    model, count = session.model, sequences.shape[1] - start
+    paths, count = session.model.paths, sequences.shape[1] - start
     with torch.no_grad():
-        state = model.main_path(sequences[:, :-1])
+        state = paths.main_path(sequences[:, :-1])
         index = torch.arange(start - 1, start - 1 + count, device=sequences.device)
         if settings.is_base:
-            base = torch.softmax(model.base_logits(state, index[None])[0].float(), -1)
+            base = torch.softmax(paths.base_logits(state, index[None])[0].float(), -1)
             return [0.0], torch.zeros(count, 0, dtype=torch.int64), base[:, None].cpu()
         (key,) = default_keys([sequences[0, :start].tolist()])
         noises = [RequestNoise(settings.seed, key)] * count
         positions = list(range(start, start + count))
-        sites = make_sites(model, settings, torch.zeros_like(index), index, positions, noises)
-        site_class = settings.class_index(model.config.guidance_classes)
+        sites = make_sites(paths.config, settings, torch.zeros_like(index), index, positions, noises)
+        site_class = settings.class_index(paths.config.guidance_classes)
         settings = settings.replace(speculation=False)  # which then records every evaluation
-        solved: Any = solve_sites(model, state, sites, settings, site_class, record=True)
+        solved: Any = solve_sites(paths, state, sites, settings, site_class, record=True)
         probabilities = [
-            torch.softmax(model._decoder.logits(part).float(), -1).cpu()
-            for part in solved.evaluated.flatten(0, 1).split(_QUERIES)
+            torch.softmax(paths.logits(part).float(), -1).cpu() for part in solved.evaluated.flatten(0, 1).split(_BATCH)
         ]
     times, shape = fixed_grid(settings).times.tolist(), solved.evaluated.shape[:2]
     return times, solved.chosen[..., 0].cpu(), torch.cat(probabilities).unflatten(0, shape)

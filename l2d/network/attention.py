@@ -1,11 +1,11 @@
-"""Attention of diffusion queries over the main path's keys and values.
+"""Attention of the diffusion path over the main path's keys and values.
 
-- `QueryLayout`: which row and position every query of a flat batch rides on, and the masks that follow
+- `SiteLayout`: the site (row and position) of every evaluation in a flat batch, and the masks that follow from it
 - `path_attention`: registered with transformers as the attention implementation of the diffusion path
 
-Queries come as one flat list ordered by row, (N, ...), whatever they serve: response positions in training, all
-evaluation points of a token in decoding, ragged rounds of several rows. Linear layers see N queries and no padding;
-only attention looks at rows. Legend: A query heads, G key/value heads, P queries of one row, S keys, D head size.
+Evaluations form one flat batch ordered by row, (N, ...), whatever they serve: response tokens in training, all points
+of a trajectory in decoding, ragged passes over several rows. Linear layers see N evaluations and no padding; only
+attention looks at rows. Legend: A query heads, G key/value heads, P evaluations of one row, S keys, D head size.
 """
 
 import dataclasses
@@ -23,22 +23,22 @@ _IN_THE_MASK = -1  # a sliding window that attention is not told of
 
 @dataclasses.dataclass
 class _RowGroup:
-    """Rows whose queries are attended in one call: equally many each, padded if they are not."""
+    """Rows whose evaluations are attended in one call: equally many each, padded if they are not."""
 
     rows: torch.Tensor | None  # (R,) rows of the main path; None: all of them, in order
-    start: int  # first query of the group in the flat batch
-    count: int  # P, queries per row
-    index: torch.Tensor  # (R, P) positions the queries ride on
-    scatter: torch.Tensor | None  # (R, P) flat query per slot where rows were padded, else None
+    start: int  # first evaluation of the group in the flat batch
+    count: int  # P, evaluations per row
+    index: torch.Tensor  # (R, P) positions of the evaluations
+    scatter: torch.Tensor | None  # (R, P) flat number in each padded row, None without padding
 
 
-class QueryLayout:
-    """Places a flat batch of queries on the rows of a main-path state.
+class SiteLayout:
+    """The sites of a flat batch of evaluations in a main-path state.
 
     Args:
         state: the main path.
-        rows: (N,) row of each query, not decreasing.
-        index: (N,) position among the state's new positions that each query rides on.
+        rows: (N,) row of each evaluation, not decreasing.
+        index: (N,) position of each evaluation among the state's new positions.
     """
 
     def __init__(self, state: MainPathState, rows: torch.Tensor, index: torch.Tensor):
@@ -46,7 +46,7 @@ class QueryLayout:
         self._masks: dict[tuple[int, int | None], torch.Tensor | None] = {}
         self._position_ids: torch.Tensor | None = None
         self.last_only = state.hidden.shape[1] == 1
-        self.answered = 0  # layers whose attention was asked for so far
+        self.answered = 0  # layers whose attention was computed so far
         batch = state.hidden.shape[0]
         counts = torch.bincount(rows, minlength=batch).tolist()
         used = [row for row in range(batch) if counts[row]]
@@ -69,20 +69,20 @@ class QueryLayout:
         device = self.rows.device
         sizes = torch.tensor([counts[row] for row in used], device=device)
         starts = sizes.cumsum(0) - sizes
-        slots = torch.arange(width, device=device)
-        scatter = starts[:, None] + torch.minimum(slots, sizes[:, None] - 1)  # padding repeats a row's last query
+        columns = torch.arange(width, device=device)
+        scatter = starts[:, None] + torch.minimum(columns, sizes[:, None] - 1)  # padded by a row's last evaluation
         all_rows = len(used) == self.state.hidden.shape[0]
         rows = None if all_rows else torch.tensor(used, device=device)
         return _RowGroup(rows, 0, width, self.index[scatter], scatter)
 
     def hidden(self) -> torch.Tensor:
-        """Main-path hidden states under the queries, (N, H)."""
+        """Main-path hidden states at the sites, (N, H)."""
         if self.last_only:
             return self.state.hidden[self.rows, 0]
         return self.state.hidden[self.rows, self.index]
 
     def rotary(self, layer: LayerState) -> tuple[torch.Tensor, ...] | torch.Tensor | None:
-        """A layer's rotary embeddings at the queries' positions, each (1, N, D), or one where they are complex."""
+        """A layer's rotary embeddings at the sites, each (1, N, D), or one where they are complex."""
         if layer.rotary is None:
             return None
         key = tuple(id(part) for part in layer.rotary)
@@ -93,7 +93,7 @@ class QueryLayout:
         return self._rotary if len(self._rotary) > 1 else self._rotary[0]
 
     def position_ids(self) -> torch.Tensor | None:
-        """The base's own numbers of the queries' positions, (1, N) int64."""
+        """The base's own position numbers of the sites, (1, N) int64."""
         ids = self.state.position_ids
         if ids is None:
             return None
@@ -103,7 +103,7 @@ class QueryLayout:
         return self._position_ids
 
     def mask(self, group_number: int, window: int | None) -> torch.Tensor | None:
-        """Bool mask (R, 1, P or 1, S) of the keys that a group's queries may see; `None`: all."""
+        """Bool mask (R, 1, P or 1, S) of the keys that a group's evaluations may see; `None`: all."""
         key = (group_number, window)
         if key not in self._masks:
             self._masks[key] = self._build_mask(self.groups[group_number], window)
@@ -120,11 +120,11 @@ class QueryLayout:
                 recent = torch.arange(state.key_count, device=group.index.device) >= state.key_count - window
                 key_mask = recent[None] if key_mask is None else key_mask & recent
             return None if key_mask is None else key_mask[:, None, None]
-        place = (group.index + state.offset).unsqueeze(-1)  # (R, P, 1)
-        keys = torch.arange(state.key_count, device=place.device)
-        mask = keys <= place
+        position = (group.index + state.offset).unsqueeze(-1)  # (R, P, 1)
+        keys = torch.arange(state.key_count, device=position.device)
+        mask = keys <= position
         if window is not None:
-            mask &= keys > place - window
+            mask &= keys > position - window
         if key_mask is not None:
             mask &= key_mask[:, None]
         if segments is not None:
@@ -139,14 +139,14 @@ def path_attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    main_path: tuple[QueryLayout, LayerState],
+    main_path: tuple[SiteLayout, LayerState],
     scaling: float | None = None,
     softcap: float | None = None,
     sliding_window: int | None = _IN_THE_MASK,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Queries (1, A, N, D) over the main path's keys and values to (1, N, A, D).
+    """PathInputs (1, A, N, D) over the main path's keys and values to (1, N, A, D).
 
     `key` and `value` are what the path's attention module made itself and are not used. `s_aux` (A,) are attention
     sinks: a logit per head that takes its share of the softmax and has no value.
@@ -198,11 +198,11 @@ def _configured_window(module: Any) -> int | None:
 
 
 def _unpad(output: torch.Tensor, scatter: torch.Tensor) -> torch.Tensor:
-    """Padded slots (R, P, ...) back to the flat batch (N, ...): each query's first slot is its own."""
+    """Padded rows (R, P, ...) back to the flat batch (N, ...), without the repetitions that pad them."""
     flat = scatter.flatten()
-    slots = torch.arange(scatter.shape[1], device=flat.device).expand_as(scatter).flatten()
+    columns = torch.arange(scatter.shape[1], device=flat.device).expand_as(scatter).flatten()
     starts = scatter[:, :1].expand_as(scatter).flatten()
-    own = torch.nonzero(flat - starts == slots, as_tuple=True)[0]
+    own = torch.nonzero(flat - starts == columns, as_tuple=True)[0]
     return output.flatten(0, 1).index_select(0, own)
 
 

@@ -1,11 +1,12 @@
 """The diffusion path: the base's layers again, with a few trained weights, over the main path's keys and values.
 
-- `Queries`, `NoisedTargets`: what the path is asked, in decoding and scoring, and in training
+- `PathInputs`, `NoisedTargets`: evaluations at padded sites, with given states, and with noised targets for training
 - `Modulation`: scales, shifts and gates of every layer for a list of times
-- `DiffusionPath`: trained modules; flat queries in, hidden states out
+- `DiffusionPath`: the trained modules; a flat batch of evaluations in, hidden states out
 
-A query is (row, position, state x, time t, class). Queries never see each other, so any number of them, for any
-purpose, is one batch. Legend: N flat queries, H hidden size, C conditioning width, d diffusion dimension, V vocabulary.
+A site is a (row, position) whose next token is predicted. An evaluation of the path at a site has a state x, a time t
+and a class. Evaluations never see each other, so any number of them is one batch.
+Legend: N evaluations, Q sites per row, H hidden size, C conditioning width, d diffusion dimension, V vocabulary.
 """
 
 import dataclasses
@@ -14,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from l2d.config import L2DConfig
-from l2d.network.attention import QueryLayout
+from l2d.network.attention import SiteLayout
 from l2d.network.embeddings import (
     CarriedState,
     InputProjection,
@@ -32,8 +32,11 @@ from l2d.network.path_layers import TwinLayer, build_twin
 
 
 @dataclasses.dataclass
-class Queries:
-    """Padded queries: index (B, Q) int64 with -1 at padding, x (B, Q, d), time (B, Q), classes (B, Q) int64 or None."""
+class PathInputs:
+    """One evaluation per site: index (B, Q) int64 with -1 at padding, x (B, Q, d), time (B, Q), classes (B, Q) or None.
+
+    Classes are int64; `None` is "no class" everywhere.
+    """
 
     index: torch.Tensor
     x: torch.Tensor
@@ -43,7 +46,7 @@ class Queries:
 
 @dataclasses.dataclass
 class NoisedTargets:
-    """Training queries: K noise draws for every response position, each evaluated once or rolled out.
+    """Training targets with K noise draws for every site, each evaluated once or rolled out.
 
     Attributes:
         index: (B, Q) int64, position whose next token is predicted; -1 at padding.
@@ -71,8 +74,7 @@ class NoisedTargets:
         return self.time if self.unscored is None else self.time[self.unscored :].flatten(0, 1)
 
     def select(self, index: torch.Tensor, draws: slice) -> "NoisedTargets":
-        """Some of the draws, at the positions `index` (B, Q)."""
-
+        """Some of the draws, at the sites `index` (B, Q)."""
         time = self.time[draws] if self.unscored is None else self.time[:, draws]
         per_draw = {name: getattr(self, name) for name in ("noise", "classes", "sources", "uniforms")}
         chosen: dict[str, Any] = {name: None if values is None else values[draws] for name, values in per_draw.items()}
@@ -81,10 +83,10 @@ class NoisedTargets:
 
 @dataclasses.dataclass
 class Modulation:
-    """What time and class do to the path: a row per query, or per query of a pattern that the batch repeats.
+    """What time and class do to the path: a row per evaluation, or per evaluation of a pattern that the batch repeats.
 
-    Attributes (P rows for N = repeats * P queries):
-        output: (P, H), `w(t) - w(0)`.
+    Attributes (P rows for N = repeats * P evaluations):
+        output: (P, H), `w(t) - w(0)`, the factor of the path's own hidden state in the output.
         embedding: (P, C), of which each layer makes its own modulation once it is its turn, so that training need not
             keep those of all layers.
         layers: (P, 6H) per layer where they were made beforehand, for a grid of times: scale, shift and gate of
@@ -125,29 +127,28 @@ class DiffusionLayer(nn.Module):
     def forward(
         self,
         hidden: torch.Tensor,
-        made: Any,
+        modulation: Any,
         embedding: Any,
-        layout: QueryLayout,
+        layout: SiteLayout,
         layer: LayerState,
     ) -> torch.Tensor:
-        """Hidden stream (R, P, H) through attention and MLP; R P queries in flat order.
+        """Hidden stream (R, P, H) through attention and MLP; R P evaluations in flat order.
 
-        The modulation is `made` (P, 6H) already, or `None` and made here from `embedding` (P, C).
+        `modulation` (P, 6H) of this layer, or `None` to compute it from `embedding` (P, C).
         """
-        parts = self.modulate(embedding) if made is None else made.chunk(6, dim=-1)
+        parts = self.modulate(embedding) if modulation is None else modulation.chunk(6, dim=-1)
         scale1, shift1, gate1, scale2, shift2, gate2 = parts
         hidden = hidden + gate1.to(hidden.dtype) * self.twin.attend(hidden, scale1, shift1, layout, layer)
         return hidden + gate2.to(hidden.dtype) * self.twin.transform(hidden, scale2, shift2)
 
 
 class DiffusionPath(nn.Module):
-    """All trained weights of an L2D model."""
+    """All trained weights of an L2D model, over the frozen layers of `decoder`."""
 
-    def __init__(self, config: L2DConfig, base: PreTrainedModel):
+    def __init__(self, config: L2DConfig, decoder: Decoder):
         super().__init__()
-        text = base.config.get_text_config()
-        hidden_size, width = text.hidden_size, config.conditioning_width
-        decoder = Decoder(base)
+        base_config = decoder.base.config
+        hidden_size, width = base_config.get_text_config().hidden_size, config.conditioning_width
         self.vocabulary = VocabularyEmbedding(
             decoder.embeddings.weight.shape[1], config.diffusion_dim, config.token_norm
         )
@@ -164,15 +165,15 @@ class DiffusionPath(nn.Module):
         self.class_embedding = nn.Embedding(classes + 1, width, dtype=torch.float32) if classes else None
         if self.class_embedding is not None:
             nn.init.normal_(self.class_embedding.weight, std=0.02)
-        twins = build_twin(decoder, base.config, config)
+        twins = build_twin(decoder, base_config, config)
         self.layers: Any = nn.ModuleList(DiffusionLayer(twin, width, hidden_size) for twin in twins)
         self.output_modulation = modulation_head(width, hidden_size)
         self.noise_free = config.noise_free
-        # Made last, so that all other weights are those of a model without.
+        # Initialised last, so that all other weights are those of a model without it.
         self.carried_state = CarriedState(hidden_size) if config.carried_state else None
         self.checkpointing: tuple[Callable, int] | None = None  # function, and every how many layers
         self._decoder = decoder
-        # What a table of modulations depends on.
+        # Modules whose weights a table of modulations depends on.
         parts: tuple[Any, ...] = (
             self.time_embedding,
             self.class_embedding,
@@ -192,7 +193,7 @@ class DiffusionPath(nn.Module):
         return self.vocabulary.table(self._decoder.embeddings.weight)
 
     def forget(self) -> None:
-        """Drop what was made from the weights and kept for inference."""
+        """Drop the tables that were computed from the weights for inference."""
         self.vocabulary.forget()
         self._table = None
 
@@ -232,9 +233,9 @@ class DiffusionPath(nn.Module):
                 classes = torch.tensor(kinds, device=device).repeat_interleave(len(grid))
                 grid = grid.repeat(len(kinds))
             with full_precision(grid):
-                made = self.modulate(grid, classes)
-                layers = torch.stack([torch.cat(layer.modulate(made.embedding), dim=-1) for layer in self.layers])
-            self._table = kept = (key, Modulation(made.output, layers=layers))
+                table = self.modulate(grid, classes)
+                layers = torch.stack([torch.cat(layer.modulate(table.embedding), dim=-1) for layer in self.layers])
+            self._table = kept = (key, Modulation(table.output, layers=layers))
         return kept[1]
 
     def forward(
@@ -242,7 +243,7 @@ class DiffusionPath(nn.Module):
         x: torch.Tensor,
         time: torch.Tensor,
         modulation: Modulation,
-        layout: QueryLayout,
+        layout: SiteLayout,
         carried: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Evaluate states x (N, d) at times (N,), with what was carried (N, H) from their last evaluations, or nothing.
@@ -250,7 +251,7 @@ class DiffusionPath(nn.Module):
         Returns the fused hidden states (N, H) before the final norm, and the path's own (N, H), to be carried on.
         """
         main = layout.hidden()
-        if not len(main):  # no queries at all
+        if not len(main):
             return main + modulation.output.to(main.dtype), main
         if self.noise_free:
             x = torch.ones_like(x)
@@ -260,10 +261,10 @@ class DiffusionPath(nn.Module):
         hidden = hidden.to(self.layers[0].twin.stream_dtype(main.dtype))
         hidden = hidden.unflatten(0, (modulation.repeats, -1))
         for number, (layer, kept) in enumerate(zip(self.layers, layout.state.layers, strict=True)):
-            made = None if modulation.layers is None else modulation.layers[number]
+            ready = None if modulation.layers is None else modulation.layers[number]
             if self.checkpointing is not None and torch.is_grad_enabled() and number % self.checkpointing[1] == 0:
-                hidden = self.checkpointing[0](layer, hidden, made, modulation.embedding, layout, kept)
+                hidden = self.checkpointing[0](layer, hidden, ready, modulation.embedding, layout, kept)
             else:
-                hidden = layer(hidden, made, modulation.embedding, layout, kept)
+                hidden = layer(hidden, ready, modulation.embedding, layout, kept)
         added = modulation.output.to(main.dtype) * hidden.to(main.dtype)
         return main + added.flatten(0, 1), hidden.flatten(0, 1)

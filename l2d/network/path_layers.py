@@ -1,11 +1,11 @@
-"""The twin of a base's decoder layers: same structure, shared frozen weights, trained deltas or copies.
+"""The path's layers: twins of the base's decoder layers with shared frozen weights and trained deltas or copies.
 
 - `build_twin`: one `TwinLayer` per layer of the base, with LoRA injected or parameters cloned
 - `TwinLayer`: attention and MLP of one layer with modulated norms, for every known layout of norms
 - `ModulatedNorm`: a frozen norm of the base plus a trained scale and shift
 
 No modelling code is copied: a structural copy of the base's own modules shares all their tensors, so a base that
-transformers can run is a base that the path can follow, as long as its norms are laid out in a way found here.
+transformers can run is a base that the path can follow, as long as its layout of norms is one of `_LAYOUTS`.
 """
 
 import copy
@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from l2d.config import L2DConfig
-from l2d.network.attention import IMPLEMENTATION, QueryLayout
+from l2d.network.attention import IMPLEMENTATION, SiteLayout
 from l2d.network.embeddings import at_least_float32
 from l2d.network.main_path import Decoder, LayerState
 
@@ -63,7 +63,7 @@ class ModulatedNorm:
     """`xhat * (g + scale) + b + shift` with the base's frozen weight `g` and bias `b`; xhat is the normalised input.
 
     RMS norms have no `b`, and the method is published for them; LayerNorm, whose xhat is centred, is our reading of it.
-    Not a module: the weights stay the base's. What a norm computes (Gemma stores `g - 1`) is found by trying.
+    Not a module: the weights stay the base's. What a norm computes (Gemma stores `g - 1`) is determined by a probe.
     """
 
     def __init__(self, norm: Any):
@@ -139,9 +139,9 @@ class TwinLayer(nn.Module):
         return self._modulated[0].weight(), self._modulated[1].weight()
 
     def attend(
-        self, hidden: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, layout: QueryLayout, layer: LayerState
+        self, hidden: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor, layout: SiteLayout, layer: LayerState
     ) -> torch.Tensor:
-        """What attention adds to the stream (..., H), queries in flat order, before its gate."""
+        """What attention adds to the stream (..., H), evaluations in flat order, before its gate."""
         inputs = self._modulated[0](hidden, weight, shift) if self._before[0] else hidden
         answered = layout.answered
         output = self.self_attn(

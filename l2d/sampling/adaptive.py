@@ -3,7 +3,7 @@
 - `solve_adaptive`: embedded Runge-Kutta steps of torchdiffeq's tableaus, all sites in one batch, each at its own time
 
 Step control is torchdiffeq's (error norm, safety 0.9, growth at most 10, shrinkage at most 5). Steps are clipped to end
-at `final_time`; where a stage asks at t = 1 it gets the last stage's velocity, exact on a straight line.
+at `final_time`; a stage at t = 1 takes the previous stage's velocity, exact on a straight line.
 Greedy choices make the field discontinuous, and a solver can creep along a boundary: after `max_evaluations` a site
 goes straight to its current clean estimate and is counted as capped. Sites that are done leave the batch.
 """
@@ -12,13 +12,14 @@ import torch
 from torchdiffeq._impl.odeint import SOLVERS
 
 from l2d.sampler_config import temperature_at
-from l2d.sampling.evaluator import PathEvaluator, Sites, SiteSolution
+from l2d.sampling.evaluator import PathEvaluator
+from l2d.sampling.sites import Sites, SiteSolution
 
 _SAFETY, _GROWTH, _SHRINKAGE = 0.9, 10.0, 0.2
 
 
 class _Field:
-    """Velocity of sites at their own times; counts what was spent and follows the chosen token."""
+    """Velocity of sites at their own times; counts evaluations and changes of the chosen token."""
 
     def __init__(self, evaluator: PathEvaluator, sites: Sites):
         self.evaluator, self.sites = evaluator, sites
@@ -99,7 +100,7 @@ def solve_adaptive(evaluator: PathEvaluator, sites: Sites) -> SiteSolution:
         hidden=hidden,
         nfe_requested=nfe_requested,
         nfe_computed=field.nfe_computed + 1,
-        passes=nfe_requested - int(sampler.start_time == 0),  # the base's answer is at hand
+        passes=nfe_requested - int(sampler.start_time == 0),  # the first evaluation is the base's answer
         changes=field.changes,
         capped=capped,
     )
@@ -120,7 +121,7 @@ def _step(
     for node, weights in zip(tableau.alpha.tolist(), tableau.beta, strict=True):
         stage = x + length * sum(w * k for w, k in zip(weights.tolist(), slopes, strict=True))
         at = end if node == 1.0 else start + node * (end - start)
-        slope = slopes[-1].clone()  # where the stage asks at t = 1, the last stage's velocity
+        slope = slopes[-1].clone()  # of a stage at t = 1: the previous stage's velocity
         inside = torch.nonzero(at < 1, as_tuple=True)[0]
         if len(inside):
             slope[inside] = field(active[inside], stage[inside], at[inside])
@@ -133,5 +134,5 @@ def _step(
 def _factor(ratio: torch.Tensor, order: int) -> torch.Tensor:
     """Growth of the step size (M,) for error ratios (M,)."""
     low = torch.where(ratio < 1, 1.0, _SHRINKAGE)
-    wanted = torch.where(ratio == 0, _GROWTH, _SAFETY / ratio.clamp(min=1e-30) ** (1 / order))
-    return torch.clamp(torch.maximum(wanted, low), max=_GROWTH)
+    ideal = torch.where(ratio == 0, _GROWTH, _SAFETY / ratio.clamp(min=1e-30) ** (1 / order))
+    return torch.clamp(torch.maximum(ideal, low), max=_GROWTH)

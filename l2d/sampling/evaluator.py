@@ -1,86 +1,24 @@
-"""The network as the solvers see it: from states at given places and evaluations to chosen tokens.
+"""The network as the solvers see it: from states at given sites and times to chosen tokens.
 
-- `Sites`: places (row, position) of a main-path state whose next token is wanted
-- `SiteSolution`: what a solver returns for them
 - `clean_estimate`: from logits to the embedding that the velocity points to
 - `PathEvaluator`: the diffusion path over one main-path state, for one sampler
 
-Legend: N sites, E velocity evaluations, M flat queries, V vocabulary, H hidden size, d diffusion dimension.
+Legend: N sites, E velocity evaluations, M flat evaluations, V vocabulary, H hidden size, d diffusion dimension.
 """
-
-import dataclasses
-from typing import TYPE_CHECKING, Any
 
 import torch
 
-from l2d.network.attention import QueryLayout
+from l2d.network.attention import SiteLayout
 from l2d.network.diffusion_path import Modulation
 from l2d.network.embeddings import at_least_float32
 from l2d.network.main_path import MainPathState
+from l2d.network.two_paths import TwoPaths
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling.fixed_grid import FixedGrid
 from l2d.sampling.noise import draw_token
-
-if TYPE_CHECKING:
-    from l2d.modeling import L2DForCausalLM
+from l2d.sampling.sites import Sites
 
 LOGIT_ELEMENTS = 6 << 20  # logits alive at once; the C library maps blocks above 32 MiB anew each time
-
-
-@dataclasses.dataclass
-class Sites:
-    """Places to solve.
-
-    rows (N,) int64, not decreasing; index (N,) int64 among the state's new positions; noise (N, d) float64, scaled;
-    uniforms (N, >= E) float64 for sampled choices, or `None` where choices are argmax.
-    """
-
-    rows: torch.Tensor
-    index: torch.Tensor
-    noise: torch.Tensor
-    uniforms: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.rows.shape[0]
-
-    def take(self, keep: torch.Tensor) -> "Sites":
-        """Some of the sites, in their order."""
-        uniforms = None if self.uniforms is None else self.uniforms[keep]
-        return Sites(self.rows[keep], self.index[keep], self.noise[keep], uniforms)
-
-
-@dataclasses.dataclass
-class SiteSolution:
-    """Result per site.
-
-    hidden (N, H): fused hidden state of the last evaluation, before the final norm; logits (N, V): its logits, where
-    they were at hand.
-    asked, computed, rounds, changes (N,) int64: evaluations asked for (T: the free one at t = 0 counts, two branches
-    are one), network queries, batched passes, and changes of the chosen token.
-    capped (N,) bool: the adaptive solver ran into `max_evaluations`.
-    clean (N, E, d) float64 and chosen (N, E, branches) int64: recorded on request, fixed grids only; the sequential
-    solver also records the fused hidden states of all evaluations, evaluated (N, E + 1, H), of the first branch.
-    """
-
-    hidden: torch.Tensor
-    nfe_requested: torch.Tensor
-    nfe_computed: torch.Tensor
-    passes: torch.Tensor
-    changes: torch.Tensor
-    capped: torch.Tensor
-    clean: torch.Tensor | None = None
-    chosen: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    evaluated: torch.Tensor | None = None
-
-    @classmethod
-    def join(cls, parts: "list[SiteSolution]") -> "SiteSolution":
-        """Solutions of consecutive sites as one."""
-        columns = {field.name: [getattr(part, field.name) for part in parts] for field in dataclasses.fields(cls)}
-        whole: dict[str, Any] = {
-            name: None if any(v is None for v in values) else torch.cat(values) for name, values in columns.items()
-        }
-        return cls(**whole)
 
 
 def clean_estimate(
@@ -105,7 +43,7 @@ def clean_estimate(
     probabilities = torch.softmax(at_least_float32(logits) / temperature, dim=-1)
     if choice == "sample":
         if uniforms is None:
-            raise ValueError("choice='sample' at a temperature above 0 needs uniform numbers, one per place.")
+            raise ValueError("choice='sample' at a temperature above 0 needs uniform numbers: give one per site.")
         token = draw_token(probabilities, uniforms)
         return table[token], token
     mean = probabilities @ table.to(probabilities.dtype)
@@ -118,14 +56,14 @@ class PathEvaluator:
     """The diffusion path over one main-path state, for one sampler.
 
     With guidance every velocity evaluation has two branches, class and no class, in one batch; the last evaluation is
-    class-conditional only. Modulation at grid times is made once and kept on the model's path.
+    class-conditional only. Modulation at grid times is computed once and kept by the path.
     """
 
-    def __init__(self, model: "L2DForCausalLM", state: MainPathState, sampler: SamplerConfig, site_class: int | None):
-        self.model, self.state, self.sampler = model, state, sampler
-        self.table = model.vocabulary_table()
+    def __init__(self, paths: TwoPaths, state: MainPathState, sampler: SamplerConfig, site_class: int | None):
+        self.paths, self.state, self.sampler = paths, state, sampler
+        self.table = paths.vocabulary_table()
         self.chunk = max(1, LOGIT_ELEMENTS // self.table.shape[0])  # rows whose logits may be alive at once
-        classes = len(model.config.guidance_classes or [])
+        classes = len(paths.config.guidance_classes or [])
         own = classes if site_class is None else site_class
         self.branches: tuple[int | None, ...] = (
             (None,) if not classes else ((own, classes) if sampler.guided else (own,))
@@ -141,15 +79,15 @@ class PathEvaluator:
         x: torch.Tensor,
         carried: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Fused and own hidden states, (M, H) each, of flat queries.
+        """Fused and own hidden states, (M, H) each, of a flat batch of grid evaluations.
 
         site (M,) in order, evaluation (M,), branch (M,), state x (M, d), carried (M, H): see `DiffusionPath.forward`.
         """
         kinds = tuple(kind for kind in self.branches if kind is not None) or None
-        table = self.model.path.modulation_table(grid.times, kinds)
+        table = self.paths.path.modulation_table(grid.times, kinds)
         time = grid.times.to(x.device)[evaluation]
         row = evaluation if branch is None else evaluation + branch * len(grid.times)
-        # Where all sites ask for the same evaluations, one copy is enough.
+        # Where all sites are evaluated at the same times, one copy is enough.
         pattern = row[: len(row) // max(1, len(sites))]
         if (
             len(sites) > 1
@@ -168,7 +106,7 @@ class PathEvaluator:
         classes = None
         if self.branches[0] is not None:
             classes = torch.tensor(self.branches[:branches], device=x.device).repeat(len(sites))
-        hidden, _ = self._run(sites, site, x, time, self.model.path.modulate(time.float(), classes))
+        hidden, _ = self._run(sites, site, x, time, self.paths.path.modulate(time.float(), classes))
         return hidden.unflatten(0, (len(sites), branches))
 
     def _run(
@@ -180,8 +118,8 @@ class PathEvaluator:
         modulation: Modulation,
         carried: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        layout = QueryLayout(self.state, sites.rows[site], sites.index[site])
-        return self.model.path(x, time, modulation, layout, carried)
+        layout = SiteLayout(self.state, sites.rows[site], sites.index[site])
+        return self.paths.path(x, time, modulation, layout, carried)
 
     def choose(self, hidden: torch.Tensor, temperature: float, uniforms: torch.Tensor | None) -> tuple:
         """Clean estimates (M, branches, d) and tokens (M, branches) for hidden states (M, branches, H), in chunks.
@@ -193,7 +131,7 @@ class PathEvaluator:
             uniforms = uniforms.repeat_interleave(hidden.shape[1], dim=0)
         parts = [
             self.estimate(
-                self.model._decoder.logits(part, plain=False),
+                self.paths.logits(part, plain=False),
                 temperature,
                 None if uniforms is None else uniforms[start * self.chunk : (start + 1) * self.chunk],
             )
@@ -207,7 +145,7 @@ class PathEvaluator:
         kept: list[torch.Tensor] = []
         tokens = []
         for number, part in enumerate(hidden.split(self.chunk)):
-            logits = self.model._decoder.logits(part, plain=False)
+            logits = self.paths.logits(part, plain=False)
             tokens.append(logits.argmax(-1))
             if keep is not None:
                 kept.append(logits[keep[number * self.chunk : (number + 1) * self.chunk]])

@@ -37,7 +37,7 @@ _TABLEAUS: dict[str, tuple[list[float], list[list[float]], list[float]]] = {
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FixedGrid:
-    """Where a fixed-grid solver evaluates the path, and the state at each place as a linear map.
+    """The times at which a fixed-grid solver evaluates the path, and the state at each as a linear map.
 
     Attributes (E: evaluations of the velocity that reach the network; n: time levels):
         times: (E + 1,) float64, evaluation times; the last one is `final_time`, where the output is read.
@@ -46,7 +46,7 @@ class FixedGrid:
         temperatures: (E,) choice temperature of each evaluation.
         levels: (n,) float32, the time levels.
         level_noise_weights, level_clean_weights: (n,) and (n, E) float64, the state at the time levels.
-        budget: evaluations asked for, T.
+        budget: evaluations requested, T.
     """
 
     times: torch.Tensor
@@ -95,10 +95,10 @@ def _build(
     grid = torch.linspace(start, final, levels, dtype=torch.float32)
     spacing = float(grid[1] - grid[0])
     delta = spacing / 2 if solver == "midpoint" else spacing  # where the released code reads the temperature schedule
-    asks = (levels - 1) * len(nodes)
+    most = (levels - 1) * len(nodes)
 
     # A state or velocity is a row of weights over (noise, clean estimate 0, clean estimate 1, ...).
-    state = np.zeros(asks + 1)
+    state = np.zeros(most + 1)
     state[0] = 1.0
     times: list[float] = []
     temperatures, states, level_states = [], [], [state]
@@ -108,12 +108,12 @@ def _build(
         for node, weights in zip(nodes, stage_weights, strict=True):
             time = float(high if node == 1.0 else low + step * node)
             stage = state + float(step) * sum(
-                (w * v for w, v in zip(weights, velocities, strict=True)), np.zeros(asks + 1)
+                (w * v for w, v in zip(weights, velocities, strict=True)), np.zeros(most + 1)
             )
             if time >= 1:  # the velocity is not defined here
-                velocities.append(velocities[-1] if end_velocity == "straight" else np.zeros(asks + 1))
+                velocities.append(velocities[-1] if end_velocity == "straight" else np.zeros(most + 1))
                 continue
-            estimate = np.zeros(asks + 1)
+            estimate = np.zeros(most + 1)
             estimate[len(times) + 1] = 1.0
             velocities.append((estimate - stage) / (1 - time))
             times.append(time)

@@ -1,32 +1,33 @@
 """Speculation along the trajectory: a whole solve in about one batched pass, with the sequential solver's result.
 
 - `solve_speculatively`: assume that the chosen token stays, evaluate all remaining points at once, accept, correct
-- `queries_per_pass`: how many queries cost about as much as one
+- `evaluations_per_pass`: how many evaluations cost about as much as one
 
-While the choice stays the same all remaining states are known (`solvers.FixedGrid`), so they are queries of one batch.
+While the choice stays the same all remaining states are known (`FixedGrid`), so they are evaluated in one batch.
 Evaluations up to and including the first one whose choice differs from the assumption saw the right state and are
-accepted; the rest is done again with the new choice. Rounds per token: 1 + number of changes of the chosen token.
+accepted; the rest is computed again with the new choice. Passes per token: 1 + number of changes of the chosen token.
 Sampled choices work alike, since the uniform number of every evaluation is fixed beforehand.
 
-A pass of few queries costs about as much as a pass of one, so a few sites look ahead all the way. Many sites fill a
-pass by themselves and look ahead only as far as it takes to fill it: less is computed that a change makes worthless.
+A pass of few evaluations costs about as much as a pass of one, so a few sites look ahead all the way. Many sites fill a
+pass by themselves and look ahead only as far as it takes to fill it: less of what is computed is discarded.
 """
 
 import dataclasses
 
 import torch
 
-from l2d.sampling.evaluator import PathEvaluator, Sites, SiteSolution
+from l2d.sampling.evaluator import PathEvaluator
 from l2d.sampling.fixed_grid import FixedGrid
+from l2d.sampling.sites import Sites, SiteSolution
 
-_QUERIES_PER_PASS = 128  # up to which looking further ahead costs little on a CPU,
-_QUERIES_PER_PASS_OVERHEAD = 2048  # and where a pass is mostly overhead: on an accelerator, or in a tiny model
+_PER_PASS = 128  # up to which looking further ahead costs little on a CPU,
+_PER_PASS_OVERHEAD = 2048  # and where a pass is mostly overhead: on an accelerator, or in a tiny model
 _TINY = 256  # hidden size
 
 
 @dataclasses.dataclass
-class _Round:
-    """One batched pass over pending sites (N): flat queries (M,) ordered by site, evaluation and branch."""
+class _Pass:
+    """One batched pass over pending sites (N): evaluations (M,) ordered by site, number and branch."""
 
     site: torch.Tensor
     evaluation: torch.Tensor
@@ -34,7 +35,7 @@ class _Round:
 
 
 def solve_speculatively(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, record: bool) -> SiteSolution:
-    """Same arguments and result as `sampling.solve_sequentially`; `nfe_computed` and `passes` tell what was spent."""
+    """Same arguments and result as `sampling.solve_sequentially`; `nfe_computed` and `passes` record the cost."""
     count, device = grid.evaluations, sites.noise.device
     branches, total = len(evaluator.branches), len(sites)
     chosen = _first_choice(evaluator, sites, grid).unsqueeze(1).repeat(1, count, branches)  # accepted, then assumed
@@ -48,26 +49,26 @@ def solve_speculatively(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid,
         everyone = len(pending) == total
         current, assumed = (sites, chosen) if everyone else (sites.take(pending), chosen[pending])
         start = accepted if everyone else accepted[pending]
-        ahead = max(1, queries_per_pass(output) // (len(pending) * branches))
+        ahead = max(1, evaluations_per_pass(output) // (len(pending) * branches))
         end = (start + ahead).clamp(max=count + 1)
-        made = _evaluate(evaluator, current, grid, assumed, start, end)
-        answers, read = _answers(evaluator, current, grid, made, assumed, keep_logits=total <= evaluator.chunk)
-        wrong = (answers != assumed).any(-1) & (numbers >= start[:, None])
-        place = torch.where(wrong, numbers, count).amin(1)  # the first wrong evaluation; `count`: none
-        right = place == count
-        done = right & (end > count)
-        finished = pending[done]
-        last = made.evaluation == count
-        output[finished] = made.hidden[last][right[made.site[last]]]
+        done = _evaluate(evaluator, current, grid, assumed, start, end)
+        answers, read = _answers(evaluator, current, grid, done, assumed, keep_logits=total <= evaluator.chunk)
+        differs = (answers != assumed).any(-1) & (numbers >= start[:, None])
+        change = torch.where(differs, numbers, count).amin(1)  # the first evaluation that differs; `count`: none
+        right = change == count
+        solved = right & (end > count)
+        finished = pending[solved]
+        last = done.evaluation == count
+        output[finished] = done.hidden[last][right[done.site[last]]]
         if read is not None:
             logits = read.new_empty(total, read.shape[-1]) if logits is None else logits
-            logits[finished] = read[right[made.site[last]]]
-        nfe_computed[pending] += torch.bincount(made.site, minlength=len(pending))
+            logits[finished] = read[right[done.site[last]]]
+        nfe_computed[pending] += torch.bincount(done.site, minlength=len(pending))
         passes[pending] += 1
-        answer = answers.gather(1, place.clamp(max=count - 1)[:, None, None].expand(-1, 1, branches))
-        chosen[pending] = torch.where((numbers >= place[:, None]).unsqueeze(-1), answer, assumed)
-        accepted[pending] = torch.where(right, end, place + 1).clamp(max=count)
-        pending = pending[~done]
+        answer = answers.gather(1, change.clamp(max=count - 1)[:, None, None].expand(-1, 1, branches))
+        chosen[pending] = torch.where((numbers >= change[:, None]).unsqueeze(-1), answer, assumed)
+        accepted[pending] = torch.where(right, end, change + 1).clamp(max=count)
+        pending = pending[~solved]
     return SiteSolution(
         hidden=output,
         nfe_requested=torch.full_like(nfe_computed, grid.budget),
@@ -88,10 +89,10 @@ def _first_choice(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid) -> to
     return tokens
 
 
-def queries_per_pass(hidden: torch.Tensor) -> int:
-    """Queries that fill a pass; `hidden` (..., H) tells device and model size."""
+def evaluations_per_pass(hidden: torch.Tensor) -> int:
+    """Evaluations that fill a pass; `hidden` (..., H) gives device and model size."""
     costly = hidden.device.type == "cpu" and hidden.shape[-1] > _TINY
-    return _QUERIES_PER_PASS if costly else _QUERIES_PER_PASS_OVERHEAD
+    return _PER_PASS if costly else _PER_PASS_OVERHEAD
 
 
 def _evaluate(
@@ -101,23 +102,23 @@ def _evaluate(
     chosen: torch.Tensor,
     start: torch.Tensor,
     end: torch.Tensor,
-) -> _Round:
+) -> _Pass:
     """Evaluations `start` to `end - 1` (N,) of each site; the last one of the grid for the first branch only."""
     count, branches = grid.evaluations, chosen.shape[-1]
     numbers = torch.arange(count + 1, device=start.device)
-    wanted = (numbers >= start[:, None]) & (numbers < end[:, None])
-    wanted = wanted.unsqueeze(-1).repeat(1, 1, branches)
-    wanted[:, count, 1:] = False
-    site, evaluation, branch = torch.nonzero(wanted, as_tuple=True)
+    pending = (numbers >= start[:, None]) & (numbers < end[:, None])
+    pending = pending.unsqueeze(-1).repeat(1, 1, branches)
+    pending[:, count, 1:] = False
+    site, evaluation, branch = torch.nonzero(pending, as_tuple=True)
     first = int(start.min())
     states = grid.states(sites.noise, evaluator.mix(evaluator.table[chosen]), first)
     x = states[site, evaluation - first]
     hidden, _ = evaluator.at_evaluations(sites, grid, site, evaluation, branch, x)
-    return _Round(site, evaluation, hidden)
+    return _Pass(site, evaluation, hidden)
 
 
 def _answers(
-    evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, done: _Round, assumed: torch.Tensor, keep_logits: bool
+    evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, done: _Pass, assumed: torch.Tensor, keep_logits: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Tokens chosen (N, E, branches), as assumed where nothing was evaluated, and logits of the last evaluations."""
     count, branches = grid.evaluations, assumed.shape[-1]

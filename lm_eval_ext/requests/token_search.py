@@ -18,7 +18,7 @@ from transformers import DynamicCache, LogitsProcessor
 from l2d import L2DForCausalLM
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling.noise import RequestNoise
-from l2d.votes import solve_next
+from l2d.sampling.solve import solve_next
 
 
 @dataclasses.dataclass
@@ -124,7 +124,7 @@ def beam_search(
     positions, lengths = (mask.cumsum(1) - 1).clamp(min=0), mask.sum(1)
     cache, rows = DynamicCache(), [(search, 0) for search in searches]
     for step in range(max_tokens):
-        state = model.main_path(ids, mask, positions, cache).last()
+        state = model.paths.main_path(ids, mask, positions, cache).last()
         logprobs = _token_logprobs(model, state, sampler, lengths, [search for search, _ in rows])
         kept: list[tuple[int, int]] = []  # (row that a beam continues, its new token)
         rows_before, rows = rows, []
@@ -152,7 +152,7 @@ def _token_logprobs(
     """Log-probabilities (rows, V) float32 of the next token of every beam; costs go to the beams' searches."""
     rows = torch.arange(len(owners), device=lengths.device)
     noises = [search.noise for search in owners]
-    solved, logits = solve_next(model, state, sampler, rows, torch.zeros_like(rows), lengths.tolist(), noises)
+    solved, logits = solve_next(model.paths, state, sampler, rows, torch.zeros_like(rows), lengths.tolist(), noises)
     costs = (
         column.tolist() for column in (solved.nfe_requested, solved.nfe_computed, solved.passes, solved.capped.long())
     )

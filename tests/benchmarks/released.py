@@ -2,10 +2,10 @@
 
     python -m tests.benchmarks.released --shape 135m --budget 15 [--changes 0.2] [--json FILE]
 
-The released procedure is `l2d.released_solver.released_solve`, after a step of the main path: torchdiffeq asks the path
-once per evaluation, one after the other, and every evaluation makes the vocabulary's embeddings, its modulation and the
-LoRA deltas anew, with PyTorch's own products. Its network is ours, so this is the procedure's cost and not that of its
-code, which was 50 plain steps where it was measured (135M shape, float32, batch 1, T = 15).
+The released procedure is `tests.parity.released_solver.released_solve`, after a step of the main path: torchdiffeq
+evaluates the path one time after the other, and every evaluation computes the vocabulary's embeddings, its modulation
+and the LoRA deltas again, with PyTorch's own products. Its network is ours, so this is the cost of the procedure, not
+that of its code, which was 50 plain steps where it was measured (135M shape, float32, batch 1, T = 15).
 
 Prints the medians, both ratios to the plain step, and how many times faster this package is.
 """
@@ -20,11 +20,11 @@ import torch
 
 from l2d import L2DForCausalLM
 from l2d.budget import levels_for_budget
-from l2d.released_solver import ReleasedSolver, released_solve
 from tests.benchmarks import command
 from tests.benchmarks.command import synchronize
 from tests.benchmarks.decode import PlainDecoder, Stopwatch
 from tests.benchmarks.models import calibrate, make_model
+from tests.parity.released_solver import ReleasedSolver, released_solve
 
 
 def timed(work: Callable[[], object], device: str) -> float:
@@ -38,7 +38,7 @@ def timed(work: Callable[[], object], device: str) -> float:
 @torch.no_grad()
 def released_token(model: L2DForCausalLM, prompt: torch.Tensor, budget: int) -> Callable[[], torch.Tensor]:
     """What finds the token after `prompt` (1, L) as the released procedure does; the main path has been run."""
-    state = model.main_path(prompt).last()
+    state = model.paths.main_path(prompt).last()
     index = torch.zeros(1, 1, dtype=torch.long, device=prompt.device)  # of the new positions, of which there is one
     noise = torch.randn(1, 1, model.config.diffusion_dim, generator=torch.Generator().manual_seed(4)).to(prompt.device)
     levels = levels_for_budget("midpoint", budget)

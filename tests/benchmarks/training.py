@@ -4,8 +4,8 @@
 
 Same base, same batch, optimizer step included; medians over `--steps` rounds, each of which runs all three:
 
-- `ours`: `L2DTrainer`'s step: queries, logits and loss at response positions only, K draws per main-path pass
-- `naive`: the same model and loss with queries and logits at all positions and a main-path pass per draw
+- `ours`: `L2DTrainer`'s step: evaluations, logits and loss at response positions only, K draws per main-path pass
+- `naive`: the same model and loss with evaluations and logits at all positions and a main-path pass per draw
 - `sft`: `SFTTrainer`'s step with LoRA of the same rank on every linear layer
 
 `speedup_over_naive` compares supervised (token, draw) pairs per second, `speedup_over_sft` supervised tokens.
@@ -58,13 +58,13 @@ def naive_loss(trainer: L2DTrainer, batch: dict[str, torch.Tensor]) -> torch.Ten
     """Cross-entropy of one draw, with path and logits at every position; prompts are masked in the loss only."""
     model: L2DForCausalLM = trainer.model
     ids = batch["input_ids"]
-    state = model.main_path(ids, batch["attention_mask"])
+    state = model.paths.main_path(ids, batch["attention_mask"])
     rows = torch.arange(len(ids), device=ids.device).repeat_interleave(ids.shape[1] - 1)
     index = torch.arange(ids.shape[1] - 1, device=ids.device).repeat(len(ids))
     time_ = torch.rand(len(index), device=ids.device)
     noise = torch.randn(len(index), model.config.diffusion_dim, device=ids.device) * model.config.noise_std
     x = (1 - time_)[:, None] * noise + time_[:, None] * model.path.embed_tokens(ids[:, 1:].reshape(-1))
-    logits = model._decoder.logits(model.path_hidden(state, rows, index, x, time_)[0])
+    logits = model.paths.logits(model.paths.path_hidden(state, rows, index, x, time_)[0])
     return cross_entropy(logits.float(), batch["labels"][:, 1:].reshape(-1))
 
 

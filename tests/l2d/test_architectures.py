@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from l2d import L2DConfig, L2DForCausalLM
-from l2d.network.attention import QueryLayout
+from l2d.network.attention import SiteLayout
 
 SMALL = dict(
     vocab_size=97,
@@ -152,10 +152,10 @@ def stream(
 ) -> tuple:
     """The open path's hidden stream and the main path's, both (N, H), at all unpadded positions or the last ones."""
     first = {}
-    hook = model._decoder.layers[0].register_forward_pre_hook(
+    hook = model.paths.decoder.layers[0].register_forward_pre_hook(
         lambda module, args, kwargs: first.update(x=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
     )
-    state = model.main_path(ids, mask)
+    state = model.paths.main_path(ids, mask)
     hook.remove()
     for kept in state.layers:
         kept.keys, kept.values = kept.keys.roll(roll, 2), kept.values.roll(roll, 2)
@@ -164,7 +164,7 @@ def stream(
     if last:
         state, inputs, valid = state.last(), inputs[:, -1:], valid[:, -1:]
     rows, index = torch.nonzero(valid, as_tuple=True)
-    layout = QueryLayout(state, rows, index)
+    layout = SiteLayout(state, rows, index)
     hidden = inputs[rows, index]
     modulation = hidden.new_zeros(len(rows), 6, hidden.shape[-1])
     modulation[:, [2, 5]] = 1.0  # gates
@@ -196,7 +196,7 @@ def test_logits_are_the_bases_at_t_zero_and_with_a_fresh_path(name):
     ids = torch.randint(1, 97, (2, 7), generator=torch.Generator().manual_seed(2))
     expected = model.base(ids).logits
     assert torch.equal(model(ids).logits, expected)
-    assert torch.equal(model.base_logits(model.main_path(ids)), expected)
+    assert torch.equal(model.paths.base_logits(model.paths.main_path(ids)), expected)
     generated = model.generate(ids, max_new_tokens=4, sampler={"budget": 7})
     assert torch.equal(generated, model.base.generate(ids, max_new_tokens=4, do_sample=False))
 

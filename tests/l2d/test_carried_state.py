@@ -5,8 +5,9 @@ import torch
 
 from l2d import L2DConfig, L2DForCausalLM, SamplerConfig
 from l2d.decoding import DraftLength
-from l2d.sampling.evaluator import PathEvaluator, Sites
+from l2d.sampling.evaluator import PathEvaluator
 from l2d.sampling.fixed_grid import fixed_grid
+from l2d.sampling.sites import Sites
 from l2d.sampling.solve import solve_sites
 from tests.conftest import randomise_path
 from tests.l2d.test_sampling import GUIDED, decode, prompts
@@ -29,7 +30,7 @@ def noise_free(make_base, make_l2d):
 def random_sites(model, rows: int = 3) -> tuple:
     """The main path of some prompts, and a site at the last position of each with its own noise."""
     ids, mask = prompts(rows)
-    state = model.main_path(ids, mask).last()
+    state = model.paths.main_path(ids, mask).last()
     noise = torch.randn(rows, model.config.diffusion_dim, generator=torch.Generator().manual_seed(5))
     return state, Sites(torch.arange(rows), torch.zeros(rows, dtype=torch.int64), noise.double() * 2)
 
@@ -49,7 +50,7 @@ def test_fresh_carried_state_changes_no_bit(make_base, tmp_path, settings):
             model.path.carried_state.projection.weight.data.copy_(fresh)
         ids, mask = prompts()
         options = dict(max_new_tokens=6, return_dict_in_generate=True, output_logits=True)
-        # The same batches of queries in both: without speculation rounding has no say.
+        # The same batches of evaluations in both: without speculation rounding has no say.
         sampler = {**settings, "speculation": False}
         made = model.generate(ids, attention_mask=mask, sampler=sampler, **options)
         scores = model.score(ids, sampler=sampler).logprobs
@@ -74,18 +75,18 @@ def test_carried_state_enters_after_the_input_projection(carrying):
     state, sites = random_sites(carrying)
     carried = torch.randn(3, 32, generator=torch.Generator().manual_seed(1)).double() * 5
     query = (state, sites.rows, sites.index, sites.noise, torch.full((3,), 0.4), torch.tensor([0, 1, 2]))
-    expected, own = carrying.path_hidden(*query, carried)
+    expected, own = carrying.paths.path_hidden(*query, carried)
     project, weight = carrying.path.input_projection.forward, carrying.path.carried_state.projection.weight
     norm = carried / (carried.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     carrying.path.input_projection.forward = lambda x, time: project(x, time) + norm @ weight.T
     try:
-        found, own_found = carrying.path_hidden(*query)
+        found, own_found = carrying.paths.path_hidden(*query)
     finally:
         del carrying.path.input_projection.forward
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(own_found, own, rtol=1e-9, atol=1e-9)
-    plain, _ = carrying.path_hidden(*query)
-    assert torch.equal(carrying.path_hidden(*query, torch.zeros_like(carried))[0], plain)
+    plain, _ = carrying.paths.path_hidden(*query)
+    assert torch.equal(carrying.paths.path_hidden(*query, torch.zeros_like(carried))[0], plain)
     assert not torch.allclose(plain, expected)
 
 
@@ -96,8 +97,8 @@ def test_solver_carries_each_sites_own_state(carrying, guided):
     model, sampler = carrying, SamplerConfig(budget=7, **(GUIDED if guided else {}))
     state, sites = random_sites(model)
     site_class = sampler.class_index(CLASSES)
-    solved = solve_sites(model, state, sites, sampler, site_class, record=True)
-    evaluator, grid = PathEvaluator(model, state, sampler, site_class), fixed_grid(sampler)
+    solved = solve_sites(model.paths, state, sites, sampler, site_class, record=True)
+    evaluator, grid = PathEvaluator(model.paths, state, sampler, site_class), fixed_grid(sampler)
     states = grid.states(sites.noise, solved.clean)
     for site in range(len(sites)):
         carried = {kind: torch.zeros(1, model.config.hidden_size).double() for kind in evaluator.branches}
@@ -107,10 +108,10 @@ def test_solver_carries_each_sites_own_state(carrying, guided):
                 classes = torch.tensor([len(CLASSES) if kind is None else kind])
                 where = (torch.tensor([site]), torch.tensor([0]))
                 time = grid.times[number].view(1)
-                fused, carried[kind] = model.path_hidden(
+                fused, carried[kind] = model.paths.path_hidden(
                     state, *where, states[site, number][None], time, classes, carried[kind]
                 )
-                chosen.append(int(model._decoder.logits(fused).argmax()))
+                chosen.append(int(model.paths.logits(fused).argmax()))
                 if kind == evaluator.branches[0]:
                     torch.testing.assert_close(solved.evaluated[site, number], fused[0], rtol=1e-5, atol=1e-5)
             if number < grid.evaluations:
@@ -171,14 +172,14 @@ def test_noise_free_path_sees_no_noise(noise_free):
     assert not torch.equal(seeds[0][0], decode(noise_free, {"budget": 1}))
     assert all(nfe_computed >= 1 for row in seeds[0][1].nfe_computed for nfe_computed in row)
     state, sites = random_sites(noise_free)
-    solved = solve_sites(noise_free, state, sites, noise_free.sampler(), None)
+    solved = solve_sites(noise_free.paths, state, sites, noise_free.sampler(), None)
     assert solved.nfe_computed.tolist() == [1, 1, 1]
 
 
 REFUSED = [
     (dict(noise_free=True), dict(budget=15, solver="midpoint"), "cannot be spent by a noise-free path"),
     (dict(noise_free=True), dict(final_time=0.5), "cannot be spent by a noise-free path"),
-    (dict(noise_free=True), dict(votes=3), "cannot be spent by a noise-free path"),
+    (dict(noise_free=True), dict(mc_samples=3), "cannot be spent by a noise-free path"),
     (dict(carried_state=True), dict(solver="dopri5"), "carries a state from one evaluation to the next"),
 ]
 

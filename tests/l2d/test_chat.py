@@ -3,7 +3,6 @@
 Run: `python -m pytest tests/l2d/test_chat.py` (about 15 seconds)
 """
 
-import copy
 import io
 
 import pytest
@@ -13,7 +12,6 @@ from lm_eval.api.instance import Instance
 from l2d.__main__ import main
 from l2d.cli.chat import HELP, Chat, Streamer, command, tinted
 from l2d.cli.session import Session, load_session
-from l2d.cli.trace import trace_prompt
 from lm_eval_ext.model import L2DLM
 
 FIRST, SECOND = "How many clips did she sell?", "And in June?"
@@ -90,8 +88,6 @@ def test_budget_and_guidance_change_while_chatting(session):
     assert set(chat.answer(SECOND).nfe_requested) == {31} and len(chat.messages) == 4
     assert "seed 7" in command(chat, "/seed 7")
     assert "temperature 0.5" in command(chat, "/temperature 0.5")
-    assert "2 votes" in command(chat, "/votes 2")
-    assert set(chat.answer(SECOND).nfe_requested) == {62}
     assert "/budget T" in command(chat, "/help")
     command(chat, "/new")
     assert chat.messages == [] and chat.sampler["budget"] == 31
@@ -99,7 +95,7 @@ def test_budget_and_guidance_change_while_chatting(session):
 
 
 @pytest.mark.parametrize(
-    "line", ["/budget 4", "/budget many", "/guidance 2", "/guidance 2 history", "/temperature -1", "/votes 0"]
+    "line", ["/budget 4", "/budget many", "/guidance 2", "/guidance 2 history", "/temperature -1", "/votes 2"]
 )
 def test_impossible_changes_change_nothing(session, line):
     chat = Chat(session, {"budget": 3})
@@ -140,40 +136,3 @@ def test_a_conversation_on_the_terminal(folder, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "T = 7, midpoint" in printed and "use 3 or 5" in printed and "T = 1, midpoint" in printed
     assert "evaluations and" in printed
-
-
-def test_votes_are_asked_for_on_the_command_line(folder, monkeypatch, capsys):
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{FIRST}\n"))
-    main(["chat", str(folder), "--budget", "3", "--votes", "2", "--device", "cpu", "--max-new-tokens", "2", "--tint"])
-    printed = capsys.readouterr().out
-    assert "T = 3, midpoint, seed 0, temperature 0, 2 votes" in printed and "2 tokens, " in printed
-
-
-def test_models_without_end_tokens_answer_up_to_the_limit(session, monkeypatch):
-    tokenizer = copy.deepcopy(session.tokenizer)
-    tokenizer.eos_token = tokenizer.pad_token = None
-    for name in ("eos_token_id", "pad_token_id"):
-        monkeypatch.setattr(session.model.generation_config, name, None)
-    endless = Session(session.model, tokenizer)
-    assert endless.end_tokens() == []
-    assert len(Chat(endless, {"budget": 3}, max_new_tokens=4).answer(FIRST).nfe_requested) == 4
-    assert len(trace_prompt(endless, FIRST, {"budget": 3}, max_new_tokens=3).tokens) == 3
-
-
-def test_an_empty_prompt_without_a_start_token_is_refused(session):
-    tokenizer = copy.deepcopy(session.tokenizer)
-    tokenizer.bos_token = tokenizer.eos_token = None
-    tokenizer.backend_tokenizer.post_processor = None
-    with pytest.raises(ValueError, match="prompt is empty"):
-        Session(session.model, tokenizer).encode("")
-
-
-def test_without_a_template_only_plain_text(session):
-    template = session.tokenizer.chat_template
-    session.tokenizer.chat_template = None
-    try:
-        with pytest.raises(ValueError, match="--plain"):
-            Chat(session)
-        assert Chat(session, {"budget": 1}, max_new_tokens=4, plain=True).answer("1 + 1 =").nfe_computed == [0] * 4
-    finally:
-        session.tokenizer.chat_template = template

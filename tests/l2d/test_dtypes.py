@@ -53,7 +53,7 @@ def test_budget_1_is_the_base_in_every_dtype(stored, stored_dtype, dtype):
         model = L2DForCausalLM.from_pretrained(checkpoint, base=given, dtype=DTYPES[dtype])
         check_same(model.base, reference)
         assert torch.equal(model(IDS).logits, logits)
-        assert torch.equal(model.base_logits(model.main_path(IDS)), logits)
+        assert torch.equal(model.paths.base_logits(model.paths.main_path(IDS)), logits)
         assert model.base.config._name_or_path == str(base)
     assert as_stored.dtype == DTYPES[stored_dtype]
 

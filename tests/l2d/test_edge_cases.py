@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import l2d.checkpoint.loading
 from l2d import L2DConfig, L2DForCausalLM
-from l2d.network.diffusion_path import NoisedTargets, Queries
+from l2d.network.diffusion_path import NoisedTargets, PathInputs
 from tests.conftest import REPOSITORY, randomise_path
 
 GUIDED = dict(guidance_scale=1.5, guidance_class="math")
@@ -47,23 +47,23 @@ def test_nothing_to_score_or_solve_is_an_empty_result(model, sampler):
     for ids in (IDS, IDS[:, :1]):
         scored = model.score(ids, continuation_mask=torch.zeros_like(ids, dtype=torch.bool), sampler=sampler)
         assert scored.logprobs.shape == ids.shape and not scored.nfe_requested.any()
-    state, index, x0 = model.main_path(IDS[:2]), torch.tensor([[4, -1], [-1, -1]]), torch.zeros(2, 2, 16)
+    state, index, x0 = model.paths.main_path(IDS[:2]), torch.tensor([[4, -1], [-1, -1]]), torch.zeros(2, 2, 16)
     assert not model.solve(state, torch.full_like(index, -1), x0, sampler).final_logits.any()
     solved = model.solve(state, index, x0, sampler, classes=torch.tensor([1, 0])).final_logits
     assert solved[0, 0].any() and not solved[1].any()
 
 
-def test_no_queries_at_all(model):
-    state, index = model.main_path(IDS[:2]), torch.full((2, 3), -1)
-    assert not model.path_logits(state, Queries(index, torch.zeros(2, 3, 16), torch.zeros(2, 3))).any()
+def test_no_evaluations_at_all(model):
+    state, index = model.paths.main_path(IDS[:2]), torch.full((2, 3), -1)
+    assert not model.paths.path_logits(state, PathInputs(index, torch.zeros(2, 3, 16), torch.zeros(2, 3))).any()
     noised = NoisedTargets(index, index, torch.rand(2, 2, 3), torch.randn(2, 2, 3, 16))
-    output = model.train()(input_ids=IDS[:2], queries=noised)
+    output = model.train()(input_ids=IDS[:2], noised_targets=noised)
     output.nll.sum().backward()
     assert not output.nll.any() and not output.valid.any()
 
 
 def test_sampled_choices_of_a_solve_take_their_numbers(model):
-    state, index = model.main_path(IDS[:2]), torch.tensor([[3], [5]])
+    state, index = model.paths.main_path(IDS[:2]), torch.tensor([[3], [5]])
     settings = dict(choice_temperature=1.0)
     uniforms = torch.rand(2, 1, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     made = [
@@ -118,9 +118,9 @@ def test_weights_that_change_after_inference_are_used(model, folder):
     index = torch.tensor([[3, 5], [3, 5]])
 
     def answers(one: L2DForCausalLM) -> tuple:
-        queries = Queries(index, torch.ones(2, 2, 16), torch.full((2, 2), 0.5))
-        state = one.main_path(IDS[:2])
-        return one.path_logits(state, queries), one.solve(state, index, torch.ones(2, 2, 16)).final_logits
+        inputs = PathInputs(index, torch.ones(2, 2, 16), torch.full((2, 2), 0.5))
+        state = one.paths.main_path(IDS[:2])
+        return one.paths.path_logits(state, inputs), one.solve(state, index, torch.ones(2, 2, 16)).final_logits
 
     other = changed(folder)
     for assign in (False, True):
@@ -139,7 +139,9 @@ def test_weights_that_change_after_inference_are_used(model, folder):
 def test_the_table_of_modulations_follows_the_norms_of_the_base(model):
     def solved() -> torch.Tensor:
         index = torch.tensor([[5]])
-        return model.solve(model.main_path(IDS[:1]), index, torch.ones(1, 1, 16), {"speculation": False}).final_logits
+        return model.solve(
+            model.paths.main_path(IDS[:1]), index, torch.ones(1, 1, 16), {"speculation": False}
+        ).final_logits
 
     solved()
     norm = model.base.model.layers[0].input_layernorm.weight
@@ -208,7 +210,7 @@ def test_the_auto_classes_know_us_whatever_is_imported_first(folder, name):
 @torch.no_grad()
 def test_weights_changed_behind_autograd_are_used_once_the_mode_is_set(model, folder):
     other, index = changed(folder), torch.tensor([[3], [5]])
-    state = model.main_path(IDS[:2])
+    state = model.paths.main_path(IDS[:2])
     model.generate(IDS, max_new_tokens=2)
     model.train()
     for (_, own), (_, new) in zip(model.trained_parameters(), other.trained_parameters(), strict=True):
@@ -216,7 +218,7 @@ def test_weights_changed_behind_autograd_are_used_once_the_mode_is_set(model, fo
     model.eval()
     solved = [one.solve(state, index, torch.ones(2, 1, 16)).final_logits for one in (model, other)]
     torch.testing.assert_close(*solved, rtol=1e-3, atol=1e-3)
-    assert torch.equal(model.vocabulary_table(), other.vocabulary_table())
+    assert torch.equal(model.paths.vocabulary_table(), other.paths.vocabulary_table())
     assert torch.equal(model.generate(IDS, max_new_tokens=6), other.generate(IDS, max_new_tokens=6))
 
 
@@ -240,7 +242,7 @@ def test_what_is_kept_for_inference_does_not_remember_autocast(folder, model):
         one = L2DForCausalLM.from_pretrained(folder)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=cast):
             one.generate(IDS, max_new_tokens=2)
-        solved.append(one.solve(one.main_path(IDS), index, x0).final_logits)
+        solved.append(one.solve(one.paths.main_path(IDS), index, x0).final_logits)
     assert torch.equal(*solved)
 
 
@@ -292,12 +294,12 @@ def test_access_to_the_hub_serves_the_base_too(folder, monkeypatch):
     assert {name: seen.get(name) for name in access} == access
 
 
-def test_masks_votes_and_classes_that_do_not_fit_are_refused(model, make_base, make_l2d):
+def test_masks_and_classes_that_do_not_fit_are_refused(model, make_base, make_l2d):
     for given in (dict(attention_mask=torch.ones(3, 8)), dict(continuation_mask=torch.zeros(10, dtype=torch.bool))):
         with pytest.raises(ValueError, match=next(iter(given))):
             model.score(IDS, **given)
-    place = model.main_path(IDS[:1]), torch.tensor([[4]]), torch.zeros(1, 1, 16)
-    with pytest.raises(ValueError, match="votes=3"):
+    place = model.paths.main_path(IDS[:1]), torch.tensor([[4]]), torch.zeros(1, 1, 16)
+    with pytest.raises(ValueError, match="votes was removed"):
         model.solve(*place, {"votes": 3})
     plain = L2DForCausalLM.from_pretrained(make_l2d(make_base("llama")))
     for one, wrong in ((model, 5), (model, -1), (plain, 0)):

@@ -54,7 +54,7 @@ def test_what_the_sampler_cannot_follow_is_refused_wherever_it_is_set(model, mon
     ("given", "named"),
     [
         (dict(position_ids=torch.arange(10)[None].expand(3, -1) + 50), "position_ids"),
-        (dict(queries=1), "queries"),
+        (dict(noised_targets=1), "noised_targets"),
         (dict(attention_mask=torch.ones(3, 13, dtype=torch.int64)), "attention_mask"),
         (dict(attention_mask=torch.ones(3, 8, dtype=torch.int64)), "attention_mask"),
         (dict(noise=torch.zeros(1, 3, 16)), "noise"),

@@ -13,8 +13,9 @@ import torch
 import l2d.decoding
 import l2d.scoring
 from l2d import L2DForCausalLM
-from l2d.network.diffusion_path import NoisedTargets, Queries
+from l2d.network.diffusion_path import NoisedTargets, PathInputs
 from l2d.network.main_path import MainPathState
+from l2d.network.two_paths import TwoPaths
 from l2d.sampling.noise import RequestNoise, request_key
 
 GUIDED = dict(guidance_scale=1.5, guidance_class="math")
@@ -112,12 +113,12 @@ def one_generator(monkeypatch) -> None:
 
 def changed_main_path(monkeypatch, before=lambda *given: given[:3], after=lambda state: state) -> None:
     """Other arguments for the main path, or another result."""
-    run = L2DForCausalLM.main_path
+    run = TwoPaths.main_path
 
     def main_path(self, input_ids, attention_mask=None, position_ids=None, cache=None):
         return after(run(self, *before(input_ids, attention_mask, position_ids, cache), cache))
 
-    monkeypatch.setattr(L2DForCausalLM, "main_path", main_path)
+    monkeypatch.setattr(TwoPaths, "main_path", main_path)
 
 
 def no_mask(monkeypatch) -> None:
@@ -204,11 +205,11 @@ def padding_violations(model) -> int:
     ids = torch.tensor([NEEDLE])
     x0 = torch.randn(1, 2, model.config.diffusion_dim, generator=torch.Generator().manual_seed(1)).double()
     index = torch.tensor([[3, 7]])
-    logits = model.solve(model.main_path(ids), index, x0).final_logits
+    logits = model.solve(model.paths.main_path(ids), index, x0).final_logits
     found = 0
     for width in (1, 2, 5, 33, 200):
         ids, mask = padded([NEEDLE], width)
-        state = model.main_path(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
+        state = model.paths.main_path(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
         same = torch.allclose(model.solve(state, index + width, x0).final_logits, logits, rtol=0, atol=1e-9)
         found += not (same and torch.equal(generated(model, [NEEDLE], width), bare))
     return found
@@ -239,13 +240,13 @@ def packing_violations(model) -> int:
     x, time = torch.randn(4, 3, model.config.diffusion_dim, generator=generator).double(), torch.rand(4, 3).double()
     last = torch.tensor([[len(row) - 3, len(row) - 2, len(row) - 1] for row in ROWS])
     ids, mask = padded(ROWS, left=2)
-    state = model.main_path(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
+    state = model.paths.main_path(ids, mask, (mask.cumsum(1) - 1).clamp(min=0))
     shift = torch.tensor([[ids.shape[1] - len(row)] for row in ROWS])
-    expected = model.path_logits(state, Queries(last + shift, x, time))
+    expected = model.paths.path_logits(state, PathInputs(last + shift, x, time))
     flat, positions, starts = packed(ROWS)
     index = (last + torch.tensor(starts)[:, None]).flatten()[None]
-    queries = Queries(index, x.flatten(0, 1)[None], time.flatten()[None])
-    logits = model.path_logits(model.main_path(flat, None, positions), queries).unflatten(1, (4, 3))[0]
+    inputs = PathInputs(index, x.flatten(0, 1)[None], time.flatten()[None])
+    logits = model.paths.path_logits(model.paths.main_path(flat, None, positions), inputs).unflatten(1, (4, 3))[0]
     return int(((logits - expected).abs().amax((1, 2)) > 1e-8).sum())
 
 
@@ -263,12 +264,12 @@ def training_violations(model) -> int:
         *(values.flatten(1, 2)[:, None] for values in (time, noise, classes)),
     )  # fmt: skip
     results = []
-    for inputs, queries in (
+    for inputs, noised in (
         (dict(input_ids=ids, attention_mask=mask), NoisedTargets(index, targets, time, noise, classes)),
         (dict(input_ids=flat, position_ids=positions), joined),
     ):
         model.zero_grad()
-        nll = model(**inputs, queries=queries).nll
+        nll = model(**inputs, noised_targets=noised).nll
         nll.sum().backward()
         gradients = [p.grad.flatten() for _, p in model.trained_parameters() if p.grad is not None]
         results.append((nll.detach().flatten(), torch.cat(gradients)))

@@ -5,9 +5,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from l2d import L2DForCausalLM, SamplerConfig
-from l2d.network.diffusion_path import NoisedTargets, Queries
-from l2d.sampling.evaluator import Sites
+from l2d.network.diffusion_path import NoisedTargets, PathInputs
 from l2d.sampling.noise import draw_token
+from l2d.sampling.sites import Sites
 from l2d.sampling.solve import solve_sites
 from training.draws import answer_runs, corrupt
 
@@ -27,8 +27,8 @@ def make_model(make_base, make_l2d):
     return make
 
 
-def queries(evaluations: int | None = None, unscored: int | None = None, draws: int = 3, seed: int = 1, **parts):
-    """Random queries at INDEX: rising times of a rollout, or one time per draw."""
+def targets(evaluations: int | None = None, unscored: int | None = None, draws: int = 3, seed: int = 1, **parts):
+    """Random targets at INDEX: rising times of a rollout, or one time per draw."""
     generator = torch.Generator().manual_seed(seed)
     time = torch.rand(draws, *INDEX.shape, generator=generator)
     if evaluations is not None:
@@ -40,7 +40,7 @@ def queries(evaluations: int | None = None, unscored: int | None = None, draws: 
 
 def losses_by_hand(model, state, x, time, classes) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses and argmax (B, Q) at states x (B, Q, d), through the padded interface."""
-    logits = model.path_logits(state, Queries(INDEX, x, time, classes))
+    logits = model.paths.path_logits(state, PathInputs(INDEX, x, time, classes))
     losses = cross_entropy(logits.flatten(0, 1), TARGETS.flatten(), reduction="none").view(INDEX.shape)
     return losses.masked_fill(INDEX < 0, 0), logits.argmax(-1)
 
@@ -51,39 +51,41 @@ def test_corrupted_targets_are_built_from_other_tokens(make_model):
     sources = torch.randint(3, 400, (3, *INDEX.shape), generator=generator)
     sources[:, 0, 1] = -1  # a sample of the base's other tokens
     uniforms = torch.rand(sources.shape, generator=generator, dtype=torch.float64)
-    noised = queries(sources=sources, uniforms=uniforms)
-    output = model(input_ids=IDS, queries=noised)
-    state = model.main_path(IDS)
-    base = torch.softmax(model.base_logits(state, INDEX), -1).scatter(-1, TARGETS[..., None], 0.0)
+    noised = targets(sources=sources, uniforms=uniforms)
+    output = model(input_ids=IDS, noised_targets=noised)
+    state = model.paths.main_path(IDS)
+    base = torch.softmax(model.paths.base_logits(state, INDEX), -1).scatter(-1, TARGETS[..., None], 0.0)
     for draw in range(3):
         built_from = torch.where(sources[draw] < 0, draw_token(base, uniforms[draw]), sources[draw])
         time = noised.time[draw]
-        x = (1 - time)[..., None] * noised.noise[draw] * 2 + time[..., None] * model.vocabulary_table()[built_from]
+        x = (1 - time)[..., None] * noised.noise[draw] * 2 + time[..., None] * model.paths.vocabulary_table()[
+            built_from
+        ]
         expected, _ = losses_by_hand(model, state, x, time, noised.classes[draw])
         torch.testing.assert_close(output.nll[draw], expected, rtol=1e-5, atol=1e-5, check_dtype=False)
-    true = model(input_ids=IDS, queries=queries())
+    true = model(input_ids=IDS, noised_targets=targets())
     assert float((true.nll - output.nll).detach().abs().max()) > 1e-3  # the tokens do matter
 
 
 @pytest.mark.parametrize("carried", [False, True])
 def test_rollout_follows_the_paths_own_choices(make_model, carried):
     model = make_model(carried_state=carried)
-    noised = queries(evaluations=5, unscored=2)
-    output = model(input_ids=IDS, queries=noised)
+    noised = targets(evaluations=5, unscored=2)
+    output = model(input_ids=IDS, noised_targets=noised)
     assert output.nll.shape == output.correct.shape == noised.scored_time.shape == (9, *INDEX.shape)
-    state = model.main_path(IDS)
+    state = model.paths.main_path(IDS)
     rows, slots = torch.nonzero(INDEX >= 0, as_tuple=True)
-    table = model.vocabulary_table()
+    table = model.paths.vocabulary_table()
     for draw in range(3):
         x, before = noised.noise[draw] * 2, torch.zeros(INDEX.shape)
-        chosen, own = model.base_logits(state, INDEX).argmax(-1), torch.zeros(len(rows), 32).double()
+        chosen, own = model.paths.base_logits(state, INDEX).argmax(-1), torch.zeros(len(rows), 32).double()
         for number in range(5):
             time = noised.time[number, draw]
             x = x + ((time - before) / (1 - before))[..., None] * (table[chosen] - x)
             flat = (x[rows, slots], time[rows, slots], noised.classes[draw][rows, slots])
-            fused, left = model.path_hidden(state, rows, INDEX[rows, slots], *flat, own if carried else None)
+            fused, left = model.paths.path_hidden(state, rows, INDEX[rows, slots], *flat, own if carried else None)
             own, before = left, time
-            logits = model._decoder.logits(fused)
+            logits = model.paths.logits(fused)
             chosen = chosen.clone()
             chosen[rows, slots] = logits.argmax(-1)
             if number >= 2:
@@ -101,16 +103,16 @@ def test_rollout_on_a_grid_is_what_the_sampler_does(make_model, carried):
     """At Euler's own times the trained trajectory is the sampled one, evaluation by evaluation."""
     model = make_model(carried_state=carried).eval()
     budget, sampler = 6, SamplerConfig(solver="euler", budget=6, speculation=False)
-    noised = queries(evaluations=budget - 1, unscored=0, draws=1)
+    noised = targets(evaluations=budget - 1, unscored=0, draws=1)
     grid = torch.linspace(0, 1, budget)[1:]
     noised.time = grid.view(-1, 1, 1, 1).expand(-1, 1, *INDEX.shape)
     noised.classes = None
-    output = model(input_ids=IDS, queries=noised)
-    state = model.main_path(IDS)
+    output = model(input_ids=IDS, noised_targets=noised)
+    state = model.paths.main_path(IDS)
     rows, slots = torch.nonzero(INDEX >= 0, as_tuple=True)
     sites = Sites(rows, INDEX[rows, slots], noised.noise[0][rows, slots].double() * 2)
-    solved = solve_sites(model, state, sites, sampler, None, record=True)
-    logits = model._decoder.logits(solved.evaluated.flatten(0, 1)).unflatten(0, solved.evaluated.shape[:2])
+    solved = solve_sites(model.paths, state, sites, sampler, None, record=True)
+    logits = model.paths.logits(solved.evaluated.flatten(0, 1)).unflatten(0, solved.evaluated.shape[:2])
     for number in range(budget - 1):
         expected = cross_entropy(logits[:, number + 1].double(), TARGETS[rows, slots], reduction="none")
         torch.testing.assert_close(output.nll[number][rows, slots].double(), expected, rtol=1e-4, atol=1e-4)
@@ -124,8 +126,8 @@ def test_gradients_of_a_rollout(make_model):
     found = {}
     for window in (1, 3):
         model.zero_grad()
-        noised = queries(evaluations=4, unscored=4 - window)
-        model(input_ids=IDS, queries=noised).nll[-3:].sum().backward()  # the last evaluation's loss alone
+        noised = targets(evaluations=4, unscored=4 - window)
+        model(input_ids=IDS, noised_targets=noised).nll[-3:].sum().backward()  # the last evaluation's loss alone
         found[window] = weight.grad.clone()
     assert found[1].abs().max() > 0
     assert not torch.allclose(found[1], found[3])  # with a longer window it also goes through the evaluations before
@@ -181,13 +183,13 @@ def test_corruption_draws_among_different_tokens():
 def test_no_wrong_token_is_the_true_one(make_model):
     """Also where the base is certain of the target, and so the share of wrong tokens is the rate."""
     model, draws = make_model(), 500
-    state = model.main_path(IDS)
+    state = model.paths.main_path(IDS)
     with torch.no_grad():
         targets = model.base_logits(state, INDEX).argmax(-1).masked_fill(INDEX < 0, 0)
     time, noise = torch.ones(draws, *INDEX.shape), torch.zeros(draws, *INDEX.shape, 16)
     noised = NoisedTargets(INDEX, targets, time, noise)
-    true = model(input_ids=IDS, queries=noised).nll  # at t = 1 a loss says which token x_t was built from
+    true = model(input_ids=IDS, noised_targets=noised).nll  # at t = 1 a loss says which token x_t was built from
     corrupt(noised, 0.3, 1.0, {"generator": torch.Generator().manual_seed(0)})
-    wrong = (model(input_ids=IDS, queries=noised).nll - true).abs() > 1e-6
+    wrong = (model(input_ids=IDS, noised_targets=noised).nll - true).abs() > 1e-6
     assert torch.equal(wrong, noised.sources == -1)
     assert wrong[:, INDEX >= 0].double().mean().item() == pytest.approx(0.3, abs=4 * (0.21 / draws / 6) ** 0.5)

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from l2d import L2DConfig, L2DForCausalLM, SamplerConfig
 from l2d.fingerprint import fingerprint
-from l2d.network.diffusion_path import NoisedTargets, Queries
+from l2d.network.diffusion_path import NoisedTargets, PathInputs
 from tests.conftest import randomise_path
 
 
@@ -27,28 +27,28 @@ def some_ids(rows: int = 2, length: int = 9, seed: int = 0) -> torch.Tensor:
 @torch.no_grad()
 def test_logits_at_time_zero_are_the_bases_bit_for_bit(model):
     ids = some_ids()
-    state = model.main_path(ids)
+    state = model.paths.main_path(ids)
     index = torch.arange(ids.shape[1]).expand_as(ids)
     x = torch.randn(*ids.shape, model.config.diffusion_dim) * 50
-    at_zero = model.path_logits(state, Queries(index, x, torch.zeros(ids.shape)))
+    at_zero = model.paths.path_logits(state, PathInputs(index, x, torch.zeros(ids.shape)))
     assert torch.equal(at_zero, model.base(ids).logits)
-    later = model.path_logits(state, Queries(index, x, torch.full(ids.shape, 0.5)))
+    later = model.paths.path_logits(state, PathInputs(index, x, torch.full(ids.shape, 0.5)))
     assert float((later - at_zero).abs().max()) > 0.1  # the path does matter
 
 
 @torch.no_grad()
-def test_queries_do_not_see_each_other(model):
+def test_evaluations_do_not_see_each_other(model):
     ids = some_ids()
-    state = model.main_path(ids)
+    state = model.paths.main_path(ids)
     generator = torch.Generator().manual_seed(3)
     index = torch.tensor([[2, 5, 5, 8], [0, 1, -1, -1]])
     x = torch.randn(2, 4, model.config.diffusion_dim, generator=generator)
     time = torch.rand(2, 4, generator=generator)
     classes = torch.tensor([[0, 1, 2, 0], [1, 1, 0, 0]])
-    together = model.path_logits(state, Queries(index, x, time, classes))
+    together = model.paths.path_logits(state, PathInputs(index, x, time, classes))
     for row, slot in ((0, 0), (0, 2), (1, 1)):
-        alone = Queries(*(v[row : row + 1, slot : slot + 1] for v in (index, x, time, classes)))
-        single = model.path_logits(model.main_path(ids[row : row + 1]), alone)
+        alone = PathInputs(*(v[row : row + 1, slot : slot + 1] for v in (index, x, time, classes)))
+        single = model.paths.path_logits(model.paths.main_path(ids[row : row + 1]), alone)
         torch.testing.assert_close(together[row, slot], single[0, 0], rtol=1e-4, atol=1e-4)
     assert not together[1, 2:].any()
 
@@ -58,14 +58,14 @@ def test_packed_documents_do_not_see_each_other(model):
     first, second = some_ids(1, 6, 1), some_ids(1, 5, 2)
     packed = torch.cat([first, second], dim=1)
     positions = torch.cat([torch.arange(6), torch.arange(5)])[None]
-    state = model.main_path(packed, None, positions)
+    state = model.paths.main_path(packed, None, positions)
     index = torch.arange(11)[None]
     x = torch.randn(1, 11, model.config.diffusion_dim, generator=torch.Generator().manual_seed(0))
     time = torch.full((1, 11), 0.4)
-    logits = model.path_logits(state, Queries(index, x, time))
+    logits = model.paths.path_logits(state, PathInputs(index, x, time))
     for ids, part in ((first, slice(0, 6)), (second, slice(6, 11))):
-        alone = Queries(index[:, : ids.shape[1]], x[:, part], time[:, part])
-        expected = model.path_logits(model.main_path(ids), alone)
+        alone = PathInputs(index[:, : ids.shape[1]], x[:, part], time[:, part])
+        expected = model.paths.path_logits(model.paths.main_path(ids), alone)
         torch.testing.assert_close(logits[:, part], expected, rtol=1e-4, atol=1e-4)
 
 
@@ -76,16 +76,16 @@ def test_training_output_is_the_cross_entropy_of_path_logits(model):
     generator = torch.Generator().manual_seed(4)
     time, noise = torch.rand(3, 2, 4, generator=generator), torch.randn(3, 2, 4, 16, generator=generator)
     classes = torch.randint(0, 3, (3, 2, 4), generator=generator)
-    output = model(input_ids=ids, queries=NoisedTargets(index, targets, time, noise, classes))
+    output = model(input_ids=ids, noised_targets=NoisedTargets(index, targets, time, noise, classes))
     output.nll.sum().backward()
     assert all(p.grad is not None for _, p in model.trained_parameters())
     assert all(p.grad is None for p in model.base.parameters())
-    state = model.main_path(ids)
+    state = model.paths.main_path(ids)
     with torch.no_grad():
         for draw in range(3):
             t = time[draw].unsqueeze(-1)
             x = (1 - t) * noise[draw] * model.config.noise_std + t * model.path.embed_tokens(targets)
-            logits = model.path_logits(state, Queries(index, x, time[draw], classes[draw]))
+            logits = model.paths.path_logits(state, PathInputs(index, x, time[draw], classes[draw]))
             expected = torch.nn.functional.cross_entropy(logits.mT, targets, reduction="none") * (index >= 0)
             torch.testing.assert_close(output.nll[draw], expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(output.valid, index >= 0)

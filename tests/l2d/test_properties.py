@@ -16,8 +16,8 @@ from torchdiffeq import odeint
 from l2d import L2DForCausalLM
 from l2d.budget import FIXED_SOLVERS, budget_for_levels
 from l2d.decoding import DraftLength
-from l2d.network.attention import QueryLayout, path_attention
-from l2d.network.diffusion_path import NoisedTargets, Queries
+from l2d.network.attention import SiteLayout, path_attention
+from l2d.network.diffusion_path import NoisedTargets, PathInputs
 from l2d.network.main_path import LayerState, MainPathState
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling.fixed_grid import FixedGrid, fixed_grid
@@ -26,7 +26,7 @@ from l2d.sampling.stop_strings import TextStop
 from lm_eval_ext.arguments import ARGUMENTS, BUDGET, SAMPLER_ARGUMENTS, UsageError, parse_arguments
 from lm_eval_ext.requests.generate_until import AnswersGeneration
 from tests.conftest import TRAINING_TEXT, train_tokenizer
-from training.microbatches import split_queries
+from training.microbatches import split_targets
 from training.trainer import response_positions
 
 TOKENIZER = train_tokenizer()
@@ -153,7 +153,7 @@ def test_attention_equals_a_dense_reference(layout, softcap, seed):
     layer = state.layers[0]
     found, _ = path_attention(
         None, query, None, None, None,
-        main_path=(QueryLayout(state, rows, index), layer), scaling=0.7, softcap=softcap, sliding_window=window,
+        main_path=(SiteLayout(state, rows, index), layer), scaling=0.7, softcap=softcap, sliding_window=window,
     )  # fmt: skip
     keys, values = (part.repeat_interleave(2, dim=1)[rows] for part in (layer.keys, layer.values))  # (N, A, S, D)
     scores = 0.7 * torch.einsum("and,nasd->nas", query[0], keys)
@@ -184,12 +184,12 @@ def test_ragged_batches_equal_rows_by_themselves(model):
             index[row, :count] = torch.randint(0, length, (count,), generator=generator)
         x, time = drawn(seed, *index.shape, 16), torch.rand(index.shape, generator=generator).double()
         classes = torch.randint(0, 3, index.shape, generator=generator)
-        logits = model.path_logits(model.main_path(ids, mask), Queries(index, x, time, classes))
+        logits = model.paths.path_logits(model.paths.main_path(ids, mask), PathInputs(index, x, time, classes))
         for row, (length, count) in enumerate(shapes):
             assert not logits[row, count:].any()
             if count:
-                alone = Queries(*(part[row : row + 1, :count] for part in (index, x, time, classes)))
-                expected = model.path_logits(model.main_path(ids[row : row + 1, :length]), alone)
+                alone = PathInputs(*(part[row : row + 1, :count] for part in (index, x, time, classes)))
+                expected = model.paths.path_logits(model.paths.main_path(ids[row : row + 1, :length]), alone)
                 torch.testing.assert_close(logits[row, :count], expected[0], rtol=0, atol=1e-9)
 
     check()
@@ -325,7 +325,7 @@ def test_any_model_args_are_settings_or_one_sentence(checkpoint):
 @settings(max_examples=80)
 @given(st.lists(st.lists(st.booleans(), min_size=2, max_size=9), min_size=1, max_size=4), st.integers(1, 3), st.data())
 def test_every_target_is_asked_once(rows, draws, data):
-    """Whatever `max_queries`: all pieces together hold each (draw, target) once, with its own time and noise."""
+    """All pieces together hold each (draw, target) once, with its own time and noise."""
     width = max(map(len, rows))
     labels = torch.tensor(
         [[10 * n + 100 * place if on else -100 for place, on in enumerate(row)] + [-100] * (width - len(row))
@@ -337,10 +337,10 @@ def test_every_target_is_asked_once(rows, draws, data):
     assert len(found) == len(wanted) and set(found) == wanted
     shape = (draws, *index.shape)
     time = torch.arange(float(torch.tensor(shape).prod())).view(shape)  # a number of its own for each
-    queries = NoisedTargets(index, targets, time, time[..., None].expand(*shape, 2), time.long())
+    noised = NoisedTargets(index, targets, time, time[..., None].expand(*shape, 2), time.long())
     most = data.draw(st.integers(1, 2 + len(wanted) * draws))
     nfe_requested = []
-    for piece in split_queries(queries, most):
+    for piece in split_targets(noised, most):
         valid = (piece.index >= 0).expand_as(piece.time)
         assert int(valid.sum()) <= most
         assert torch.equal(piece.time, piece.noise[..., 0]) and torch.equal(piece.time.long(), piece.classes)

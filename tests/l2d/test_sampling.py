@@ -18,7 +18,7 @@ import l2d.network.onednn
 import l2d.sampling.speculation
 from l2d import L2DForCausalLM, SamplerConfig
 from l2d.decoding import DraftLength
-from l2d.network.diffusion_path import Queries
+from l2d.network.diffusion_path import PathInputs
 from l2d.sampling.evaluator import clean_estimate
 from l2d.sampling.noise import RequestNoise, default_keys, draw_token
 
@@ -105,7 +105,7 @@ def test_drafts_are_made_as_far_as_one_pass_has_room(make_base, monkeypatch, roo
     ids, mask = prompts(1)
     made = []
     fresh.path.register_forward_hook(lambda *a: made.append(1))
-    monkeypatch.setattr(l2d.decoding, "queries_per_pass", lambda hidden: room)
+    monkeypatch.setattr(l2d.decoding, "evaluations_per_pass", lambda hidden: room)
     fresh.generate(ids, attention_mask=mask, max_new_tokens=12, sampler=dict(budget=15, draft_tokens=3))
     assert len(made) == passes
 
@@ -200,14 +200,16 @@ def test_scoring_needs_no_batch_mates_and_averages_probabilities(model):
         model.score(ids, attention, continuation_mask=torch.ones_like(wanted))
 
 
-def test_solve_records_a_trajectory_that_its_own_queries_reproduce(model):
+def test_solve_records_a_trajectory_that_its_own_evaluations_reproduce(model):
     ids = prompts(2)[0]
-    state = model.main_path(ids)
+    state = model.paths.main_path(ids)
     index = torch.tensor([[3, 9], [5, -1]])
     x0 = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 2
     solution = model.solve(state, index, x0, GUIDED)
     assert solution.trajectory.shape == (8, 2, 2, 16) and solution.chosen.shape == (14, 2, 2, 2)
-    last = model.path_logits(state, Queries(index, solution.trajectory[-1], torch.ones(2, 2), torch.zeros_like(index)))
+    last = model.paths.path_logits(
+        state, PathInputs(index, solution.trajectory[-1], torch.ones(2, 2), torch.zeros_like(index))
+    )
     torch.testing.assert_close(last, solution.final_logits, rtol=0, atol=1e-9)
     for guided_class in ("math", "coding"):
         classes = torch.full((2,), ["math", "coding"].index(guided_class))
@@ -223,17 +225,17 @@ def test_adaptive_solvers_follow_torchdiffeq_and_ignore_batch_mates(model, solve
         solver=solver, choice="average", choice_temperature=1.0, final_time=0.9, rtol=1e-4, atol=1e-4, first_step=0.02
     )
     ids = prompts(3)[0]
-    state = model.main_path(ids)
+    state = model.paths.main_path(ids)
     index = torch.full((3, 1), 9)
     x0 = torch.randn(3, 1, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2
     together = model.solve(state, index, x0, settings).final_logits
-    table = model.vocabulary_table()
+    table = model.paths.vocabulary_table()
     for row in range(3):
-        one = model.main_path(ids[row : row + 1])
+        one = model.paths.main_path(ids[row : row + 1])
 
         def field(time, x, one=one):
             times = torch.full((1, 1), float(time))
-            logits = model.path_logits(one, Queries(index[:1], x, times))
+            logits = model.paths.path_logits(one, PathInputs(index[:1], x, times))
             return (clean_estimate(logits, table, "average", 1.0)[0] - x) / (1 - float(time))
 
         alone = model.solve(one, index[:1], x0[row : row + 1], settings).final_logits
@@ -241,7 +243,7 @@ def test_adaptive_solvers_follow_torchdiffeq_and_ignore_batch_mates(model, solve
 
         def torchdiffeq_logits(start=x0[row : row + 1], one=one, field=field, **settings):
             end = odeint(field, start, torch.tensor([0.0, 0.9], dtype=torch.float64), **settings)[-1]
-            return model.path_logits(one, Queries(index[:1], end, torch.full((1, 1), 0.9)))
+            return model.paths.path_logits(one, PathInputs(index[:1], end, torch.full((1, 1), 0.9)))
 
         slack = 0.05 if solver == "fehlberg2" else 1e-3  # its error estimate is coarse, in torchdiffeq too
         exact = torchdiffeq_logits(rtol=1e-9, atol=1e-9)
@@ -351,10 +353,10 @@ def test_merged_deltas_change_nothing_but_speed(make_base, make_l2d, monkeypatch
         layer.lora_B["diffusion"].weight.div_(2.0)
     single.train()
     assert "forward" not in layer.__dict__
-    single.prepare_inference()  # does nothing in training mode
+    single.paths.prepare_inference()  # does nothing in training mode
     assert "forward" not in layer.__dict__
     single.eval()
-    monkeypatch.setattr(single, "prepare_inference", lambda: None)
+    monkeypatch.setattr(single.paths, "prepare_inference", lambda: None)
     separate = single.score(ids, continuation_mask=mask)
     torch.testing.assert_close(separate.logprobs, merged.logprobs, rtol=0, atol=1e-6)
 

@@ -230,7 +230,7 @@ def test_bad_invocations(command_line, l2d_dir, base_dir, model_args, sentence):
         ("pad_token_id=3", "'pad_token_id' is set by the model class"),
         ("max_length=20", "set max_gen_toks instead"),
         (
-            "top_p=0.9,max_new_tokens=4,until=x,votes=2,token_search=best",
+            "top_p=0.9,max_new_tokens=4,until=x,token_search=best",
             "token_search='best' must be",
         ),  # names are right
     ],

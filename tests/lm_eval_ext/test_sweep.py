@@ -110,7 +110,7 @@ def test_a_failing_setting_does_not_stop_the_others(l2d_dir, tmp_path, monkeypat
         (dict(grid=[1]), "grid=[1] must be a mapping"),
         (dict(run={"output_path": "x"}), "run: 'output_path' is set by the sweep itself"),
         (dict(run={"gen_kwargs": {"diffusion_budget": 3}}), "gen_kwargs sets 'diffusion_budget' for every setting"),
-        (dict(run={"gen_kwargs": "temperature=0, votes=3"}), "gen_kwargs sets 'votes' for every setting"),
+        (dict(run={"gen_kwargs": "temperature=0, seed=3"}), "gen_kwargs sets 'seed' for every setting"),
         (dict(run={"gen_kwargs": ["token_search=beam_2"]}), "gen_kwargs sets 'token_search' for every setting"),
         (dict(model_args={}), "'pretrained' is missing"),
         (dict(controls=[0.1]), "controls=[0.1] must be a mapping"),
@@ -200,8 +200,8 @@ def test_controls_are_settings(l2d_dir, tmp_path, controls):
 
 
 def test_the_leaderboard_knows_what_a_sweep_ran(l2d_dir, make_l2d, base_dir, tmp_path, controls):
-    """Real runs: controls as kinds of rows, votes and carried state in the labels, and nothing missing."""
-    grid = {"diffusion_budget": [3], "votes": [2]}
+    """Real runs: controls as kinds of rows, carried state in the labels, and nothing missing."""
+    grid = {"diffusion_budget": [3]}
     for name, changes in (
         ("curve", {"grid": grid, "controls": controls}),
         ("carried", {"base": False, "model_args": {"pretrained": str(make_l2d(base_dir, carried_state=True))}}),
@@ -212,12 +212,10 @@ def test_the_leaderboard_knows_what_a_sweep_ran(l2d_dir, make_l2d, base_dir, tmp
     board = write_leaderboard([tmp_path / "curve" / "out", tmp_path / "carried" / "out"], tmp_path / "report")
     assert not board.skipped
     assert [row.setting.label for row in board.rows] == [
-        *("L2D at T = 1", "L2D (lora), T = 3, 2 votes", "L2D (lora), T = 3, carried state"),
+        *("L2D at T = 1", "L2D (lora), T = 3", "L2D (lora), T = 3, carried state"),
         *("control: one evaluation, t = 0.2", "control: noise-free path", "LoRA finetuning"),
     ]
     assert board.controls == {str(base_dir): ["one-evaluation", "noise-free", "lora-ft"]}
-    votes = board.rows[1].setting
-    assert votes.votes == 2 and votes.cost["nfe_requested"]["mean"] == 6
     page = (tmp_path / "report" / "leaderboard.html").read_text()
     assert "none missing" in page and "missing:" not in page and "Not measured here" not in page
     assert all(f'class="level {kind}' in page for kind in ("one-evaluation", "noise-free", "lora-ft", "base"))

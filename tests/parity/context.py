@@ -9,7 +9,7 @@ import functools
 import torch
 
 from l2d.modeling import L2DForCausalLM
-from l2d.network.diffusion_path import Queries
+from l2d.network.diffusion_path import PathInputs
 from l2d.network.main_path import MainPathState
 from tests.parity.fixtures import Case
 from tests.parity.report import Recorder
@@ -49,7 +49,7 @@ class Context:
     @functools.cached_property
     def state(self) -> MainPathState:
         """The main path over the prompts."""
-        return self.model.main_path(self.input_ids, self.attention_mask, self.position_ids)
+        return self.model.paths.main_path(self.input_ids, self.attention_mask, self.position_ids)
 
     @property
     def index(self) -> torch.Tensor:
@@ -78,4 +78,4 @@ class Context:
         if last:
             index, x, time = index[:, -1:], x[:, -1:], time[:, -1:]
             classes = None if classes is None else classes[:, -1:]
-        return self.model.path_logits(self.state, Queries(index, x.float(), time, classes))
+        return self.model.paths.path_logits(self.state, PathInputs(index, x.float(), time, classes))

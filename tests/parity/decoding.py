@@ -9,10 +9,10 @@ import torch
 
 from l2d.budget import ADAPTIVE_SOLVERS, budget_for_levels
 from l2d.network.main_path import MainPathState
-from l2d.released_solver import ReleasedSolver, released_solve
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling.solve import Solution
 from tests.parity.context import Context
+from tests.parity.released_solver import ReleasedSolver, released_solve
 from tests.parity.report import TOLERANCES
 
 
@@ -117,7 +117,7 @@ def _solved_logits(
     steps = []
     for number in range(len(noise)):
         places = (mask.cumsum(1) - 1).clamp(min=0)
-        state = context.model.main_path(ids, mask, places)
+        state = context.model.paths.main_path(ids, mask, places)
         index = torch.full((len(ids), 1), ids.shape[1] - 1)
         if sampler.adaptive:
             solution = _released(context, state, index, noise[number], settings, sampler, classes)

@@ -8,20 +8,20 @@
 import torch
 from transformers import DynamicCache
 
-from l2d.network.diffusion_path import Queries
+from l2d.network.diffusion_path import PathInputs
 from l2d.sampler_config import SamplerConfig
 from tests.parity.context import Context
 
 
 def check_base(context: Context) -> None:
-    """The main path: what the model returns without queries, and what it keeps for the diffusion path."""
+    """The main path: what the model returns without targets, and what it keeps for the diffusion path."""
     case, record = context.case, context.record
     if case.has("base.logits"):
         with record.attempt("base logits", "forward"):
             want = case.expected("base.logits")
             output = context.model(context.input_ids, context.attention_mask, context.position_ids)
             record.close("base logits", "forward", output.logits, want, where=context.valid)
-            kept = context.model.base_logits(context.state)
+            kept = context.model.paths.base_logits(context.state)
             record.close("base logits", "base_logits", kept, want, where=context.valid)
             record.same("base logits, bit for bit", "base_logits", kept, output.logits, where=context.valid)
     if case.has("base.final_hidden"):
@@ -57,7 +57,7 @@ def _check_start(context: Context, noise: torch.Tensor, classes: torch.Tensor | 
     rows, index = torch.nonzero(context.valid, as_tuple=True)
     own_class = None if classes is None else classes[rows]
     time = torch.zeros(len(rows))
-    hidden, _ = context.model.path_hidden(context.state, rows, index, noise[rows, index], time, own_class)
+    hidden, _ = context.model.paths.path_hidden(context.state, rows, index, noise[rows, index], time, own_class)
     context.record.same(quantity, "hidden", hidden, context.state.hidden[rows, index])
     if bool(context.valid.all()):
         got = context.logits(noise, torch.zeros(()), classes)
@@ -79,14 +79,14 @@ def _cached_logits(
     length, cache = ids.shape[1], DynamicCache()
     if last and length > 1:
         head = None if mask is None else mask[:, :-1]
-        context.model.main_path(ids[:, :-1], head, None if places is None else places[:, :-1], cache=cache)
+        context.model.paths.main_path(ids[:, :-1], head, None if places is None else places[:, :-1], cache=cache)
         ids, places = ids[:, -1:], None if places is None else places[:, -1:]
-    state = context.model.main_path(ids, mask, places, cache=cache)
+    state = context.model.paths.main_path(ids, mask, places, cache=cache)
     count = ids.shape[1]
     index = torch.arange(count).expand(len(ids), -1).masked_fill(~context.valid[:, -count:], -1)
     time = time.float().expand(len(ids), length)[:, -count:]
     classes = None if classes is None else classes[:, None].expand_as(index)
-    logits = context.model.path_logits(state, Queries(index, x[:, -count:].float(), time, classes))
+    logits = context.model.paths.path_logits(state, PathInputs(index, x[:, -count:].float(), time, classes))
     return logits[:, -1:] if last else logits
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch.nn import functional
 
-from l2d.network.diffusion_path import NoisedTargets, Queries
+from l2d.network.diffusion_path import NoisedTargets, PathInputs
 from l2d.released import parameter_name
 from tests.parity.context import Context
 from tests.parity.report import TOLERANCES
@@ -50,7 +50,7 @@ def _check_dropping(context: Context) -> None:
 
 
 def _targets(context: Context, everywhere: bool) -> tuple[NoisedTargets, torch.Tensor]:
-    """Training queries with one draw, and the (row, position) pairs (N, 2) they stand for.
+    """Training targets with one draw, and the (row, position) pairs (N, 2) they stand for.
 
     At labelled positions only, as training does, or `everywhere`, where unlabelled ones count as token 0.
     """
@@ -97,7 +97,7 @@ def _check_all_positions(context: Context) -> None:
     want = case.expected("train.x_t")
     targets, places = _targets(context, everywhere=True)
     with torch.no_grad(), _seen_inputs(context) as seen:
-        context.model(case.given("train.input_ids"), queries=targets)
+        context.model(case.given("train.input_ids"), noised_targets=targets)
     # A state of noise_std 64 is a float32 number of some hundreds: allow for its rounding.
     tolerance = max(TOLERANCES["training input"], 2 * torch.finfo(torch.float32).eps * want.abs().max().item())
     made = torch.zeros_like(want)
@@ -113,9 +113,9 @@ def _check_logits(context: Context) -> None:
     ids = case.given("train.input_ids")
     index = torch.arange(ids.shape[1]).expand_as(ids)
     classes = case.given("train.class_labels_after_drop") if case.has("train.class_labels_after_drop") else None
-    queries = Queries(index, case.given("train.x_t"), case.given("train.t"), classes)
+    inputs = PathInputs(index, case.given("train.x_t"), case.given("train.t"), classes)
     with torch.no_grad():
-        got = context.model.path_logits(context.model.main_path(ids), queries)
+        got = context.model.paths.path_logits(context.model.paths.main_path(ids), inputs)
     context.record.close("training logits", "train.logits", got, case.expected("train.logits"))
 
 
@@ -125,7 +125,7 @@ def _check_loss_and_gradients(context: Context) -> None:
     model.zero_grad()
     model.train()
     try:
-        output = model(case.given("train.input_ids"), queries=targets)
+        output = model(case.given("train.input_ids"), noised_targets=targets)
         loss = output.nll.sum() / output.valid.sum()
         loss.backward()
     finally:

@@ -36,7 +36,7 @@ def check_vocabulary(context: Context) -> None:
     case, record = context.case, context.record
     for key, _ in case.keys(r"flow\.table"):
         with record.attempt("vocabulary table", key):
-            record.close("vocabulary table", key, context.model.vocabulary_table(), case.expected(key))
+            record.close("vocabulary table", key, context.model.paths.vocabulary_table(), case.expected(key))
     for key, _ in case.keys(r"flow\.token_repr"):
         with record.attempt("token embeddings", key):
             got = context.model.path.embed_tokens(case.given("flow.token_ids"))
@@ -51,7 +51,7 @@ def check_clean_estimates(context: Context) -> None:
             choice = "sample" if match["temperature"] is None else "average"
             got, _ = clean_estimate(
                 case.given("x1.logits"),
-                context.model.vocabulary_table(),
+                context.model.paths.vocabulary_table(),
                 choice,
                 float(match["temperature"] or 0.0),
                 normalize=match["normalized"] is not None,

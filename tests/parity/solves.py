@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from l2d.budget import ADAPTIVE_SOLVERS, FIXED_SOLVERS, budget_for_levels
-from l2d.released_solver import ReleasedSolver, released_solve
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling.solve import Solution
 from tests.parity.context import Context
+from tests.parity.released_solver import ReleasedSolver, released_solve
 from tests.parity.report import TOLERANCES
 
 _LOOSER = 10  # factor on tolerance and noise floor where the fixture calls a solve not reproducible

@@ -20,7 +20,7 @@ from tests.training_runs import (
     write_jsonl,
     write_recipe,
 )
-from training.draws import training_queries
+from training.draws import training_targets
 from training.model_card import model_card
 from training.trainer import L2DTrainer
 
@@ -84,11 +84,11 @@ def test_accumulation_changes_nothing(make_trainer, monkeypatch, option):  # noq
 
 @pytest.mark.parametrize("option", ["corrupted", "rollout", "carried"])
 def test_pieces_change_nothing(make_trainer, option):  # noqa: F811
-    """However many queries go through the path at a time: the same loss, gradients and metrics."""
+    """However many evaluations go through the path at a time: the same loss, gradients and metrics."""
     found = []
     for limit in (10**6, 17, 3):
         chosen = {name: value for name, value in OPTIONS[option].items() if name != "carried_state"}
-        trainer = make_trainer(carried_state=option == "carried", max_queries=limit, **chosen)
+        trainer = make_trainer(carried_state=option == "carried", max_evaluations_per_pass=limit, **chosen)
         trainer.model.zero_grad()
         loss = trainer.compute_loss(trainer.model, batch_of(trainer, range(4)), num_items_in_batch=torch.tensor(30))
         loss.backward()
@@ -106,7 +106,7 @@ def test_two_processes_equal_one(tmp_path, base_dir, monkeypatch, option):
     """2 x 2 examples x 2 accumulated steps and 1 x 8: the same losses and weights, given the same draws."""
     script = tmp_path / "same_draws.py"
     script.write_text(SAME_DRAWS)
-    settings = {**SMALL, **OPTIONS[option], "base": base_dir, "max_queries": 40}
+    settings = {**SMALL, **OPTIONS[option], "base": base_dir, "max_evaluations_per_pass": 40}
     settings["dataset"] = write_jsonl(tmp_path / "data.jsonl", sums(24))
     if option == "carried":
         settings["rollout_window"] = 3
@@ -129,7 +129,7 @@ def test_a_window_is_the_same_in_all_processes_and_moves(make_trainer):  # noqa:
     places = []
     for step in range(12):
         first, second = (
-            training_queries(trainer.model.config, trainer.args, index, index.clamp(min=0), None, (0, step, 0), process)
+            training_targets(trainer.model.config, trainer.args, index, index.clamp(min=0), None, (0, step, 0), process)
             for process in (0, 1)
         )
         assert first.unscored == second.unscored and len(first.time) == first.unscored + 2

@@ -33,7 +33,7 @@ import sys
 from training.train import main
 from training.trainer import L2DTrainer
 
-L2DTrainer._draw = lambda self, inputs, index, targets: self.evaluation_queries(inputs)
+L2DTrainer._draw = lambda self, inputs, index, targets: self.evaluation_targets(inputs)
 main(sys.argv[1:])
 """
 
@@ -56,10 +56,10 @@ def test_two_processes_equal_one(tmp_path, settings, monkeypatch):
         "gradient_accumulation_steps": 2,
         "output_dir": tmp_path / "two",
     }
-    two |= {"per_device_eval_batch_size": 2, "max_queries": 7}
+    two |= {"per_device_eval_batch_size": 2, "max_evaluations_per_pass": 7}
     done = launch_two(["--config", str(write_recipe(tmp_path / "two.yaml", **two))], script=script)
     assert done.returncode == 0, done.stderr[-3000:]
-    monkeypatch.setattr(L2DTrainer, "_draw", lambda self, inputs, index, targets: self.evaluation_queries(inputs))
+    monkeypatch.setattr(L2DTrainer, "_draw", lambda self, inputs, index, targets: self.evaluation_targets(inputs))
     one = settings | {"per_device_train_batch_size": 8, "output_dir": tmp_path / "one"}
     train_here(write_recipe(tmp_path / "one.yaml", **one))
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), abs=2e-6)
@@ -97,7 +97,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from l2d import L2DConfig, L2DForCausalLM
 from l2d.network.diffusion_path import NoisedTargets
 from tests.conftest import SIZES, randomise_path
-from training.microbatches import split_queries
+from training.microbatches import split_targets
 
 dist.init_process_group("gloo")
 
@@ -112,14 +112,14 @@ def make(variant):
 torch.manual_seed(1 + dist.get_rank())
 ids = torch.randint(3, 99, (2, 10))
 index = torch.tensor([[3, 4, 5], [6, 7, -1]])
-queries = NoisedTargets(index, torch.randint(3, 99, (2, 3)), torch.rand(2, 2, 3), torch.randn(2, 2, 3, 8))
+noised = NoisedTargets(index, torch.randint(3, 99, (2, 3)), torch.rand(2, 2, 3), torch.randn(2, 2, 3, 8))
 for variant in ("lora", "full"):
     sharded, whole = make(variant), make(variant)
     fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=False)
     for model in (sharded, whole):
         state = None
-        for piece in split_queries(queries, 5):
-            output = model(ids, queries=piece, state=state)
+        for piece in split_targets(noised, 5):
+            output = model(ids, noised_targets=piece, state=state)
             output.nll.sum().backward()
             state = output.state
     saved = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
@@ -135,7 +135,7 @@ dist.destroy_process_group()
 
 
 def test_sharded_gradients_are_the_whole_models(tmp_path):
-    """FSDP2 over the whole model as one unit, as `fsdp2.yaml` has it, in two CPU processes, in pieces of queries."""
+    """FSDP2 over the whole model as one unit, as `fsdp2.yaml` has it, in two CPU processes, in pieces."""
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -165,13 +165,13 @@ def sharded_state(self, *args, fsdp_plugin=None, **kwargs):
 
 def build_trainer(job):
     trainer = build(job)
-    if hasattr(trainer, "evaluation_queries"):
+    if hasattr(trainer, "evaluation_targets"):
         randomise_path(trainer.model)
-        trainer.args.max_queries = 3 if trainer.is_fsdp_enabled else 512  # sharded ones take all at once
+        trainer.args.max_evaluations_per_pass = 3 if trainer.is_fsdp_enabled else 512  # sharded ones take all at once
     train.say(f"sharded: {trainer.is_fsdp_enabled}")
     return trainer
 
-L2DTrainer._draw = lambda self, inputs, index, targets: self.evaluation_queries(inputs)
+L2DTrainer._draw = lambda self, inputs, index, targets: self.evaluation_targets(inputs)
 state.AcceleratorState.__init__, train.build_trainer = sharded_state, build_trainer
 train.main(sys.argv[1:])
 """
@@ -239,7 +239,7 @@ SHARDED_ENVIRONMENT = {
     ("environment", "given", "words"),
     [
         ({}, {}, None),
-        ({}, {"max_queries": 5}, "max_queries would be ignored with sharding"),
+        ({}, {"max_evaluations_per_pass": 5}, "max_evaluations_per_pass would be ignored with sharding"),
         ({}, {"eval_samples": 2}, "need the whole model"),
         ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {}, "fsdp_state_dict_type would leave no model"),
         ({"FSDP_RESHARD_AFTER_FORWARD": "true"}, {}, "fsdp_reshard_after_forward=true does not go with method l2d"),

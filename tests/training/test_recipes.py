@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from tests.training_runs import REPOSITORY, SMALL, sums, train_here, write_jsonl, write_recipe
 from training.data.loading import load_tokenizer
 from training.dry_run import Shape, estimate_flops, estimate_memory
-from training.microbatches import default_queries, layer_bytes
+from training.microbatches import default_evaluations, layer_bytes
 from training.recipe import read_recipe
 
 RECIPES = REPOSITORY / "training" / "recipes"
@@ -123,7 +123,7 @@ def test_memory_estimate_is_near_what_is_measured():
 
     shape = Shape(
         LlamaConfig(**SHAPES["135m"]), "l2d", "lora", trained=38_000_000, frozen=134_515_008, frozen_bytes=4,
-        stream_bytes=4, rows=4, length=256, mean_length=256, response=0.3, draws=1, max_queries=512,
+        stream_bytes=4, rows=4, length=256, mean_length=256, response=0.3, draws=1, max_evaluations_per_pass=512,
         checkpointing=False, device="cpu",
     )  # fmt: skip
     parts = estimate_memory(shape)
@@ -141,10 +141,11 @@ def test_logits_are_estimated_as_the_loss_makes_them():
     base = AutoConfig.for_model("llama", vocab_size=2**15, num_hidden_layers=2)
     shape = Shape(
         base, "l2d", "lora", trained=1, frozen=1, frozen_bytes=4, stream_bytes=4, rows=4, length=1024,
-        mean_length=1024, response=1.0, draws=1, max_queries=4096, checkpointing=False,
+        mean_length=1024, response=1.0, draws=1, max_evaluations_per_pass=4096, checkpointing=False,
     )  # fmt: skip
     for change, rows in (
-        ({}, 2048), ({"device": "cpu"}, 512), ({"max_queries": 100}, 100), ({"rows": 1, "response": 0.1}, 103),
+        ({}, 2048), ({"device": "cpu"}, 512), ({"max_evaluations_per_pass": 100}, 100),
+        ({"rows": 1, "response": 0.1}, 103),
         ({"method": "lora_sft", "rows": 1, "draws": 2}, 1024), ({"rows": 1, "draws": 2}, 2048),
     ):  # fmt: skip
         assert estimate_memory(dataclasses.replace(shape, **change))["logits"] == 12 * rows * 2**15, change
@@ -187,7 +188,7 @@ def test_total_batch_size(tmp_path, base_dir, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("shape", "device", "queries"),
+    ("shape", "device", "evaluations"),
     [
         ((64, 128, 2, 4), "cpu", 2048),  # the demo's: 12 kB a query
         ((256, 1024, 8, 8), "cpu", 1024),
@@ -195,10 +196,10 @@ def test_total_batch_size(tmp_path, base_dir, monkeypatch):
         ((576, 1536, 30, 9), "cuda", 4096),
     ],
 )
-def test_queries_at_a_time(shape, device, queries):
+def test_evaluations_at_a_time(shape, device, evaluations):
     """As many as before for large models, more for small ones, which hold no more than 256 MiB."""
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     base = AutoConfig.for_model("llama", **dict(zip(names, shape, strict=True)))
-    assert default_queries(base, 4, device) == queries
-    held = queries * base.num_hidden_layers * layer_bytes(base, 4, modulated=True)
-    assert held <= 2**28 or queries == 512 or device == "cuda"
+    assert default_evaluations(base, 4, device) == evaluations
+    held = evaluations * base.num_hidden_layers * layer_bytes(base, 4, modulated=True)
+    assert held <= 2**28 or evaluations == 512 or device == "cuda"

@@ -176,9 +176,9 @@ def test_noise_goes_on(tmp_path, base_dir, monkeypatch):
     drawn, draw = [], L2DTrainer._draw
 
     def recorded(self, *args):
-        queries = draw(self, *args)
-        drawn.append(queries.noise.flatten()[:8])
-        return queries
+        noised = draw(self, *args)
+        drawn.append(noised.noise.flatten()[:8])
+        return noised
 
     monkeypatch.setattr(L2DTrainer, "_draw", recorded)
     settings = {**SMALL, "base": base_dir, "dataset": write_jsonl(tmp_path / "data.jsonl", sums(30))}

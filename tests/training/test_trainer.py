@@ -9,13 +9,13 @@ from transformers import AutoModelForCausalLM
 from trl import SFTConfig
 
 from l2d import L2DConfig, L2DForCausalLM
-from l2d.network.diffusion_path import NoisedTargets, Queries
+from l2d.network.diffusion_path import NoisedTargets, PathInputs
 from tests.conftest import randomise_path
 from tests.training_runs import same_bits, sums
 from training.config import L2DTrainingConfig
 from training.data.loading import encode
 from training.draws import keyed_generator
-from training.microbatches import split_queries
+from training.microbatches import split_targets
 from training.trainer import (
     L2DTrainer,
     classes_at,
@@ -55,7 +55,7 @@ def batch_of(trainer, rows) -> dict[str, torch.Tensor]:
 
 def fix_noise(trainer) -> None:
     """Training draws what evaluation would: a function of the example alone."""
-    trainer._draw = lambda inputs, index, targets: trainer.evaluation_queries(inputs)
+    trainer._draw = lambda inputs, index, targets: trainer.evaluation_targets(inputs)
 
 
 def test_response_positions():
@@ -72,21 +72,21 @@ def test_loss_equals_all_positions_by_hand(make_trainer, variant):
     model, batch = trainer.model, batch_of(trainer, range(4))
     fix_noise(trainer)
     loss = trainer.compute_loss(model, batch, num_items_in_batch=None)
-    queries = trainer.evaluation_queries(batch)
+    noised = trainer.evaluation_targets(batch)
     rows, length = batch["input_ids"].shape
-    state = model.main_path(batch["input_ids"], batch["attention_mask"])
+    state = model.paths.main_path(batch["input_ids"], batch["attention_mask"])
     losses = []
     for draw in range(3):
         x, time = torch.randn(rows, length, 8), torch.rand(rows, length)  # elsewhere: anything
         for row in range(rows):
-            for slot, position in enumerate(queries.index[row].tolist()):
+            for slot, position in enumerate(noised.index[row].tolist()):
                 if position >= 0:
-                    t = queries.time[draw, row, slot]
-                    clean = model.vocabulary_table()[queries.targets[row, slot]]
-                    x[row, position] = (1 - t) * 2.0 * queries.noise[draw, row, slot] + t * clean
+                    t = noised.time[draw, row, slot]
+                    clean = model.paths.vocabulary_table()[noised.targets[row, slot]]
+                    x[row, position] = (1 - t) * 2.0 * noised.noise[draw, row, slot] + t * clean
                     time[row, position] = t
         everywhere = torch.arange(length).expand(rows, -1)
-        logits = model.path_logits(state, Queries(everywhere, x, time))
+        logits = model.paths.path_logits(state, PathInputs(everywhere, x, time))
         losses.append(cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()))
     torch.testing.assert_close(loss, torch.stack(losses).mean(), rtol=1e-5, atol=1e-5)
 
@@ -117,10 +117,10 @@ def test_accumulation_changes_nothing(make_trainer):
 
 @pytest.mark.parametrize("most", [3, 17, 40, 1000])
 def test_pieces_change_nothing(make_trainer, most):
-    """However many queries go through the path at a time: the same loss, gradients and metrics."""
+    """However many evaluations go through the path at a time: the same loss, gradients and metrics."""
     found = []
     for limit in (10**6, most):
-        trainer = make_trainer(classes=["math"], draws=3, eval_draws=3, max_queries=limit)
+        trainer = make_trainer(classes=["math"], draws=3, eval_draws=3, max_evaluations_per_pass=limit)
         fix_noise(trainer)
         trainer.model.zero_grad()
         batch = batch_of(trainer, range(4))
@@ -128,21 +128,21 @@ def test_pieces_change_nothing(make_trainer, most):
         loss.backward()
         gradient = {name: p.grad.clone() for name, p in trainer.model.trained_parameters()}
         found.append((loss.detach(), gradient, trainer._sums.clone()))
-    pieces = split_queries(trainer.evaluation_queries(batch), most)
+    pieces = split_targets(trainer.evaluation_targets(batch), most)
     assert all((piece.index >= 0).sum() * piece.time.shape[0] <= most for piece in pieces)
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=2e-6)
     torch.testing.assert_close(found[1][2], found[0][2], rtol=1e-6, atol=1e-6)
 
 
-def flat(queries: NoisedTargets, lengths: list[int]) -> NoisedTargets:
-    """The same queries for examples that stand one after the other in a single row."""
+def flat(noised: NoisedTargets, lengths: list[int]) -> NoisedTargets:
+    """The same targets for examples that stand one after the other in a single row."""
     starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    rows, slots = torch.nonzero(queries.index >= 0, as_tuple=True)
-    index = (queries.index + starts[:, None])[rows, slots][None]
-    classes = None if queries.classes is None else queries.classes[:, rows, slots][:, None]
-    time, noise = queries.time[:, rows, slots][:, None], queries.noise[:, rows, slots][:, None]
-    return NoisedTargets(index, queries.targets[rows, slots][None], time, noise, classes)
+    rows, slots = torch.nonzero(noised.index >= 0, as_tuple=True)
+    index = (noised.index + starts[:, None])[rows, slots][None]
+    classes = None if noised.classes is None else noised.classes[:, rows, slots][:, None]
+    time, noise = noised.time[:, rows, slots][:, None], noised.noise[:, rows, slots][:, None]
+    return NoisedTargets(index, noised.targets[rows, slots][None], time, noise, classes)
 
 
 def test_padding_free_equals_padded(make_trainer):
@@ -152,13 +152,13 @@ def test_padding_free_equals_padded(make_trainer):
     batch, row = batch_of(padded, range(5)), batch_of(free, range(5))
     lengths = [len(padded.train_dataset[number]["input_ids"]) for number in range(5)]
     assert row["input_ids"].shape == (1, sum(lengths)) and "attention_mask" not in row
-    queries = padded.evaluation_queries(batch)
+    noised = padded.evaluation_targets(batch)
     index, targets = response_positions(row["labels"])
-    joined = flat(queries, lengths)
+    joined = flat(noised, lengths)
     assert torch.equal(index, joined.index) and torch.equal(targets, joined.targets)
     assert torch.equal(classes_at(row["guidance_class"], index)[0], joined.classes[0, 0])
-    expected = padded.model(batch["input_ids"], batch["attention_mask"], queries=queries)
-    found = padded.model(row["input_ids"], position_ids=row["position_ids"], queries=joined)
+    expected = padded.model(batch["input_ids"], batch["attention_mask"], noised_targets=noised)
+    found = padded.model(row["input_ids"], position_ids=row["position_ids"], noised_targets=joined)
     torch.testing.assert_close(found.nll[:, 0], expected.nll[:, expected.valid], rtol=1e-5, atol=1e-5)
     metrics = [{k: v for k, v in t.evaluate().items() if "loss" in k or "accuracy" in k} for t in (padded, free)]
     assert metrics[1] == pytest.approx(metrics[0], abs=1e-6)
@@ -197,12 +197,12 @@ def test_rows_without_responses_are_harmless(make_trainer):
 def test_draws(make_trainer):
     trainer = make_trainer(classes=["math", "code"], draws=40, time_power=3.0, guidance_dropout=0.2)
     batch = batch_of(trainer, [0, 1, 2] * 40)
-    queries = trainer._draw(batch, *response_positions(batch["labels"]))
-    valid = (queries.index >= 0).expand_as(queries.time)
-    times, classes = queries.time[valid], queries.classes
-    assert queries.noise.shape == (*queries.time.shape, 8)
+    noised = trainer._draw(batch, *response_positions(batch["labels"]))
+    valid = (noised.index >= 0).expand_as(noised.time)
+    times, classes = noised.time[valid], noised.classes
+    assert noised.noise.shape == (*noised.time.shape, 8)
     assert times.min() >= 0 and times.max() < 1 and times.mean() == pytest.approx(1 / 4, abs=0.01)  # E[u^3]
-    assert queries.noise.std() == pytest.approx(1, abs=0.01)
+    assert noised.noise.std() == pytest.approx(1, abs=0.01)
     assert (classes[:, 2::3] == 2).all()  # an example of no class stays so
     for row, name in ((0, 0), (1, 1)):
         drawn = classes[:, row::3][valid[:, row::3]]
@@ -257,13 +257,13 @@ def test_evaluation_by_hand(make_trainer):
     """The whole is the mean over targets and draws; the bins add up to it."""
     trainer = make_trainer(eval_draws=2, time_bins=3, report_to="none")
     batch = batch_of(trainer, range(8))
-    queries = trainer.evaluation_queries(batch)
-    output = trainer.model(batch["input_ids"], batch["attention_mask"], queries=queries)
+    noised = trainer.evaluation_targets(batch)
+    output = trainer.model(batch["input_ids"], batch["attention_mask"], noised_targets=noised)
     metrics = trainer.evaluate()
     count = output.valid.sum() * 2
     assert metrics["eval_loss"] == pytest.approx((output.nll.sum() / count).item(), abs=1e-5)
     assert metrics["eval_accuracy"] == pytest.approx((output.correct.sum() / count).item(), abs=1e-6)
-    middle = (queries.time >= 1 / 3) & (queries.time < 2 / 3) & output.valid
+    middle = (noised.time >= 1 / 3) & (noised.time < 2 / 3) & output.valid
     assert metrics["eval_loss_t_0.33_0.67"] == pytest.approx(output.nll[middle].mean().item(), abs=1e-5)
 
 
@@ -311,7 +311,7 @@ def test_bfloat16_autocast(make_trainer):
     loss.backward()
     assert loss.item() == pytest.approx(plain.item(), rel=0.02)
     assert all(p.dtype == p.grad.dtype == torch.float32 for _, p in trainer.model.trained_parameters())
-    trainer.args.max_steps, trainer.args.max_queries = 2, 5
+    trainer.args.max_steps, trainer.args.max_evaluations_per_pass = 2, 5
     assert trainer.train().training_loss > 0
 
 
@@ -331,8 +331,8 @@ def test_times_respect_min_noise(make_trainer):
     trainer = make_trainer()
     trainer.model.config.min_noise = 0.25
     batch = batch_of(trainer, range(8))
-    queries: NoisedTargets = trainer._draw(batch, *response_positions(batch["labels"]))
-    assert queries.time.max() <= 0.75
+    noised: NoisedTargets = trainer._draw(batch, *response_positions(batch["labels"]))
+    assert noised.time.max() <= 0.75
 
 
 def test_resumes_from_python_as_trainers_do(make_trainer, tmp_path):

@@ -96,7 +96,7 @@ def recipes(out: Path) -> dict[str, dict[str, Any]]:
     path = {
         "learning_rate": 6.0e-3,
         "variant": "full",
-        "max_queries": 512,  # fixed: another order of sums gives a somewhat different model
+        "max_evaluations_per_pass": 512,  # fixed: another order of sums gives a somewhat different model
         "diffusion_dim": 64,
         "input_width": 64,
         "conditioning_width": 64,

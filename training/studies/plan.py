@@ -33,7 +33,7 @@ _PATH = {
     "input_width": 64,
     "conditioning_width": 64,
     "frequency_width": 64,
-    "max_queries": 4096,
+    "max_evaluations_per_pass": 4096,
 }
 _ROLLOUT = {"draws": 1, "rollout_evaluations": 8, "rollout_window": 4}
 

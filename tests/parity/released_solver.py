@@ -3,7 +3,7 @@
 - `ReleasedSolver`: its settings
 - `released_solve`: integrates as it does: torchdiffeq, one step size per batch, zero velocity at t >= 1
 
-Legend: B rows, Q queries per row, d diffusion dimension, n time levels.
+Legend: B rows, Q sites per row, d diffusion dimension, n time levels.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from torchdiffeq import odeint
 
 from l2d.budget import FIXED_SOLVERS
 from l2d.modeling import L2DForCausalLM
-from l2d.network.diffusion_path import Queries
+from l2d.network.diffusion_path import PathInputs
 from l2d.network.main_path import MainPathState
 from l2d.sampler_config import temperature_at
 from l2d.sampling.evaluator import clean_estimate
@@ -97,7 +97,7 @@ class _Field:
     def logits(self, x: torch.Tensor, time: float, classes: torch.Tensor | None) -> torch.Tensor:
         """Logits (B, Q, V) at states x (B, Q, d)."""
         times = torch.full(self.index.shape, time, dtype=torch.float32, device=x.device)
-        return self.model.path_logits(self.state, Queries(self.index, x.float(), times, classes))
+        return self.model.paths.path_logits(self.state, PathInputs(self.index, x.float(), times, classes))
 
     def _branch(self, x: torch.Tensor, time: float, classes: torch.Tensor | None) -> torch.Tensor:
         logits, choice = self.logits(x, time, classes), self.solver.choice
@@ -105,7 +105,7 @@ class _Field:
         uniforms = None
         if choice == "sample" and temperature > 0:
             uniforms = torch.rand(self.index.shape, dtype=torch.float64, generator=self.generator).to(x.device)
-        table = self.model.vocabulary_table()
+        table = self.model.paths.vocabulary_table()
         clean, _ = clean_estimate(logits, table, choice, temperature, self.solver.normalize, uniforms)
         token = logits.argmax(-1) if uniforms is None else draw_token(torch.softmax(logits / temperature, -1), uniforms)
         self.temperatures.append(temperature)
