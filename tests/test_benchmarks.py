@@ -30,7 +30,7 @@ def test_scoring_figures(tmp_path):
     options = [*TINY, "--context", "16", "--continuation", "1", "4", "--repeats", "1", "--budget", "7"]
     figures = scoring.main([*options, "--json", str(file)])
     assert [one["continuation"] for one in figures] == [1, 4]
-    assert all(one["rounds_per_token"] >= 1 and one["ratio"] > 0 for one in figures)
+    assert all(one["passes_per_token"] >= 1 and one["ratio"] > 0 for one in figures)
     assert json.loads(file.read_text())["results"] == figures
 
 

@@ -184,7 +184,8 @@ def _check_required(given: set[str]) -> None:
 
 def _check_known(name: Any, hints: dict[str, Any]) -> None:
     if name not in hints:
-        near = difflib.get_close_matches(str(name), hints, 1)
+        renamed = "max_evaluations_per_pass" if name == "max_queries" else None
+        near = [renamed] if renamed else difflib.get_close_matches(str(name), hints, 1)
         hint = f"did you mean {near[0]!r}?" if near else "see python -m training.train --help."
         raise ValueError(f"option {name!r} is not known: {hint}")
 

@@ -185,7 +185,7 @@ def test_no_wrong_token_is_the_true_one(make_model):
     model, draws = make_model(), 500
     state = model.paths.main_path(IDS)
     with torch.no_grad():
-        targets = model.base_logits(state, INDEX).argmax(-1).masked_fill(INDEX < 0, 0)
+        targets = model.paths.base_logits(state, INDEX).argmax(-1).masked_fill(INDEX < 0, 0)
     time, noise = torch.ones(draws, *INDEX.shape), torch.zeros(draws, *INDEX.shape, 16)
     noised = NoisedTargets(INDEX, targets, time, noise)
     true = model(input_ids=IDS, noised_targets=noised).nll  # at t = 1 a loss says which token x_t was built from
