@@ -2,14 +2,12 @@
 
 - `train`: the entry point, `python -m training.train --config FILE.yaml`
 - `config`, `checks`, `recipe`: what a recipe may say; what must hold in it; reading it
-- `data`: data sets to token ids and labels, the same for every method
-- `mixture`: subsets, excluded rows, and an example per assistant turn
+- `data`: data sets to token ids and labels, the same for every method; mixtures of subsets
 - `trainer`: `L2DTrainer`, which draws times and noise at response positions and computes the loss
-- `noising`, `pieces`: what a batch is asked, and how many queries at a time
-- `budgets`: accuracy at several budgets and generated responses during training
-- `saving`: atomic checkpoints, and a clean stop on SIGTERM
-- `checkpoints`: which folders may be written to, and from which a run may resume
+- `draws`, `microbatches`: times and noise of a batch, and how many evaluations go through the path at a time
+- `optimization`: options of the optimizer step that the release has
+- `budget_metrics`: accuracy at several budgets and generated responses during training
+- `checkpointing`: atomic checkpoints, resuming, full disks, damaged files
 - `dry_run`: parameters, memory, examples and schedule of a recipe, without weights
-- `card`: the model card
-- `console`, `writing`, `checksums`: one line for all processes; full disks; damaged files
+- `model_card`, `console`: the model card; one line for all processes
 """

@@ -32,7 +32,7 @@ def test_examples_weigh_the_same(make_trainer):  # noqa: F811
     batch = batch_of(trainer, range(8))
     whole, expected = gradients(trainer, [batch])
     output = trainer.model(**{k: batch[k] for k in ("input_ids", "attention_mask")},
-                           **_asked(trainer, batch))  # fmt: skip
+                           noised_targets=trainer.evaluation_targets(batch))  # fmt: skip
     counts = output.valid.sum(1)
     means = (output.nll * output.valid).sum((0, 2)) / (2 * counts)
     assert len(set(counts.tolist())) > 1 and whole == pytest.approx(means.mean().item(), abs=2e-6)
@@ -43,14 +43,6 @@ def test_examples_weigh_the_same(make_trainer):  # noqa: F811
         assert loss == pytest.approx(whole, abs=2e-6)
         for name, gradient in found.items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=2e-6)
-
-
-def _asked(trainer, batch) -> dict:
-    """The noised targets of a batch, under the name that the model's forward takes them by."""
-    import inspect
-
-    names = list(inspect.signature(type(trainer.model).forward).parameters)
-    return {names[names.index("position_ids") + 1]: trainer.evaluation_queries(batch)}
 
 
 @pytest.mark.parametrize("average", ["example", "token"])
