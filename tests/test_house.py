@@ -366,3 +366,30 @@ def check(line: str, mentioned: bool) -> None:
     for word in words:
         if re.fullmatch(r"[a-z_.]+(/[\w.-]+)+\.(yaml|py|md|toml|txt)", word):
             assert (REPOSITORY / word).is_file(), f"{word} does not exist"
+
+
+# ---- the method page ---------------------------------------------------------------------------------------------
+
+
+def defined(file: Path) -> set[str]:
+    """Names of the functions and classes of a module, methods as `Class.method`."""
+    names = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        for inner in node.body if isinstance(node, ast.ClassDef) else ():
+            if isinstance(inner, ast.FunctionDef):
+                names.add(f"{node.name}.{inner.name}")
+    return names
+
+
+def test_the_method_page_names_what_exists():
+    """Every `FILE`: `NAME`, `NAME` of docs/method.md is a module and what it defines; the page stays one page."""
+    text = (REPOSITORY / "docs" / "method.md").read_text(encoding="utf-8")
+    references = re.findall(r"`([\w/]+\.py)`:((?:,?\s*`[\w.]+`)+)", text)
+    assert len(references) > 15 and 100 <= len(text.splitlines()) <= 160
+    for file, names in references:
+        missing = set(re.findall(r"`([\w.]+)`", names)) - defined(REPOSITORY / file)
+        assert not missing, f"{file} does not define {missing}"
+    for file in re.findall(r"`([\w/]+\.py)`", text):
+        assert (REPOSITORY / file).is_file(), file
