@@ -173,6 +173,7 @@ CASES = [
     Case("lm_eval_ext.leaderboard results", "truncated or damaged", "give folders that lm_eval wrote"),
     Case("lm_eval_ext.leaderboard results --only pdf", "--only", "'html', 'md', 'csv', 'json'"),
     Case("lm_eval_ext.leaderboard results --metric gsm8k", "--metric", "must look like gsm8k="),
+    Case("lm_eval_ext.leaderboard results --margin 0", "margin=0", "must be positive"),
     Case("lm_eval_ext.leaderboard results --outt x", "--outt", "did you mean --out?"),
     Case("lm_eval_ext.leaderboard results --out data.jsonl", "out='data.jsonl'", "give a folder"),
     Case("lm_eval_ext.leaderboard results --out data.jsonl/x", "out='data.jsonl/x'", "give a folder"),

@@ -28,7 +28,7 @@ CORE = (
     "test_training_recipes", "test_training_trainer", "test_training_entry", "test_lm_eval_arguments",
     "test_lm_eval_bridge", "test_lm_eval_parts", "test_lm_eval_model", "test_lm_eval_paper", "test_hub",
 )  # fmt: skip
-TOOLS = ("aiohttp", "hatchling", "hypothesis", "matplotlib", "pytest", "tensorboard")
+TOOLS = ("aiohttp", "hatchling", "hypothesis", "pytest", "tensorboard")
 """Of the extra `test`, what the core needs."""
 NAMED = ("transformers", "trl", "peft", "lm-eval", "accelerate", "datasets")
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lm_eval_ext.leaderboard.schema import check_results, number
+from lm_eval_ext.leaderboard.schema import check_results, number, renamed
 
 _STAMP = re.compile(r"results_(.+)\.json")
 TOLERANCE = 1e-6
@@ -22,6 +22,8 @@ _LOWER = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "
 """The harness's metrics of which less is better; its older versions do not write that into the results."""
 COSTS = ("solved_tokens", "nfe_requested", "nfe_computed", "passes", "seconds")
 """Sums over a document's requests, as the model class records them."""
+_UNSCORED = "bypass"
+"""The harness's metric, always 999, of a call with `--predict_only`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,22 +75,21 @@ class Run:
     @property
     def l2d(self) -> dict[str, Any]:
         """What our model class recorded; empty for other models."""
-        found = self.config.get("l2d")
-        return found if isinstance(found, dict) else {}
+        return self.config.get("l2d") or {}
 
     @property
     def model_args(self) -> dict[str, Any]:
         """Model arguments, as a dictionary whatever the harness's version wrote."""
-        given = self.config.get("model_args")
-        if isinstance(given, str):
-            return dict(part.split("=", 1) for part in given.split(",") if "=" in part)
-        return given if isinstance(given, dict) else {}
+        arguments = self.config.get("model_args") or {}
+        if isinstance(arguments, str):
+            return dict(part.split("=", 1) for part in arguments.split(",") if "=" in part)
+        return arguments
 
     @property
     def seconds(self) -> float | None:
         """Time spent on requests where the model class measured it, else of the whole call, loading included."""
-        found = number(self.l2d.get("seconds")) or number(self.raw.get("total_evaluation_time_seconds"))
-        return found if found and found > 1e-9 else None
+        seconds = number(self.l2d.get("seconds")) or number(self.raw.get("total_evaluation_time_seconds"))
+        return seconds if seconds and seconds > 1e-9 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +126,9 @@ def read_runs(folders: list[Path]) -> tuple[list[Run], list[Skipped]]:
         for task in list(run.measures):
             if not run.measures[task]:
                 del run.measures[task]
-                skipped.append(Skipped(str(file), task, "holds no number for this task"))
+                unscored = any(name.partition(",")[0] == _UNSCORED for name in run.raw["results"].get(task, {}))
+                reason = "has answers without scores (--predict_only)" if unscored else "holds no number for this task"
+                skipped.append(Skipped(str(file), task, reason))
         if run.measures:
             runs.append(run)
         else:
@@ -134,13 +137,13 @@ def read_runs(folders: list[Path]) -> tuple[list[Run], list[Skipped]]:
 
 
 def _candidates(folders: list[Path]) -> list[Path]:
-    found: dict[Path, Path] = {}
+    files: dict[Path, Path] = {}
     for folder in folders:
         if not folder.exists():
             raise ValueError(f"{str(folder)!r} does not exist: give folders with lm-eval's results_*.json.")
         for file in [folder] if folder.is_file() else sorted(folder.rglob("results*.json")):
-            found.setdefault(file.resolve(), file)
-    return list(found.values())
+            files.setdefault(file.resolve(), file)
+    return list(files.values())
 
 
 def _reason(error: Exception) -> str:
@@ -161,16 +164,15 @@ def _read_run(file: Path) -> Run:
     stamp = _STAMP.fullmatch(file.name)
     measures, leaves = {}, {}
     for task, values in raw["results"].items():
-        found = _measures(values, _higher(raw, task))
-        if task in inner or (task in children and not found):  # part of a group, or a group without a score of its own
+        numbers = _measures(values, _higher(raw, task))
+        if task in inner or (task in children and not numbers):  # part of a group, or a group without an own score
             continue
-        measures[task], leaves[task] = found, _leaves(task, children)
+        measures[task], leaves[task] = numbers, _leaves(task, children)
     for group in children:  # the parts of a group without a score stand for themselves
         if group not in measures:
             for task in _leaves(group, children):
-                values = raw["results"].get(task)
-                if isinstance(values, dict) and not any(task in own for own in leaves.values()):
-                    measures[task] = _measures(values, _higher(raw, task))
+                if task in raw["results"] and not any(task in own for own in leaves.values()):
+                    measures[task] = _measures(raw["results"][task], _higher(raw, task))
                     leaves[task] = [task]
     tasks = sorted({leaf for own in leaves.values() for leaf in own}) if stamp else []
     time = stamp[1] if stamp else ""
@@ -196,14 +198,14 @@ def _higher(raw: dict[str, Any], task: str) -> dict[str, Any]:
 
 
 def _measures(values: dict[str, Any], higher: dict[str, Any]) -> list[Measure]:
-    found = []
+    measures = []
     for key, value in values.items():
         metric, comma, rest = key.partition(",")
-        if not comma or metric.endswith("_stderr") or number(value) is None:
+        if not comma or metric.endswith("_stderr") or metric == _UNSCORED or number(value) is None:
             continue
         stderr = number(values.get(f"{metric}_stderr,{rest}"))
-        found.append(Measure(metric, rest, float(value), stderr, higher.get(metric) is not False))
-    return found
+        measures.append(Measure(metric, rest, float(value), stderr, higher.get(metric) is not False))
+    return measures
 
 
 # ---- samples -----------------------------------------------------------------------------------------------------
@@ -238,11 +240,11 @@ def read_samples(
 
 def _read_file(file: Path, measure: Measure, cluster_fields: tuple[str, ...]) -> list[Sample]:
     samples = []
-    for place, line in enumerate(_lines(file), 1):
+    for line_number, line in enumerate(_lines(file), 1):
         try:
             raw = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"line {place} is not complete JSON: truncated or damaged") from error
+            raise ValueError(f"line {line_number} is not complete JSON: truncated or damaged") from error
         if raw.get("filter", "none") == measure.filter:
             samples.append(_sample(raw, cluster_fields))
     return samples
@@ -255,8 +257,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def _check_count(run: Run, leaf: str, samples: list[Sample]) -> None:
-    counts = run.raw["n-samples"].get(leaf)
-    expected = counts.get("effective") if isinstance(counts, dict) else None
+    expected = run.raw["n-samples"].get(leaf, {}).get("effective")
     if expected is not None and len(samples) != expected:
         raise ValueError(f"holds {len(samples)} samples where the results file counts {expected}: truncated")
 
@@ -264,21 +265,20 @@ def _check_count(run: Run, leaf: str, samples: list[Sample]) -> None:
 def _contradiction(run: Run, leaf: str, measure: Measure, samples: list[Sample]) -> str:
     """In words, how the samples contradict the results file; empty where they agree or cannot tell."""
     metrics = (run.raw["configs"].get(leaf) or {}).get("metric_list") or []
-    kinds = {entry.get("metric"): entry.get("aggregation", "mean") for entry in metrics if isinstance(entry, dict)}
+    kinds = {entry.get("metric"): entry.get("aggregation", "mean") for entry in metrics}
     stated = number(run.raw["results"].get(leaf, {}).get(measure.name))
     scores = [sample.scores.get(measure.metric) for sample in samples]
     known = [score for score in scores if score is not None]
     if stated is None or kinds.get(measure.metric) not in ("mean", "acc") or not known or len(known) < len(scores):
         return ""
-    found = sum(known) / len(known)
-    if abs(found - stated) <= TOLERANCE:
+    mean = sum(known) / len(known)
+    if abs(mean - stated) <= TOLERANCE:
         return ""
-    return f"contradictory: gives {measure.name} = {found:.6g} where the results file says {stated:.6g}"
+    return f"contradictory: gives {measure.name} = {mean:.6g} where the results file says {stated:.6g}"
 
 
 def _sample(raw: dict[str, Any], cluster_fields: tuple[str, ...]) -> Sample:
-    given = raw.get("doc")
-    doc = given if isinstance(given, dict) else {}
+    doc = raw["doc"] if isinstance(raw.get("doc"), dict) else {}
     own = [f"{name}={doc[name]!r}" for name in cluster_fields if name in doc]
     scores = {name: number(raw.get(name)) for name in raw.get("metrics") or []}
     prompt, answer = _texts(raw)
@@ -316,22 +316,20 @@ def _texts(raw: dict[str, Any]) -> tuple[str, str]:
 
 
 def read_costs(run: Run, task: str, skipped: list[Skipped]) -> dict[str, dict[str, float]]:
-    """By a document's hash, what its requests cost in all: tokens solved, evaluations asked and computed, rounds,
-    seconds. Empty where the run recorded none."""
+    """By a document's hash, the sums of `COSTS` over its requests. Empty where the run recorded none."""
     costs: dict[str, dict[str, float]] = {}
     for leaf in run.leaves[task]:
         file = run.compute.get(leaf)
         if file is None:
             continue
         try:
-            lines = [json.loads(line) for line in _lines(file)]
-            for line in lines:
+            for line in map(renamed, map(json.loads, _lines(file))):
                 cost = costs.setdefault(line["doc_hash"], dict.fromkeys(COSTS, 0))
                 for name in COSTS:
                     if isinstance(line[name], (bool, str)) or number(line[name]) is None:
                         raise ValueError(f"{name} is not a number")
                     cost[name] += line[name]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             skipped.append(Skipped(str(file), leaf, _reason(error)))
             return {}
     return costs

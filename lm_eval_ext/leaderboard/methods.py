@@ -11,15 +11,18 @@ headers of `*.safetensors` give the number of trained parameters. Everything els
 
 import dataclasses
 import json
-import struct
 from collections.abc import Iterable
 from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import yaml
+from safetensors import SafetensorError, safe_open
+
 from l2d.budget import ADAPTIVE_SOLVERS
 from l2d.sampler_config import SamplerConfig, unusual
+from l2d.settings import declared
 from lm_eval_ext.arguments import SAMPLER_ARGUMENTS, SEARCH, sampler_changes
 from lm_eval_ext.leaderboard.files import Run
 from lm_eval_ext.leaderboard.schema import number
@@ -37,9 +40,12 @@ KINDS = {
 }
 CONTROL_NAMES = {"one-evaluation": "one evaluation", "noise-free": "noise-free path", "lora-ft": "LoRA finetuning"}
 CONTROLS = tuple(CONTROL_NAMES)
+EXACT_SETTINGS = tuple(name for name, one in declared(SamplerConfig).items() if not one.changes_answers)
+"""Sampler settings that change the cost and never the result."""
+QUANTITIES = ("nfe_requested", "nfe_computed", "passes")
 _TOTALS = (
     *("generated_tokens", "scored_tokens", "solved_tokens", "capped_tokens", "seconds", "tokens_per_second"),
-    *("nfe_requested_per_token", "nfe_computed_per_token", "passes_per_token"),
+    *(f"{name}_per_token" for name in QUANTITIES),
 )
 _OTHER_KWARGS = (
     *("until", "do_sample", "temperature"),
@@ -48,6 +54,8 @@ _OTHER_KWARGS = (
 _FILTERS = ("top_p", "top_k", "min_p", "typical_p")  # they change nothing in greedy decoding
 _NEUTRAL = {"top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1, "num_beams": 1, "repetition_penalty": 1}
 _RECIPE_METHODS = {"lora_sft": "lora-ft", "full_sft": "full-ft"}
+_TRAINED = {"corruption_rate": "corrupted {}", "rollout_evaluations": "rollout {}"}
+_RETIRED = {"votes": 1}  # defaults of settings that only older versions recorded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,10 +64,9 @@ class Setting:
 
     kind: a key of `KINDS`; model: folder or hub name, NAME@REVISION where one was given; base: the base's, or `None`
     where it is not known.
-    budget, solver, guidance, final_time, votes, seed: of the sampler; budget 1 and `None` for plain models.
+    budget, solver, guidance, final_time, seed: of the sampler; budget 1 and `None` for plain models.
     decoding: "greedy", "sampled at TEMPERATURE" (with what else the generation kwargs ask for), "scored" or several of
-    them; details: how the path was trained and
-    other unusual settings.
+    them; details: how the path was trained, and sampler settings that are not the default.
     cost: by quantity ("nfe_requested", "nfe_computed", "passes"), the recorded statistics per token.
     tokens: generated and scored ones, `None` where nobody counted.
     """
@@ -71,7 +78,6 @@ class Setting:
     solver: str | None
     guidance: str | None
     final_time: float | None
-    votes: int | None
     seed: int | None
     decoding: str
     details: str
@@ -104,6 +110,11 @@ class Setting:
         return ", ".join(parts)
 
     @property
+    def tokens_per_second(self) -> float | None:
+        """Generated or scored tokens per second of the whole call."""
+        return self.tokens / self.seconds if self.seconds and self.tokens else None
+
+    @property
     def seconds_per_token(self) -> float | None:
         """Seconds of the whole call per generated or scored token."""
         return self.seconds / self.tokens if self.seconds and self.tokens else None
@@ -115,20 +126,20 @@ def by_sampler(run: Run) -> list[Run]:
     for task in run.measures:
         used = _used_sampler(run, task)
         parts.setdefault(json.dumps(used, sort_keys=True, default=str), (used, []))[1].append(task)
-    found = []
+    runs = []
     for used, tasks in parts.values():
         ours = {**run.l2d, **used}
         if len(parts) > 1:  # totals are of all parts together
             ours = {name: value for name, value in ours.items() if name not in _TOTALS}
         raw = {**run.raw, "config": {**run.config, "l2d": ours}} if used else run.raw
-        found.append(dataclasses.replace(run, raw=raw, measures={task: run.measures[task] for task in tasks}))
-    return found
+        runs.append(dataclasses.replace(run, raw=raw, measures={task: run.measures[task] for task in tasks}))
+    return runs
 
 
 def _used_sampler(run: Run, task: str) -> dict[str, Any]:
     """`sampler` and `token_search` with which `task` was run; empty for models of others."""
     sampler = run.l2d.get("sampler")
-    if not isinstance(sampler, dict):
+    if sampler is None:
         return {}
     used = {"sampler": sampler, SEARCH: run.l2d.get(SEARCH)}
     recorded = run.l2d.get("task_samplers") or {}
@@ -154,12 +165,11 @@ def describe(run: Run) -> Setting:
     ours, arguments = run.l2d, run.model_args
     model = str(arguments.get("pretrained") or run.raw.get("model_name") or run.config.get("model") or "?")
     recipe = _recipe(model)
-    given = ours.get("sampler")
-    sampler = given if isinstance(given, dict) else {}
+    sampler = ours.get("sampler") or {}
     adaptive = sampler.get("solver") in ADAPTIVE_SOLVERS and sampler.get("budget") != 1
     kind, base = _kind(run, model, sampler, recipe)
     tokens = (number(ours.get("generated_tokens")) or 0) + (number(ours.get("scored_tokens")) or 0)
-    cost = {name: ours.get(f"{name}_per_token") for name in ("nfe_requested", "nfe_computed", "passes")}
+    cost = {name: ours.get(f"{name}_per_token") for name in QUANTITIES}
     scale = number(sampler.get("guidance_scale"))
     revision = "@" + ours["revision"].replace("/", "_") if ours.get("revision") else ""  # only folders have slashes
     guidance = sampler.get("guidance_class")
@@ -173,13 +183,12 @@ def describe(run: Run) -> Setting:
         solver=sampler.get("solver") if sampler.get("budget") != 1 else None,
         guidance=guidance,
         final_time=number(sampler.get("final_time")),
-        votes=_whole(sampler.get("votes")),
         seed=sampler.get("seed"),
         decoding=decoding_of(run, run.measures),
         details=_details(ours, sampler, kind, adaptive, recipe),
         trained=_trained(run, model, kind),
         parameters=_whole(run.config.get("model_num_parameters")),
-        cost={name: value for name, value in cost.items() if isinstance(value, dict)},
+        cost={name: value for name, value in cost.items() if value},
         tokens=int(tokens) or None,
         seconds=run.seconds,
         fingerprint=ours.get("checkpoint_fingerprint"),
@@ -188,48 +197,47 @@ def describe(run: Run) -> Setting:
     )
 
 
-def _kind(run: Run, model: str, sampler: dict[str, Any], recipe: dict[str, str]) -> tuple[str, str | None]:
+def _kind(run: Run, model: str, sampler: dict[str, Any], recipe: dict[str, Any]) -> tuple[str, str | None]:
     ours = run.l2d
     if ours:
         base = str(ours["base"]) if ours.get("base") else None
         if sampler.get("budget") == 1:
             return "l2d-base", base
-        if ours.get("noise_free") or recipe.get("noise_free") == "true":
+        if ours.get("noise_free") or recipe.get("noise_free") is True:
             return "noise-free", base
-        once = sampler.get("budget") == 2 and (number(sampler.get("votes")) or 1) == 1
-        if once and (sampler.get("solver") == "euler" or (number(sampler.get("final_time")) or 1) < 1):
+        if sampler.get("budget") == 2 and (
+            sampler.get("solver") == "euler" or (number(sampler.get("final_time")) or 1) < 1
+        ):
             return "one-evaluation", base
         return ("l2d-full" if ours.get("variant") == "full" else "l2d-lora"), base
     if run.model_args.get("peft"):
         return "lora-ft", model
-    if recipe.get("method") in _RECIPE_METHODS:
-        return _RECIPE_METHODS[recipe["method"]], recipe.get("base")
+    if str(recipe.get("method")) in _RECIPE_METHODS:
+        return _RECIPE_METHODS[recipe["method"]], str(recipe["base"]) if recipe.get("base") else None
     return "other", None
 
 
-def _details(ours: dict[str, Any], sampler: dict[str, Any], kind: str, adaptive: bool, recipe: dict[str, str]) -> str:
+def _details(ours: dict[str, Any], sampler: dict[str, Any], kind: str, adaptive: bool, recipe: dict[str, Any]) -> str:
     """How the path was trained, where a recipe tells, and what of its sampler is not the default."""
     if kind in ("base", "l2d-base", "other") or not ours:
         return ""
-    named = {"corruption_rate": "corrupted {}", "rollout_evaluations": "rollout {}"}
-    trained = [
-        text.format(recipe[name]) for name, text in named.items() if recipe.get(name) not in (None, "0.0", "0", "null")
-    ]
-    trained += ["carried state"] if ours.get("carried_state") or recipe.get("carried_state") == "true" else []
+    parts = [text.format(recipe[name]) for name, text in _TRAINED.items() if recipe.get(name)]
+    parts += ["carried state"] if ours.get("carried_state") or recipe.get("carried_state") is True else []
     in_label = ("solver", "final_time") if kind in ("one-evaluation", "noise-free") else ("solver",) if adaptive else ()
-    search = [str(ours[SEARCH])] if ours.get(SEARCH) not in (None, "none") else []
-    return ", ".join([*trained, *unusual(sampler, in_label), *search])
+    parts += unusual(sampler, in_label)
+    known = declared(SamplerConfig)
+    parts += [f"{name} {value}" for name, value in sampler.items() if name not in known and _RETIRED.get(name) != value]
+    return ", ".join([*parts, *([str(ours[SEARCH])] if ours.get(SEARCH) not in (None, "none") else [])])
 
 
 def decoding_of(run: Run, tasks: Iterable[str]) -> str:
     """How `tasks` were decoded: "greedy", "sampled at TEMPERATURE", "scored", or several of them; "?" if unknown."""
-    found = set()
+    decodings = set()
     for task in tasks:
-        for config in _task_configs(run, task):
-            if config.get("output_type") != "generate_until":
-                found.add("scored")
-        found |= {_decoding(kwargs) for kwargs in _generation_kwargs(run, task)}
-    return " + ".join(sorted(found)) or "?"
+        if any(config.get("output_type") != "generate_until" for config in _task_configs(run, task)):
+            decodings.add("scored")
+        decodings |= {_decoding(kwargs) for kwargs in _generation_kwargs(run, task)}
+    return " + ".join(sorted(decodings)) or "?"
 
 
 def _decoding(kwargs: dict[str, Any]) -> str:
@@ -247,21 +255,20 @@ def _decoding(kwargs: dict[str, Any]) -> str:
 
 
 def _task_configs(run: Run, task: str) -> list[dict[str, Any]]:
-    found = (run.raw["configs"].get(leaf) for leaf in run.leaves[task])
-    return [config for config in found if isinstance(config, dict)]
+    return [run.raw["configs"][leaf] for leaf in run.leaves[task] if leaf in run.raw["configs"]]
 
 
 def _generation_kwargs(run: Run, task: str) -> list[dict[str, Any]]:
     """Generation kwargs of `task`, or of the tasks of a group, with those of the command line; none where it scores."""
-    given = run.config.get("gen_kwargs")
-    overrides = given if isinstance(given, dict) else {}
+    overrides = run.config.get("gen_kwargs")
+    overrides = overrides if isinstance(overrides, dict) else {}
     configs = [config for config in _task_configs(run, task) if config.get("output_type") == "generate_until"]
     return [{**(config.get("generation_kwargs") or {}), **overrides} for config in configs]
 
 
 def _whole(value: Any) -> int | None:
-    found = number(value)
-    return None if found is None or found < 0 else int(found)
+    whole = number(value)
+    return None if whole is None or whole < 0 else int(whole)
 
 
 # ---- checkpoint folders ------------------------------------------------------------------------------------------
@@ -283,22 +290,18 @@ def count_parameters(folder: Path) -> int | None:
     total = 0
     try:
         for file in folder.glob("*.safetensors"):
-            with file.open("rb") as stream:
-                size = struct.unpack("<Q", stream.read(8))[0]
-                header = json.loads(stream.read(min(size, 1 << 26)))
-            total += sum(prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+            with safe_open(file, framework="numpy") as tensors:
+                total += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+    except (OSError, SafetensorError):
         return None
     return total or None
 
 
 @lru_cache(maxsize=1024)
-def _recipe(model: str) -> dict[str, str]:
-    """Top-level `key: value` lines of the `recipe.yaml` in the checkpoint's folder; empty where there is none."""
-    file = Path(model) / "recipe.yaml"
+def _recipe(model: str) -> dict[str, Any]:
+    """The `recipe.yaml` in the checkpoint's folder; empty where there is none."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError):
+        recipe = yaml.safe_load((Path(model) / "recipe.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
-    pairs = (line.partition(":") for line in lines if line[:1].strip() and not line.startswith("#"))
-    return {key.strip(): value.strip().strip("'\"") for key, _, value in pairs}
+    return recipe if isinstance(recipe, dict) else {}

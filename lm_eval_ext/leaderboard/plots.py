@@ -1,63 +1,124 @@
-"""Figures as inline SVG, drawn with the page's own colours so that they follow light, dark and print.
+"""Figures as inline SVG, drawn by matplotlib in the page's own colours so that they follow light, dark and print.
 
 - `curve_figures`: accuracy against budget or seconds per token, one panel per task and decoding; the base, finetuning
   and the controls are horizontal lines beside the budget curves
-- `difference_figures`: differences to the base with 95 % intervals, one panel per task
+- `difference_figures`: differences to the base and the controls with 95 % intervals, one panel per task and decoding
 - `cost_figures`: evaluations per token: histograms where the runs recorded them, else mean, median, p95 and maximum
 
-Every function returns `Figure`s; colours and fonts are classes of `page.css`.
+Every function returns `Figure`s. Equal boards give equal bytes.
 """
 
 import dataclasses
+import io
 import math
+import re
+import warnings
 from collections import Counter
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
-from lm_eval_ext.leaderboard.board import Board, Cell, Row
-from lm_eval_ext.leaderboard.methods import CONTROL_NAMES, CONTROLS, KINDS, Setting
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Drawing
+from matplotlib.ticker import LogLocator, NullLocator
 
-WIDTH, HEIGHT = 520, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 128, 14, 42
+from l2d.statistics import verdict
+from lm_eval_ext.leaderboard.board import Board
+from lm_eval_ext.leaderboard.comparisons import CONTROL_KINDS
+from lm_eval_ext.leaderboard.methods import CONTROL_NAMES, CONTROLS, KINDS, Setting
+from lm_eval_ext.leaderboard.rows import Comparison, Row
+
 COLOURS = 8
-LINES = {"base": "base", "l2d-base": "base (T = 1)", "lora-ft": "LoRA ft", "full-ft": "full ft"}
-CONTROL_LINES = {"one-evaluation": "one eval", "noise-free": "noise-free"}
-"""Controls that are lines beside the budget curves; against time they are points."""
-Place = Callable[[Setting], Any]
-"""Where a setting stands on the axis; `None` where it is not known, and the setting is then left out."""
+WIDTH, HEIGHT = 5.0, 3.1  # inches
+_LINES = {"base": "base", "l2d-base": "base", "lora-ft": "lora", "full-ft": "full"}
+_CONTROL_LINES = {"one-evaluation": "control", "noise-free": "free"}
+"""By kind of row that is a line in a panel, the name of its colour; against time controls are points."""
+_DASHES = {"lora-ft": (2, 3), "full-ft": (8, 3, 2, 3), "one-evaluation": (14, 4), "noise-free": (10, 3, 2, 3, 2, 3)}
 _CURVES = ("l2d-lora", "l2d-full", "l2d-base")
-_LABEL = 16  # pixels between names at the right
+_PALETTE = (*(f"c{n}" for n in range(COLOURS)), *("base", "lora", "full", "control", "free"))
+_PALETTE += ("ink", "soft", "line", "sheet")
+_STYLE: dict[str, Any] = {
+    **{"svg.fonttype": "none", "text.parse_math": False, "font.size": 9},
+    **{"figure.facecolor": "none", "axes.facecolor": "none", "axes.axisbelow": True},
+    **{f"axes.spines.{side}": False for side in ("top", "right", "left")},
+    **{"xtick.minor.visible": False, "ytick.minor.visible": False, "ytick.major.size": 0, "lines.linewidth": 1.8},
+}
+Position = Callable[[Setting], Any]
+"""Where a setting stands on the axis; `None` where it is not known, and the setting is then left out."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """An SVG with its title and, by class of its mark, the names in its legend."""
+    """An SVG with its title and, by class of its mark, the names in its legend; label: what it shows, in words."""
 
     title: str
+    label: str
     svg: str
     legend: list[tuple[str, str]]
     note: str = ""
 
 
+# ---- matplotlib in the page's colours ----------------------------------------------------------------------------
+
+
+def _colour(name: str) -> str:
+    """A colour that stands for the page's variable of this name until `_svg` puts that in."""
+    return f"#01fa{_PALETTE.index(name):02x}"
+
+
+def _draw(label: str, paint: Callable[[Axes], None], height: float = HEIGHT) -> str:
+    """The SVG of a panel that `paint` fills; `label` keeps its identifiers apart from those of others."""
+    named = {"text.color": "ink", "axes.labelcolor": "soft", "xtick.color": "soft", "ytick.color": "soft"}
+    named |= {"axes.edgecolor": "line", "grid.color": "line"}
+    style: Any = _STYLE | {key: _colour(name) for key, name in named.items()} | {"svg.hashsalt": label}
+    with mpl.rc_context(style), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has the font
+        drawing = Drawing(figsize=(WIDTH, height), layout="constrained")
+        paint(drawing.add_subplot())
+        stream = io.StringIO()
+        drawing.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    svg = stream.getvalue()
+    svg = re.sub(r' id="[a-zA-Z]+[\w.]*_\d+"', "", svg[svg.index("<svg") :])  # names that every figure would repeat
+    svg = re.sub(r"(?s)<style.*?</style>", "", svg)  # it is for all elements, and so would be for the whole page
+    return re.sub(r"#01fa([0-9a-f]{2})", lambda match: f"var(--{_PALETTE[int(match[1], 16)]})", svg)
+
+
+def _text(text: str) -> str:
+    """Text that XML can hold."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+
+
+def _label(row: Row) -> str:
+    """Number and label of a row; the number tells rows apart whose labels are equal or cut off."""
+    label = _text(f"#{row.number} {row.setting.label.removeprefix('control: ')}")
+    return label if len(label) <= 32 else label[:31] + "…"
+
+
+def _reach(row: Row, task: str) -> tuple[float, float, float]:
+    """The score and how far its interval reaches down and up."""
+    score = row.cells[task].score
+    low, high = score.interval() or (score.value, score.value)
+    return score.value, max(0.0, score.value - low), max(0.0, high - score.value)
+
+
+# ---- accuracy ----------------------------------------------------------------------------------------------------
+
+
 def curve_figures(board: Board, horizontal: str) -> list[Figure]:
     """Panels of accuracy against `horizontal`, "budget" or "seconds" (per token, of the whole call)."""
     figures = []
-    place = _budget if horizontal == "budget" else lambda setting: setting.seconds_per_token
     for task in board.tasks:
         measured = [row for row in board.rows if task in row.cells]
         for decoding in dict.fromkeys(row.cells[task].decoding for row in measured):
             cells = [(row, row.cells[task]) for row in measured]
             rows = [row for row, cell in cells if cell.decoding == decoding and cell.comparable]
-            if figure := _curve_panel(f"{task}, {decoding}", task, rows, place, horizontal):
+            if figure := _curve_panel(f"{task}, {decoding}", task, rows, horizontal):
                 figures.append(figure)
     return figures
 
 
 def _budget(setting: Setting) -> float | None:
-    if setting.budget is not None:
-        return setting.budget * (1 if setting.budget == 1 else setting.votes or 1)
-    return (setting.cost.get("nfe_requested") or {}).get("mean")
+    return setting.budget if setting.budget is not None else (setting.cost.get("nfe_requested") or {}).get("mean")
 
 
 def _series(rows: list[Row]) -> dict[str, list[Row]]:
@@ -74,83 +135,94 @@ def _series(rows: list[Row]) -> dict[str, list[Row]]:
             starts = [r for r in rows if r.setting.kind == "l2d-base" and r.setting.base == s.base]
             named[name] = [r for r in starts if r.setting.model == s.model] or starts[:1]
         named[name].append(row)
-    return named
+    return {name: sorted(members, key=lambda row: _budget(row.setting) or 0) for name, members in named.items()}
 
 
-def _curve_panel(title: str, task: str, rows: list[Row], place: Place, horizontal: str) -> Figure | None:
-    series = _series([row for row in rows if row.setting.kind in _CURVES and place(row.setting)])
-    level = LINES | (CONTROL_LINES if horizontal == "budget" else {})
-    controls = [row for row in rows if row.setting.kind in CONTROL_LINES and row.setting.kind not in level]
-    controls = [row for row in controls if place(row.setting)]
-    if not series and not controls:
+def _curve_panel(title: str, task: str, rows: list[Row], horizontal: str) -> Figure | None:
+    by_budget = horizontal == "budget"
+    position: Position = _budget if by_budget else lambda setting: setting.seconds_per_token
+    series = _series([row for row in rows if row.setting.kind in _CURVES and position(row.setting)])
+    kinds = _LINES | (_CONTROL_LINES if by_budget else {})
+    points = [row for row in rows if row.setting.kind in _CONTROL_LINES and position(row.setting)]
+    points = [] if by_budget else points
+    if not series and not points:
         return None
-    lines = _lines(rows, task, level)
-    points = [row for members in series.values() for row in members] + controls
-    across = _log_axis([place(row.setting) for row in points])
-    up = _Axis(*_limits([row.cells[task] for row in points + [line.row for line in lines]]), HEIGHT - _BOTTOM, _TOP)
-    words = "evaluations per token, T" if horizontal == "budget" else "seconds per token (log scale)"
-    ticks = sorted({place(row.setting) for row in points}) if horizontal == "budget" else _decades(across)
-    parts = _frame(across, up, ticks, words)
     marks: dict[str, str] = {}  # by model, the colour of its first curve
     for number, members in enumerate(series.values()):
         marks.setdefault(members[-1].setting.model, f"c{number % COLOURS}")
-    parts += _levels(lines, task, up, marks if len(marks) > 1 else {})
-    legend = []
-    named: list[tuple[float, float]] = []  # where budgets stand beside points
-    for number, (name, members) in enumerate(series.items()):
-        mark = f"c{number % COLOURS}"
-        members = sorted(members, key=lambda row: _budget(row.setting) or 0)
-        parts += _line(members, task, across, up, place, mark)
-        if horizontal != "budget":
-            parts += _budget_names(members, task, across, up, place, named)
-        legend.append((mark, name))
-    for row in controls:
-        parts += _control(row, task, across(place(row.setting)), up)
-    legend += [(f"line {_mark(line.row, marks if len(marks) > 1 else {})}", line.name) for line in lines]
-    if controls:
-        legend.append(("control", "controls: one evaluation, noise-free path"))
-    return Figure(title, _svg(parts, f"{title}: accuracy against {words}"), legend, _missing(rows))
+    lines = _lines(rows, task, kinds, marks if len(marks) > 1 else {})
+    legend = [(f"c{number % COLOURS}", name) for number, name in enumerate(series)]
+    legend += [
+        (f"line {row.setting.kind} {colour}", f"{name}: {row.cells[task].score.value:.3f}")
+        for row, name, colour in lines
+    ]
+    legend += [("control", "controls: one evaluation, noise-free path")] if points else []
+
+    def paint(axes: Axes) -> None:
+        for row, _, colour in lines:
+            value, down, up = _reach(row, task)
+            axes.axhspan(value - down, value + up, color=_colour(colour), alpha=0.08, linewidth=0)
+            dashes = _DASHES.get(row.setting.kind, (6, 4))
+            axes.axhline(value, color=_colour(colour), linewidth=1.5, dashes=dashes)
+        for number, members in enumerate(series.values()):
+            _errorbars(axes, members, task, position, f"c{number % COLOURS}", "o-")
+        _errorbars(axes, points, task, position, "control", "D")
+        _scale(axes, sorted({position(row.setting) for members in series.values() for row in members}), by_budget)
+        if not by_budget:
+            for row in [row for members in series.values() for row in members][:16]:
+                spot = (position(row.setting), row.cells[task].score.value)
+                name = f"T {row.setting.budget}" if row.setting.budget else "adaptive"
+                axes.annotate(name, spot, (0, -14), textcoords="offset points", ha="center", color=_colour("soft"))
+
+    words = "evaluations per token, T" if by_budget else "seconds per token"
+    label = f"{title}: accuracy against {words}"
+    return Figure(title, label, _draw(label, paint), legend, _missing(rows))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Level:
-    """A row that is drawn as a horizontal line, with its name in the legend and, shorter, beside the line."""
+def _errorbars(axes: Axes, rows: list[Row], task: str, position: Position, colour: str, form: str) -> None:
+    if rows:
+        values, down, up = zip(*(_reach(row, task) for row in rows), strict=True)
+        look: dict[str, Any] = {"color": _colour(colour), "markeredgecolor": _colour("sheet"), "markersize": 6.5}
+        across = [position(row.setting) for row in rows]
+        axes.errorbar(across, values, [down, up], fmt=form, capsize=2.5, elinewidth=1.2, **look)
 
-    row: Row
-    name: str
-    short: str
+
+def _scale(axes: Axes, positions: list[float], by_budget: bool) -> None:
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(axis="y")
+    axes.set_xlabel("evaluations per token, T" if by_budget else "seconds per token (log scale)")
+    if by_budget:
+        ticks: list[float] = []
+        for value in positions:
+            if not ticks or value > 1.25 * ticks[-1]:
+                ticks.append(value)
+        axes.set_xticks(ticks, [f"{value:.3g}" for value in ticks])
+    else:
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
 
 
-def _lines(rows: list[Row], task: str, kinds: dict[str, str]) -> list[_Level]:
-    """Rows of `kinds`, one per model and kind: of several times of one evaluation the best, as a strict control."""
-    found: dict[tuple[str, str], list[Row]] = {}
+def _lines(rows: list[Row], task: str, kinds: dict[str, str], marks: dict[str, str]) -> list[tuple[Row, str, str]]:
+    """Rows of `kinds` with name and colour, one per model and kind: of several times of one evaluation the best, as a
+    strict control."""
+    by_model: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if row.setting.kind in kinds:
-            found.setdefault((row.setting.kind, row.setting.model), []).append(row)
-    if any(kind == "base" for kind, _ in found):
-        found = {key: members for key, members in found.items() if key[0] != "l2d-base"}
-    models = Counter(kind for kind, _ in found)
-    levels = []
-    for (kind, _), members in found.items():
-        best = max(members, key=lambda row: _quality(row.cells[task]))
-        setting, name = best.setting, KINDS[kind]
+            by_model.setdefault((row.setting.kind, row.setting.model), []).append(row)
+    if any(kind == "base" for kind, _ in by_model):
+        by_model = {key: members for key, members in by_model.items() if key[0] != "l2d-base"}
+    models = Counter(kind for kind, _ in by_model)
+    lines = []
+    for (kind, model), members in by_model.items():
+        sign = 1 if members[0].cells[task].measure.higher_is_better else -1
+        best = max(members, key=lambda row: sign * row.cells[task].measure.value)
+        name = KINDS[kind]
         if kind == "one-evaluation":
-            name = setting.label + (f" (best of {len(members)} times)" if len(members) > 1 else "")
-        if models[kind] > 1:
-            name += f", {setting.name}"
-        levels.append(_Level(best, name, kinds[kind]))
-    return levels
-
-
-def _quality(cell: Cell) -> float:
-    """The score, turned round where less is better."""
-    return cell.measure.value if cell.measure.higher_is_better else -cell.measure.value
-
-
-def _mark(row: Row, marks: dict[str, str]) -> str:
-    """Classes of a line: its kind and, where there are several curves, the colour of the one that it belongs to."""
-    kind = row.setting.kind.replace("l2d-base", "base")
-    return f"{kind} {marks.get(row.setting.model, '')}".strip() if kind == "one-evaluation" else kind
+            name = best.setting.label + (f" (best of {len(members)} times)" if len(members) > 1 else "")
+        name += f", {best.setting.name}" if models[kind] > 1 else ""
+        lines.append((best, name, marks.get(model, kinds[kind]) if kind == "one-evaluation" else kinds[kind]))
+    return lines
 
 
 def _missing(rows: list[Row]) -> str:
@@ -162,212 +234,46 @@ def _missing(rows: list[Row]) -> str:
     return f"Not measured here: {', '.join(names)}." if names else ""
 
 
-class _Axis:
-    """Linear scale from values to pixels."""
-
-    def __init__(self, low: float, high: float, start: float, end: float):
-        self.low, self.high, self.start, self.end = low, high, start, end
-
-    def __call__(self, value: float) -> float:
-        return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
-
-
-class _LogAxis(_Axis):
-    """Logarithmic scale from values to pixels."""
-
-    def __call__(self, value: float) -> float:
-        share = math.log(value / self.low) / math.log(self.high / self.low)
-        return self.start + share * (self.end - self.start)
-
-
-def _log_axis(values: list[float], start: float = _LEFT + 12, end: float = WIDTH - _RIGHT - 12) -> _LogAxis:
-    low, high = min(values), max(values)
-    return _LogAxis(low, high, start, end) if high > low else _LogAxis(low / 2, high * 2, start, end)
-
-
-def _decades(axis: _Axis) -> list[float]:
-    """1, 2 and 5 times powers of ten within the axis; at least two of them."""
-    ticks = [m * 10.0**e for e in range(-9, 6) for m in (1, 2, 5) if axis.low <= m * 10.0**e <= axis.high]
-    return ticks if len(ticks) > 1 else [axis.low, axis.high]
-
-
-def _round_ticks(low: float, high: float) -> list[float]:
-    """About five round numbers from `low` to `high`."""
-    rough = (high - low) / 5
-    size = 10.0 ** math.floor(math.log10(rough))
-    step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [round(n * step, 10) for n in range(first, first + 8) if n * step <= high + step * 1e-6]
-
-
-def _limits(cells: list[Cell]) -> tuple[float, float]:
-    spread = [(cell.measure.value, cell.measure.stderr or 0.0) for cell in cells]
-    low, high = min(v - e for v, e in spread), max(v + e for v, e in spread)
-    if 0 <= min(v for v, _ in spread) and max(v for v, _ in spread) <= 1:
-        low, high = max(0.0, math.floor(low * 10) / 10), min(1.0, math.ceil(high * 10) / 10)
-        return (low, high) if high > low else (max(0.0, low - 0.1), min(1.0, high + 0.1))
-    margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-    return low - margin, high + margin
-
-
-def _frame(across: _Axis, up: _Axis, ticks: list[float], words: str) -> list[str]:
-    parts = []
-    for value in _round_ticks(up.low, up.high):
-        y = up(value)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick end" x="{_LEFT - 6}" y="{y + 4:.1f}">{value:.3g}</text>')
-    previous = -99.0
-    for value in ticks:
-        if across(value) - previous >= 26:
-            previous = across(value)
-            text = f"{value:.0f}" if value >= 1 and abs(value - round(value)) < 0.05 else f"{value:.2g}"
-            parts.append(f'<text class="tick mid" x="{previous:.1f}" y="{HEIGHT - _BOTTOM + 18}">{text}</text>')
-    parts.append(f'<text class="axis mid" x="{(_LEFT + WIDTH - _RIGHT) / 2}" y="{HEIGHT - 6}">{words}</text>')
-    return parts
-
-
-def _levels(lines: list[_Level], task: str, up: _Axis, marks: dict[str, str]) -> list[str]:
-    parts = []
-    lines = sorted(lines, key=lambda line: line.row.cells[task].measure.value)
-    heights = _apart([up(line.row.cells[task].measure.value) for line in lines])
-    for line, height in zip(lines, heights, strict=True):
-        measure = line.row.cells[task].measure
-        y, mark = up(measure.value), _mark(line.row, marks)
-        if measure.stderr:
-            top, bottom = (
-                up(min(up.high, measure.value + measure.stderr)),
-                up(max(up.low, measure.value - measure.stderr)),
-            )
-            band = f'y="{top:.1f}" width="{WIDTH - _RIGHT - _LEFT}" height="{max(0.0, bottom - top):.1f}"'
-            parts.append(f'<rect class="band {mark}" x="{_LEFT}" {band}/>')
-        parts.append(
-            f'<line class="level {mark}" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}">'
-            f"<title>{_tip(line.row, task)}</title></line>"
-        )
-        parts.append(
-            f'<text class="name {mark}" x="{WIDTH - _RIGHT + 6}" y="{height + 4:.1f}">'
-            f"{line.short} {measure.value:.3f}</text>"
-        )
-    return parts
-
-
-def _apart(heights: list[float]) -> list[float]:
-    """Falling pixel heights moved so that names at them do not cover each other, within the panel if they fit."""
-    placed: list[float] = []
-    for height in heights:
-        placed.append(min(height, placed[-1] - _LABEL) if placed else height)
-    ceiling: float = _TOP
-    for place in reversed(range(len(placed))):  # from the highest line downwards
-        placed[place] = max(placed[place], ceiling)
-        ceiling = placed[place] + _LABEL
-    return placed
-
-
-def _line(members: list[Row], task: str, across: _Axis, up: _Axis, place: Place, mark: str) -> list[str]:
-    spots = [(across(place(row.setting)), up(row.cells[task].measure.value), row) for row in members]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _ in spots)
-    parts = [f'<polyline class="curve {mark}" points="{path}"/>']
-    for x, y, row in spots:
-        parts += _bar(row.cells[task], x, up, mark)
-        parts.append(
-            f'<circle class="dot {mark}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{_tip(row, task)}</title></circle>'
-        )
-    return parts
-
-
-def _budget_names(
-    members: list[Row], task: str, across: _Axis, up: _Axis, place: Place, named: list[tuple[float, float]]
-) -> list[str]:
-    """Budgets below the points of a curve, where none of `named` is near; adds their places to it."""
-    parts: list[str] = []
-    for row in members:
-        x, y = across(place(row.setting)), up(row.cells[task].measure.value)
-        if any(abs(x - taken) < 30 and abs(y - other) < 14 for taken, other in named):
-            continue  # it would cover another one; the point's tooltip tells
-        named.append((x, y))
-        name = f"T {row.setting.budget}" if row.setting.budget else "adaptive"
-        parts.append(f'<text class="tick mid" x="{x:.1f}" y="{y + 18:.1f}">{name}</text>')
-    return parts
-
-
-def _bar(cell: Cell, x: float, up: _Axis, mark: str) -> list[str]:
-    error = cell.measure.stderr
-    if not error:
-        return []
-    low, high = up(max(up.low, cell.measure.value - error)), up(min(up.high, cell.measure.value + error))
-    caps = f"M{x - 3:.1f} {low:.1f}h6M{x - 3:.1f} {high:.1f}h6M{x:.1f} {low:.1f}V{high:.1f}"
-    return [f'<path class="error {mark}" d="{caps}"/>']
-
-
-def _control(row: Row, task: str, x: float, up: _Axis) -> list[str]:
-    y = up(row.cells[task].measure.value)
-    tip = f"<title>{_tip(row, task)}</title>"
-    shape = f'<path class="dot control" d="M{x:.1f} {y - 6:.1f}l6 6l-6 6l-6 -6z">{tip}</path>'
-    return [*_bar(row.cells[task], x, up, "control"), shape]
-
-
-def _tip(row: Row, task: str) -> str:
-    measure = row.cells[task].measure
-    error = "" if measure.stderr is None else f" ± {measure.stderr:.4f}"
-    return escape(f"{row.setting.label}, {row.setting.decoding}: {measure.value:.4f}{error}")
-
-
-def _short_label(row: Row) -> str:
-    """Number and label of a row; the number tells rows apart whose labels are equal or cut off."""
-    label = f"#{row.number} {row.setting.label.removeprefix('control: ')}"
-    return label if len(label) <= 32 else label[:31] + "…"
-
-
-def _svg(parts: list[str], label: str, height: float = HEIGHT, width: float = WIDTH) -> str:
-    body = "".join(parts)
-    return f'<svg viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{escape(label)}">{body}</svg>'
-
-
 # ---- differences -------------------------------------------------------------------------------------------------
 
 
 def difference_figures(board: Board) -> list[Figure]:
-    """Per task and decoding, each setting's difference to its base with a 95 % interval."""
-    figures = []
-    for task in board.tasks:
-        paired = [row for row in board.rows if task in row.cells and row.cells[task].paired is not None]
-        for decoding in dict.fromkeys(row.cells[task].decoding for row in paired):
-            rows = [row for row in paired if row.cells[task].decoding == decoding]
-            if rows:
-                figures.append(_difference_panel(f"{task}, {decoding}", task, rows))
-    return figures
+    """Per task and decoding, the differences of each setting to its base and controls with 95 % intervals."""
+    panels: dict[str, list[tuple[Row, str, Comparison]]] = {}
+    lower = {}
+    for row, cell, kind, comparison in board.comparisons():
+        if comparison.paired is not None:
+            title = f"{cell.task}, {cell.decoding}"
+            panels.setdefault(title, []).append((row, kind, comparison))
+            lower[title] = not cell.measure.higher_is_better
+    return [_difference_panel(title, entries, lower[title]) for title, entries in panels.items()]
 
 
-def _difference_panel(title: str, task: str, rows: list[Row]) -> Figure:
-    left, line = 218, 24
-    height = line * len(rows) + 44
-    found = [pair for row in rows if (pair := row.cells[task].paired) is not None]
-    reach = max([abs(p.difference) + 1.96 * (p.stderr or 0) for p in found] + [1e-3]) * 1.05
-    across = _Axis(-reach, reach, left, WIDTH - 70)
-    parts = []
-    for value in _round_ticks(-reach, reach):
-        x = across(value)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="8" y2="{height - 34}"/>')
-        text = f"{value:+.3g}" if value else "0"
-        parts.append(f'<text class="tick mid" x="{x:.1f}" y="{height - 18}">{text}</text>')
-    parts.append(f'<line class="zero" x1="{across(0):.1f}" x2="{across(0):.1f}" y1="8" y2="{height - 34}"/>')
-    for place, (row, pair) in enumerate(zip(rows, found, strict=True)):
-        y = 20 + place * line
-        sure = pair.p_value is not None and pair.p_value < 0.05
-        gained = (pair.difference > 0) == row.cells[task].measure.higher_is_better
-        mark = "same" if not sure else "better" if gained else "worse"
-        label = _short_label(row)
-        parts.append(f'<text class="label end" x="{left - 10}" y="{y + 4}">{escape(label)}</text>')
-        if pair.stderr:
-            low, high = (across(pair.difference + side * 1.96 * pair.stderr) for side in (-1, 1))
-            parts.append(
-                f'<path class="error {mark}" d="M{low:.1f} {y}H{high:.1f}M{low:.1f} {y - 3}v6M{high:.1f} {y - 3}v6"/>'
-            )
-        tip = f"<title>{pair.wins} better, {pair.losses} worse, {pair.ties} equal</title>"
-        parts.append(f'<circle class="dot {mark}" cx="{across(pair.difference):.1f}" cy="{y}" r="4.5">{tip}</circle>')
-        parts.append(f'<text class="name {mark} end" x="{WIDTH - 6}" y="{y + 4}">{pair.difference:+.3f}</text>')
-    legend = [("better", "better (p < .05)"), ("worse", "worse (p < .05)"), ("same", "not told apart")]
-    return Figure(title, _svg(parts, f"{title}: difference to the base", height), legend)
+def _difference_panel(title: str, entries: list[tuple[Row, str, Comparison]], lower: bool) -> Figure:
+    colours = _LINES | _CONTROL_LINES
+    heights: dict[int, float] = {}  # by row, of its first line; rows are half a line apart
+
+    def paint(axes: Axes) -> None:
+        axes.axvline(0, color=_colour("soft"), linewidth=1)
+        for number, (row, kind, comparison) in enumerate(entries):
+            level = number + 0.5 * len(heights | {row.number: 0.0})
+            heights.setdefault(row.number, level)
+            test, colour = comparison.paired, _colour(colours[kind])
+            if test is not None:
+                fill = _colour("sheet") if verdict(test) == "not told apart" else colour
+                axes.plot(test.interval() or (test.value, test.value), [level] * 2, color=colour, linewidth=1.4)
+                axes.plot([test.value], [level], "o", color=colour, markerfacecolor=fill, markersize=6)
+        labels = {row.number: _label(row) for row, *_ in entries}
+        axes.set_yticks(list(heights.values()), list(labels.values()))
+        axes.set_ylim(level + 0.6, 0)
+        axes.grid(axis="x")
+        axes.set_xlabel(f"difference on the same documents{', less is better' * lower}")
+
+    kinds = [kind for kind in ("base", *CONTROL_KINDS) if any(kind == other for _, other, _ in entries)]
+    legend = [(colours[kind], f"against {KINDS[kind].removeprefix('control: ')}") for kind in kinds]
+    label = f"{title}: differences to the base and the controls"
+    height = 0.62 + 0.17 * len(entries) + 0.09 * len({row.number for row, *_ in entries})
+    return Figure(title, label, _draw(label, paint, height), legend)
 
 
 # ---- cost --------------------------------------------------------------------------------------------------------
@@ -387,60 +293,42 @@ def cost_figures(board: Board) -> list[Figure]:
 def _histogram(row: Row, documents: list[dict[str, float]]) -> Figure:
     """Documents by their mean evaluations per token."""
     means = [cost["nfe_computed"] / max(cost["solved_tokens"], 1) for cost in documents]
-    total, most = len(means), max(1, math.ceil(max(means)))
-    width = max(1, math.ceil((most + 1) / 48))  # evaluations per bar
-    bars = Counter(int(mean) // width for mean in means)
-    tallest = max(bars.values())
-    across = _Axis(0, most // width + 1, _LEFT, WIDTH - 12)
-    up = _Axis(0, tallest / total, HEIGHT - _BOTTOM, _TOP)
-    parts = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        value = share * tallest / total
-        y = up(value)
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick end" x="{_LEFT - 6}" y="{y + 4:.1f}">{value:.0%}</text>')
-    for place, count in sorted(bars.items()):
-        x, wide = across(place), across(1) - across(0)
-        y = up(count / total)
-        tip = f"<title>{place * width} to {(place + 1) * width} evaluations: {count:,} documents</title>"
-        parts.append(
-            f'<rect class="bar c0" x="{x + 0.5:.1f}" y="{y:.1f}" width="{max(1, wide - 1):.1f}" '
-            f'height="{HEIGHT - _BOTTOM - y:.1f}">{tip}</rect>'
-        )
-    for value in range(0, most + 1, max(1, math.ceil(most / 8))):
-        x = across(value / width)
-        parts.append(f'<text class="tick mid" x="{x:.1f}" y="{HEIGHT - _BOTTOM + 18}">{value}</text>')
-    parts.append(
-        f'<text class="axis mid" x="{WIDTH / 2}" y="{HEIGHT - 6}">mean evaluations per token of a document</text>'
-    )
+    width = max(1, math.ceil((max(means) + 1) / 48))  # evaluations per bar
+    bars = Counter(int(mean) // width * width for mean in means)
+
+    def paint(axes: Axes) -> None:
+        shares = [count / len(means) for count in bars.values()]
+        axes.bar(list(bars), shares, width=0.92 * width, align="edge", color=_colour("c0"))
+        axes.set_xlim(left=0)
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axes.grid(axis="y")
+        axes.set_xlabel("mean evaluations per token of a document")
+
     title = f"{row.setting.label}, {row.setting.decoding}"
-    return Figure(title, _svg(parts, f"{title}: histogram of evaluations per token"), [("c0", f"{total:,} documents")])
+    legend = [("c0", f"{len(means):,} documents")]
+    label = f"{title}: histogram of evaluations per token"
+    return Figure(title, label, _draw(label, paint), legend)
 
 
 def _ranges(decoding: str, rows: list[Row]) -> Figure:
-    left, line = 218, 24
-    height = line * len(rows) + 44
-    values = [row.setting.cost["nfe_computed"] for row in rows]
-    across = _LogAxis(1, max(2, *(value["max"] for value in values)), left, WIDTH - 50)
-    parts = []
-    for tick in _decades(across):
-        x = across(tick)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="8" y2="{height - 34}"/>')
-        parts.append(f'<text class="tick mid" x="{x:.1f}" y="{height - 18}">{tick:g}</text>')
-    for place, (row, value) in enumerate(zip(rows, values, strict=True)):
-        y = 20 + place * line
-        median, p95, most, mean = (across(max(1, value[key])) for key in ("median", "p95", "max", "mean"))
-        label = _short_label(row)
-        parts.append(f'<text class="label end" x="{left - 10}" y="{y + 4}">{escape(label)}</text>')
-        parts.append(f'<path class="thin c0" d="M{median:.1f} {y}H{most:.1f}"/>')
-        parts.append(f'<path class="thick c0" d="M{median:.1f} {y}H{p95:.1f}"/>')
-        parts.append(
-            f'<circle class="dot c0" cx="{median:.1f}" cy="{y}" r="3.5"><title>median {value["median"]}</title>'
-            "</circle>"
-        )
-        diamond = f"M{mean:.1f} {y - 5}l5 5l-5 5l-5 -5z"
-        parts.append(f'<path class="dot control" d="{diamond}"><title>mean {value["mean"]:.2f}</title></path>')
-        parts.append(f'<text class="tick" x="{most + 6:.1f}" y="{y + 4}">{value["max"]}</text>')
+    costs = [row.setting.cost["nfe_computed"] for row in rows]
+
+    def paint(axes: Axes) -> None:
+        axes.set_xscale("log")
+        for number, cost in enumerate(costs):
+            median, p95, most, mean = (max(1, cost[key]) for key in ("median", "p95", "max", "mean"))
+            axes.hlines([number, number], median, [most, p95], color=_colour("c0"), linewidth=[1.5, 4.5])
+            axes.plot([median], [number], "o", color=_colour("c0"), markeredgecolor=_colour("sheet"))
+            axes.plot([mean], [number], "D", color=_colour("control"), markeredgecolor=_colour("sheet"))
+        axes.set_yticks(range(len(rows)), list(map(_label, rows)))
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.grid(axis="x")
+        axes.set_xlabel("evaluations per token (log scale)")
+
     legend = [("c0", "median, thick to p95, thin to the maximum"), ("control", "mean")]
     note = "These runs kept no costs of single documents, only mean, median, p95 and maximum per token."
-    return Figure(decoding, _svg(parts, f"{decoding}: evaluations per token", height), legend, note)
+    label = f"{decoding}: evaluations per token"
+    return Figure(decoding, label, _draw(label, paint, 0.62 + 0.22 * len(rows)), legend, note)

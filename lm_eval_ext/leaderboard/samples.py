@@ -11,8 +11,9 @@ import gzip
 import json
 from typing import Any
 
-from lm_eval_ext.leaderboard.board import Board, Cell, by_document
-from lm_eval_ext.leaderboard.files import COSTS
+from lm_eval_ext.leaderboard.board import Board
+from lm_eval_ext.leaderboard.files import COSTS, Sample
+from lm_eval_ext.leaderboard.rows import Cell, by_document
 
 
 def pack_samples(board: Board) -> dict[str, str]:
@@ -40,17 +41,15 @@ def _task_content(board: Board, task: str) -> dict[str, Any]:
             continue
         answers = []
         for key, sample in by_document(cell.samples).items():
-            place = documents.setdefault((*key, sample.prompt), len(texts))
-            if place == len(texts):
+            number = documents.setdefault((*key, sample.prompt), len(texts))
+            if number == len(texts):
                 texts.append([sample.prompt, sample.target])
-            answers.append([place, sample.answer, sample.scores.get(cell.measure.metric), _cost(cell, sample)])
-        base = next((r.number for r in board.rows if cell.base is not None and r.cells.get(task) is cell.base), None)
+            answers.append([number, sample.answer, sample.scores.get(cell.measure.metric), _cost(cell, sample)])
+        base = cell.comparisons["base"].row.number if "base" in cell.comparisons else None
         rows[row.number] = {"base": base, "lower": not cell.measure.higher_is_better, "answers": answers}
     return {"documents": texts, "rows": rows}
 
 
-def _cost(cell: Cell, sample: Any) -> dict[str, Any] | None:
-    found = cell.costs.get(sample.doc_hash)
-    if not found:
-        return None
-    return {**{name: int(found[name]) for name in COSTS[:-1]}, "seconds": round(found["seconds"], 4)}
+def _cost(cell: Cell, sample: Sample) -> dict[str, Any] | None:
+    cost = cell.costs.get(sample.doc_hash)
+    return cost and {**{name: int(cost[name]) for name in COSTS[:-1]}, "seconds": round(cost["seconds"], 4)}

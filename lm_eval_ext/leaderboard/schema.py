@@ -2,132 +2,148 @@
 
 - `check_results`: raises `ValueError` naming the first entry that is not what lm-eval writes
 - `number`: a finite number, or `None`
+- `renamed`: entries of older versions under today's names
 
 The rest of the package relies on what is checked here and checks nothing again.
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, Field, StrictBool, StrictInt, ValidationError
 
 _LARGEST = 1e30
-_OBJECTS = ("configs", "versions", "n-shot", "n-samples", "higher_is_better", "task_hashes", "group_subtasks")
-_TEXTS = ("git_hash", "chat_template_sha", "system_instruction_sha", "lm_eval_version", "transformers_version")
-_L2D_TEXTS = ("revision", "commit", "base", "variant", "base_fingerprint", "checkpoint_fingerprint", "dtype", "command")
-_L2D_NUMBERS = ("generated_tokens", "scored_tokens", "seconds", "world_size", "trained_parameters")
-_SAMPLER_NUMBERS = ("budget", "seed", "final_time", "start_time", "guidance_scale", "mc_samples", "votes")
-_L2D_TRUTHS = ("carried_state", "noise_free")
-_STATISTICS = ("mean", "median", "p95", "max")
+_OLDER_NAMES = {"asked": "nfe_requested", "computed": "nfe_computed", "rounds": "passes"}
 
 
 def number(value: Any) -> float | None:
     """`value` as a finite float of a size that can be reckoned with; also from text, as lm-eval writes times."""
     try:
-        found = float(value)
+        as_float = float(value)
     except (TypeError, ValueError, OverflowError):
         return None
-    return found if math.isfinite(found) and abs(found) < _LARGEST else None
+    return as_float if math.isfinite(as_float) and abs(as_float) < _LARGEST else None
+
+
+def renamed(entries: dict[str, Any]) -> dict[str, Any]:
+    """`entries` of `config.l2d` or of a compute file, with names of earlier versions replaced by those of today."""
+    names = _OLDER_NAMES | {f"{old}_per_token": f"{new}_per_token" for old, new in _OLDER_NAMES.items()}
+    return {names.get(name, name): value for name, value in entries.items()}
+
+
+def _task_name(name: str) -> str:
+    if "/" in name or "\0" in name or len(name) > 150:
+        raise ValueError("a task's name must be usable as a file name")
+    return name
+
+
+Real = Annotated[float, Field(strict=True, gt=-_LARGEST, lt=_LARGEST)]
+Amount = Annotated[float, Field(strict=True, ge=0, lt=_LARGEST)]
+Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 62)]
+Budget = Annotated[int, Field(strict=True, ge=1, lt=1 << 62)]
+TaskName = Annotated[str, AfterValidator(_task_name)]
+
+
+class _Changes(BaseModel):
+    """What of a sampler was changed."""
+
+    budget: Budget = 1
+    token_search: str | None = None
+    solver: str | None = None
+    guidance_class: str | StrictInt | None = None
+    guidance_scale: Real | None = None
+    seed: Amount | None = None
+    final_time: Amount | None = None
+
+
+class _Sampler(_Changes):
+    budget: Budget
+
+
+class _Statistics(BaseModel):
+    mean: Amount
+    median: Amount
+    p95: Amount
+    max: Amount
+
+
+class _L2D(BaseModel):
+    """What our model class records."""
+
+    sampler: _Sampler
+    task_samplers: dict[str, list[_Changes]] | None = None
+    token_search: str | None = None
+    revision: str | None = None
+    commit: str | None = None
+    base: str | None = None
+    variant: str | None = None
+    base_fingerprint: str | None = None
+    checkpoint_fingerprint: str | None = None
+    dtype: str | None = None
+    command: str | None = None
+    generated_tokens: Amount | None = None
+    scored_tokens: Amount | None = None
+    seconds: Amount | None = None
+    world_size: Count | None = None
+    trained_parameters: Count | None = None
+    carried_state: StrictBool | None = None
+    noise_free: StrictBool | None = None
+    nfe_requested_per_token: _Statistics | None = None
+    nfe_computed_per_token: _Statistics | None = None
+    passes_per_token: _Statistics | None = None
+
+
+class _Call(BaseModel):
+    model_args: dict[str, Any] | str | None = None
+    gen_kwargs: dict[str, Any] | str | None = None
+    model_dtype: str | None = None
+    limit: Amount | None = None
+    l2d: _L2D | None = None
+
+
+class _Metric(BaseModel):
+    metric: str | None = None
+    aggregation: str | None = None
+
+
+class _Task(BaseModel):
+    generation_kwargs: dict[str, Any] | None = None
+    metric_list: list[_Metric] | None = None
+
+
+class _Samples(BaseModel):
+    effective: Count | None = None
+
+
+class _Results(BaseModel):
+    results: dict[TaskName, dict[str, Any]]
+    config: _Call
+    configs: dict[str, _Task] = {}
+    samples: dict[str, _Samples] = Field({}, alias="n-samples")
+    shots: dict[str, Any] = Field({}, alias="n-shot")
+    higher_is_better: dict[str, dict[str, Any]] = {}
+    versions: dict[str, Any] = {}
+    task_hashes: dict[str, Any] = {}
+    group_subtasks: dict[str, list[str]] = {}
+    git_hash: str | None = None
+    chat_template_sha: str | None = None
+    system_instruction_sha: str | None = None
+    lm_eval_version: str | None = None
+    transformers_version: str | None = None
 
 
 def check_results(raw: Any) -> None:
     """Check a parsed results file; missing objects that are optional are filled in as empty."""
     if not isinstance(raw, dict) or not all(isinstance(raw.get(key), dict) for key in ("results", "config")):
         raise ValueError("is not a results file of lm-eval: it has no 'results' and 'config'")
-    for key in _OBJECTS:
-        _kind(raw.setdefault(key, {}), dict, key)
-    for key in ("results", "configs", "higher_is_better", "n-samples"):
-        for name, value in raw[key].items():
-            _kind(value, dict, f"{key}.{name}")
-    for name, value in raw["n-samples"].items():
-        _whole(value.get("effective"), f"n-samples.{name}.effective")
-    for name, tasks in raw["group_subtasks"].items():
-        _kind(tasks, list, f"group_subtasks.{name}")
-        for task in tasks:
-            _kind(task, str, f"group_subtasks.{name}")
-            if task == name:
-                raise ValueError(f"is not laid out like lm-eval's results: group_subtasks.{name} holds itself")
-    for name in raw["results"]:
-        if "/" in name or "\0" in name or len(name) > 150:
-            raise ValueError("is not laid out like lm-eval's results: a task's name is no file name")
-    for name, config in raw["configs"].items():
-        _check_task(config, f"configs.{name}")
-    for name in _TEXTS:
-        _kind(raw.get(name), (str, type(None)), name)
-    _check_call(raw["config"])
-
-
-def _check_task(config: dict[str, Any], place: str) -> None:
-    _kind(config.get("generation_kwargs"), (dict, type(None)), f"{place}.generation_kwargs")
-    metrics = config.get("metric_list")
-    _kind(metrics, (list, type(None)), f"{place}.metric_list")
-    for entry in metrics or []:
-        _kind(entry, dict, f"{place}.metric_list")
-        _kind(entry.get("metric"), (str, type(None)), f"{place}.metric_list.metric")
-        aggregation = entry.get("aggregation")
-        _kind(aggregation, (str, type(None)), f"{place}.metric_list.aggregation")
-
-
-def _check_call(config: dict[str, Any]) -> None:
-    _kind(config.get("model_args"), (dict, str, type(None)), "config.model_args")
-    _kind(config.get("gen_kwargs"), (dict, str, type(None)), "config.gen_kwargs")
-    _kind(config.get("model_dtype"), (str, type(None)), "config.model_dtype")
-    if config.get("limit") is not None and number(config["limit"]) is None:
-        raise ValueError("is not laid out like lm-eval's results: config.limit is not a number")
-    ours = config.get("l2d")
-    if ours is None:
-        return
-    _kind(ours, dict, "config.l2d")
-    for name in _L2D_TEXTS:
-        _kind(ours.get(name), (str, type(None)), f"config.l2d.{name}")
-    for name in _L2D_NUMBERS:
-        _number(ours.get(name), f"config.l2d.{name}")
-    for name in _L2D_TRUTHS:
-        _kind(ours.get(name), (bool, type(None)), f"config.l2d.{name}")
-    sampler = ours.get("sampler")
-    _kind(sampler, dict, "config.l2d.sampler")
-    _check_sampler({"budget": None, **sampler}, "config.l2d.sampler")
-    _kind(ours.get("token_search"), (str, type(None)), "config.l2d.token_search")
-    recorded = ours.get("task_samplers")
-    _kind(recorded, (dict, type(None)), "config.l2d.task_samplers")
-    for task, entries in (recorded or {}).items():
-        place = f"config.l2d.task_samplers.{task}"
-        _kind(entries, list, place)
-        for entry in entries:
-            _kind(entry, dict, place)
-            _kind(entry.get("token_search"), (str, type(None)), f"{place}.token_search")
-            _check_sampler(entry, place)
-    for name in ("nfe_requested", "nfe_computed", "passes"):
-        statistics = ours.get(f"{name}_per_token")
-        _kind(statistics, (dict, type(None)), f"config.l2d.{name}_per_token")
-        for key in _STATISTICS if statistics else ():
-            place = f"config.l2d.{name}_per_token.{key}"
-            _kind(statistics.get(key), (int, float), place)
-            _number(statistics[key], place)
-
-
-def _check_sampler(sampler: dict[str, Any], place: str) -> None:
-    """A whole sampler, or what of it was changed."""
-    if "budget" in sampler:
-        _whole(sampler["budget"], f"{place}.budget")
-        if (sampler["budget"] or 0) < 1:
-            raise ValueError(f"is not laid out like lm-eval's results: {place}.budget is not at least 1")
-    for name in _SAMPLER_NUMBERS:
-        _number(sampler.get(name), f"{place}.{name}")
-    _kind(sampler.get("solver"), (str, type(None)), f"{place}.solver")
-    _kind(sampler.get("guidance_class"), (str, int, type(None)), f"{place}.guidance_class")
-
-
-def _kind(value: Any, kinds: Any, place: str) -> None:
-    if not isinstance(value, kinds):
-        raise ValueError(f"is not laid out like lm-eval's results: {place} is {type(value).__name__}")
-
-
-def _number(value: Any, place: str) -> None:
-    found = number(value)
-    if value is not None and (isinstance(value, (bool, str)) or found is None or found < 0):
-        raise ValueError(f"is not laid out like lm-eval's results: {place} is not a number of at least 0")
-
-
-def _whole(value: Any, place: str) -> None:
-    _number(value, place)
-    if value is not None and value != int(value):
-        raise ValueError(f"is not laid out like lm-eval's results: {place} is not a whole number")
+    if isinstance(raw["config"].get("l2d"), dict):
+        raw["config"]["l2d"] = renamed(raw["config"]["l2d"])
+    for field, about in _Results.model_fields.items():
+        if about.default == {}:
+            raw.setdefault(about.alias or field, {})
+    try:
+        _Results.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"is not laid out like lm-eval's results: {place}: {first['msg']}") from None

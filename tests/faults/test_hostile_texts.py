@@ -40,7 +40,7 @@ PIECES = [
 KNOWN_TAGS = set(
     "html head meta link title style body a header h1 h2 h3 p nav main section form label input select option output "
     "div table thead tr th button small tbody td span figure figcaption svg line text polyline circle rect path g "
-    "polygon ul li details summary pre code dl dt dd dialog noscript script b i u br u em".split()
+    "polygon defs use clippath ul li details summary pre code dl dt dd dialog noscript script b i u br em".split()
 )
 
 

@@ -99,7 +99,7 @@ def test_the_base_of_the_same_type_is_the_one_compared_with(tmp_path):
     file = write_run(tmp_path / "l2d", {"gsm8k": coins(40, 0.7, 2)}, model="l2d", l2d={})
     edit(file, lambda raw: raw["config"].update(model_dtype="torch.float32"))
     cell = by_label(write_leaderboard([tmp_path], tmp_path / "out"))["L2D (lora), T = 15"].cells["gsm8k"]
-    assert cell.base.protocol["dtype"] == "float32" and cell.paired is not None
+    assert cell.comparisons["base"].row.cells["gsm8k"].protocol["dtype"] == "float32" and cell.paired is not None
 
 
 def test_line_separators_in_answers_are_text(tmp_path):
@@ -221,10 +221,10 @@ def test_less_may_be_better(tmp_path):
         write_scored(tmp_path, name, "error", scores, sum(scores) / len(scores), higher_is_better=False)
     board = write_leaderboard([tmp_path], tmp_path / "out")
     pair = board.rows[-1].cells["lambada"].paired
-    assert (pair.wins, pair.losses, pair.ties) == (27, 0, 9) and pair.difference < 0
+    assert (pair.wins, pair.losses, pair.ties) == (27, 0, 9) and pair.value < 0
     page = (tmp_path / "out" / "leaderboard.html").read_text()
-    assert 'class="difference better"' in page and 'class="dot better"' in page
-    assert 'class="dot worse"' not in page
+    assert 'class="difference better"' in page and 'class="difference worse"' not in page
+    assert "less is better" in page
     assert unpack(page, "lambada")["rows"]["2"]["lower"] is True
 
 
@@ -240,4 +240,4 @@ def test_labels_tell_rows_apart(tmp_path):
         "L2D (lora), dopri5, adaptive",
     }
     figures = (tmp_path / "out" / "leaderboard.html").read_text()
-    assert all(f">#{number} {label[:25]}" in figures for number, label in enumerate(labels, 2))
+    assert all(f"#{number} {label[:25]}" in figures for number, label in enumerate(labels, 2))
