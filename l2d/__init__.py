@@ -4,6 +4,7 @@ Public names, imported on first use so that `import l2d` alone does not load tor
 
 - `L2DConfig`, `L2DForCausalLM`: the model (also known to `AutoConfig` and `AutoModelForCausalLM`)
 - `SamplerConfig`: budget, solver, guidance and everything else that a user may set at inference
+- `plot_budget_curve`: accuracy against budget, from lm-eval's results
 """
 
 import importlib
@@ -17,6 +18,7 @@ _HOMES = {
     "L2DConfig": "l2d.modeling",
     "L2DForCausalLM": "l2d.modeling",
     "SamplerConfig": "l2d.sampler_config",
+    "plot_budget_curve": "l2d.card.curve",
 }
 __all__ = sorted(_HOMES)
 

@@ -1,18 +1,19 @@
-"""`python -m l2d trace DIR ...` shows how tokens form, `chat` talks to a checkpoint, `serve` serves it to others."""
+"""`python -m l2d COMMAND DIR ...`: trace shows how tokens form; chat, serve and card talk to, serve and describe it."""
 
 from l2d.cli.parser import Parser
 
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; users' mistakes end it with one line."""
-    from l2d.cli import chat, serve, trace
+    from l2d.cli import card, chat, serve, trace
 
     parser = Parser(prog="python -m l2d", description="An L2D checkpoint at hand")
-    commands = parser.add_subparsers(required=True, metavar="trace | chat | serve")
+    commands = parser.add_subparsers(required=True, metavar="trace | chat | serve | card")
     for name, module, words in (
         ("trace", trace, "show how each token of an answer forms"),
         ("chat", chat, "talk to the model; budget and guidance may change on the way"),
         ("serve", serve, "serve the model to OpenAI clients"),
+        ("card", card, "write the model card from measured results, and upload the checkpoint"),
     ):
         command = commands.add_parser(name, help=words, description=words)
         module.add_arguments(command)

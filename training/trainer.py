@@ -23,6 +23,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from l2d.card.text import write_card
 from l2d.modeling import L2DForCausalLM, L2DTrainingOutput
 from l2d.network.diffusion_path import NoisedTargets
 from training.budget_metrics import budget_accuracy, write_samples
@@ -32,7 +33,6 @@ from training.checks import check_objective, refuse_ignored_by_l2d
 from training.config import L2DTrainingConfig
 from training.draws import evaluation_targets, training_targets, window_length
 from training.microbatches import default_evaluations, split_targets
-from training.model_card import model_card
 from training.optimization import target_weights
 
 
@@ -265,11 +265,7 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write a README.md: what the checkpoint is, how to use it, and how it came about."""
         if self.is_world_process_zero():
-            config, out = self.model.config, self.args.output_dir
-            name = self.args.hub_model_id or os.path.basename(os.path.abspath(out))
-            trained = sum(parameter.numel() for _, parameter in self.model.trained_parameters())
-            with open(os.path.join(out, "README.md"), "w", encoding="utf-8") as file:
-                file.write(model_card(out, name, config, trained))
+            write_card(self.args.output_dir, self.args.hub_model_id)
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()

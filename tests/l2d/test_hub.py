@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -373,3 +374,43 @@ def test_what_the_hub_refuses_is_one_sentence(cache, monkeypatch, kind, sentence
         parse_arguments({"pretrained": NAME, "revision": "v9"})
     said = str(caught.value)
     assert said.startswith(f"pretrained='{NAME}' at revision='v9'") and sentence in said and "\n" not in said
+
+
+# ---- what is uploaded --------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_is_uploaded_with_card_curve_and_results(cache, versions, tmp_path, monkeypatch, capsys):
+    """And what was uploaded loads by its name."""
+    folder, hub, made = tmp_path / "mine", tmp_path / "hub", []
+    shutil.copytree(versions[NEW], folder)
+    (folder / "checkpoint-5").mkdir()
+    for name in ("checkpoint-5/optimizer.pt", "training_args.bin", "checkpoint-5/model.safetensors"):
+        (folder / name).write_text("stays at home")
+    measured = [{"task": "gsm8k", "metric": "exact_match", "budget": b, "value": b / 20} for b in (1, 15)]
+    (folder / "budget_results.json").write_text(json.dumps(measured))
+
+    def create_repo(self, name, *, private, exist_ok):
+        made.append((name, private, exist_ok))
+        return SimpleNamespace(repo_id=name)
+
+    def upload_folder(self, *, repo_id, folder_path, allow_patterns, ignore_patterns, commit_message):
+        patterns = dict(allow_patterns=allow_patterns, ignore_patterns=ignore_patterns)
+        for name in filter_repo_objects(names(Path(folder_path)), **patterns):
+            (hub / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(Path(folder_path) / name, hub / name)
+        return SimpleNamespace(commit_url=f"address of {repo_id}")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_folder", upload_folder)
+    with pytest.raises(SystemExit):
+        main(["card", str(folder), "--push", NAME])
+    assert "reaches no hub while HF_HUB_OFFLINE is set" in capsys.readouterr().err and not made
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    main(["card", str(folder), "--push", NAME, "--private"])
+    assert made == [(NAME, True, True)] and f"address of {NAME}" in capsys.readouterr().out
+    more = {"README.md", "budget_curve.png", "budget_results.json"}
+    assert set(names(hub)) == {*names(versions[NEW]), *more}
+    assert f'from_pretrained("{NAME}")' in (hub / "README.md").read_text()
+    for name in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(huggingface_hub, name, getattr(Remote(cache, hub), name))
+    assert L2DForCausalLM.from_pretrained(NAME).name_or_path == NAME

@@ -2,11 +2,15 @@
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 import yaml
+from huggingface_hub import HfApi
+from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -87,20 +91,22 @@ def test_samples_and_card(recipe, tmp_path, base_dir):
 
 def test_push_to_hub_sends_the_finished_folder(recipe, tmp_path, monkeypatch):
     """Once, when model, tokenizer, recipe and card are there; checkpoints stay at home."""
-    from training.trainer import L2DTrainer
-
     sent = []
 
-    def push(self, *args, **kwargs):
-        sent.append({path.name for path in (tmp_path / "out").iterdir()})
+    def upload(self, *, folder_path, ignore_patterns, repo_id, **_):
+        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        sent.append((repo_id, set(filter_repo_objects(files, ignore_patterns=ignore_patterns))))
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("training.checks.get_token", lambda: "hf_x")
-    monkeypatch.setattr(L2DTrainer, "init_hf_repo", lambda self, *args, **kwargs: None)
-    monkeypatch.setattr(L2DTrainer, "push_to_hub", push)
-    train_here(recipe(push_to_hub=True, hub_model_id="someone/model", report_to="none"))
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **_: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    budgets = {"eval_holdout": 4, "eval_budgets": [1, 3], "eval_budget_examples": 2}
+    train_here(recipe(push_to_hub=True, hub_model_id="someone/model", report_to="none", **budgets))
     whole = {"model.safetensors", "config.json", "tokenizer.json", "recipe.yaml", "README.md"}
-    assert len(sent) == 1 and whole <= sent[0]
+    ((name, files),) = sent
+    assert name == "someone/model" and whole | {"all_results.json", "budget_curve.png"} <= files
+    assert not any(file.startswith("checkpoint-") for file in files)
     card = (tmp_path / "out" / "README.md").read_text()
     assert 'from_pretrained("someone/model")' in card
     assert "--model_args pretrained=someone/model" in card

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from l2d import L2DConfig
+from l2d.card.text import write_card
 from tests.training.test_trainer import batch_of, gradients, make_trainer  # noqa: F401  a fixture among them
 from tests.training_runs import (
     SMALL,
@@ -21,7 +22,6 @@ from tests.training_runs import (
     write_recipe,
 )
 from training.draws import training_targets
-from training.model_card import model_card
 from training.trainer import L2DTrainer
 
 ROLLOUT = {"rollout_evaluations": 3, "rollout_window": 2}
@@ -149,7 +149,8 @@ def test_a_window_is_the_same_in_all_processes_and_moves(make_trainer):  # noqa:
 )
 def test_the_card_tells_the_options(tmp_path, recipe, config, sentence):
     (tmp_path / "recipe.yaml").write_text(f"method: l2d\n{recipe}\n")
-    card = model_card(str(tmp_path), "name", L2DConfig(base_name_or_path="org/base", **config), 1000)
+    L2DConfig(base_name_or_path="org/base", **config).save_pretrained(tmp_path)
+    card = write_card(tmp_path, "name")
     assert sentence in card
     assert ("diffusion_budget=15" in card) == ("noise_free" not in config)
     assert ("Trained on" in card) == ("rate" in recipe or "rollout" in recipe)
