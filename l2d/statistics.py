@@ -275,13 +275,19 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 # ---- words -------------------------------------------------------------------------------------------------------
 
 
-def verdict(difference: Estimate, margin: float | None = None, higher_is_better: bool = True) -> str:
+def verdict(
+    difference: Estimate,
+    margin: float | None = None,
+    higher_is_better: bool = True,
+    corrected: float | None = None,
+) -> str:
     """ "better", "worse", "equal within MARGIN" (two one-sided tests; only if a margin is given) or "not told apart".
 
-    Better and worse need p < `ALPHA`. No verdict is corrected for the number of verdicts: say how many
-    there are, or use `holm`.
+    Better and worse need p < `ALPHA`. No verdict is corrected for the number of verdicts: say how many there are, or
+    give the p-value that `holm` corrected.
     """
-    if difference.p_value is not None and difference.p_value < ALPHA:
+    p_value = difference.p_value if corrected is None else corrected
+    if p_value is not None and p_value < ALPHA:
         return "better" if (difference.value > 0) == higher_is_better else "worse"
     if margin is not None and difference.equal_within(margin):
         return f"equal within {margin:g}"

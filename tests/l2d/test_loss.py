@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from l2d import L2DForCausalLM, SamplerConfig
+from l2d import L2DConfig, L2DForCausalLM, SamplerConfig
 from l2d.network.diffusion_path import NoisedTargets, PathInputs
 from l2d.sampling.noise import draw_token
 from l2d.sampling.sites import Sites
 from l2d.sampling.solve import solve_sites
-from training.draws import answer_runs, corrupt
+from training.config import L2DTrainingConfig
+from training.draws import answer_runs, corrupt, evaluation_targets, training_targets
 
 IDS = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(0))
 INDEX = torch.tensor([[2, 3, 4, 7], [0, 1, -1, -1]])
@@ -193,3 +194,19 @@ def test_no_wrong_token_is_the_true_one(make_model):
     wrong = (model(input_ids=IDS, noised_targets=noised).nll - true).abs() > 1e-6
     assert torch.equal(wrong, noised.sources == -1)
     assert wrong[:, INDEX >= 0].double().mean().item() == pytest.approx(0.3, abs=4 * (0.21 / draws / 6) ** 0.5)
+
+
+def test_rollout_times_are_those_of_the_whole_rollout(tmp_path):
+    """Evaluation j of R is in the j-th of R equal parts of time, also where the window ends before the last one."""
+    args = L2DTrainingConfig(output_dir=str(tmp_path), rollout_evaluations=8, rollout_window=2, draws=3, bf16=False)
+    config, ends = L2DConfig(diffusion_dim=4), set()
+    for step in range(30):
+        noised = training_targets(config, args, INDEX, TARGETS, None, (0, step, 0), process=0)
+        ends.add(len(noised.time))
+        assert len(noised.time) == noised.unscored + 2
+        parts = torch.arange(len(noised.time)).view(-1, 1, 1, 1).expand_as(noised.time)
+        assert torch.equal((noised.time * 8).long(), parts)
+    assert min(ends) == 2 and max(ends) == 8
+    whole = evaluation_targets(config, args, INDEX, TARGETS, None, [[1, 2], [3]])
+    assert whole.unscored == 0 and len(whole.time) == 8
+    assert torch.equal((whole.time * 8).long()[:, :, INDEX >= 0][:, 0, 0], torch.arange(8))

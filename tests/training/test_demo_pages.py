@@ -44,9 +44,9 @@ def visible(browser, attribute: str) -> list[str]:
 
 def test_leaderboard_shows_every_result_sorts_and_filters(browser):
     browser.open(DEMO / "leaderboard.html")
-    rows = json.loads((DEMO / "leaderboard.json").read_text())
+    rows = json.loads((DEMO / "leaderboard.json").read_text())["rows"]
     values = [float(value) for value in visible(browser, "l2d_demo_products")]
-    assert sorted(values) == sorted(row["value"] for row in rows if row["task"] == "l2d_demo_products")
+    assert sorted(values) == sorted(row["scores"]["l2d_demo_products"]["value"] for row in rows)
     heading = "[...document.querySelectorAll('#board th')].find(th => th.textContent.includes('l2d_demo_products'))"
     browser.run(f"({heading}.querySelector('button') || {heading}).click()")
     ordered = [float(value) for value in visible(browser, "l2d_demo_products")]

@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.training_runs import BASELINE, SMALL, sums, write_jsonl, write_recipe
 from training.demo import __main__ as demo
+from training.demo import timing
 from training.demo.evaluate import evaluate
 from training.demo.plan import SETTINGS, build_steps, recipes, write_recipes
 from training.demo.runner import Step, StepFailed, run_steps
@@ -54,7 +56,7 @@ def test_finished_demo_is_overwritten_only_when_asked(tmp_path):
     workspace = open_workspace(out, SETTING, overwrite=False)
     workspace.record("data", 1.0)
     workspace.finish()
-    (out / "leaderboard.md").touch()
+    (out / "report.md").touch()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"finished demo .*OUT=, or replace it with OVERWRITE=1 \(--overwrite\)\.$"):
         open_workspace(out, SETTING, overwrite=False)
@@ -81,6 +83,9 @@ def test_unfinished_demo_continues_only_with_its_own_settings(tmp_path):
     assert open_workspace(tmp_path / "demo", SETTING, overwrite=False).seconds == {"data": 1.0}
     with pytest.raises(ValueError, match="unfinished demo of other settings"):
         open_workspace(tmp_path / "demo", {"recipes": 2}, overwrite=False)
+    with pytest.raises(ValueError, match="unfinished demo of other settings"):
+        open_workspace(tmp_path / "demo", {}, overwrite=False)
+    assert open_workspace(tmp_path / "demo", {**SETTING, "another": 3}, overwrite=False).seconds == {"data": 1.0}
 
 
 def test_unreadable_state_is_one_sentence(tmp_path):
@@ -169,6 +174,28 @@ def test_every_setting_is_evaluated_in_both_ways(tmp_path, monkeypatch, capsys):
         assert "--model_args pretrained=X,seed=1 --tasks" in greedy and "--gen_kwargs" not in greedy
         assert "--gen_kwargs do_sample=true,temperature=1.0" in sampled
         assert all(str(step.output) in words for words in (greedy, sampled)) and greedy != sampled
+
+
+def test_steps_are_timed_in_turns_without_touching_the_run(tmp_path, base_dir, monkeypatch):
+    """Every recipe takes its turns, whatever it says of steps and folder; steps that warm up do not count."""
+    common = {"base": base_dir, "dataset": write_jsonl(tmp_path / "rows.jsonl", sums(8)), "max_steps": 10**6}
+    common |= {"output_dir": tmp_path / "run", "report_to": "none"}
+    plain = write_recipe(tmp_path / "plain.yaml", **{**SMALL, **common})
+    lora = write_recipe(tmp_path / "lora.yaml", **{**BASELINE, **common, "method": "lora_sft", "lora_rank": 2})
+    clock, reads = [0.0], []
+
+    def process_time():
+        """Every step takes a second, those that warm up a thousand."""
+        reads.append(None)
+        step = (len(reads) - 1) // 2 % 6
+        clock[0] += (1000.0 if step < timing.WARM_UP else 1.0) * (len(reads) % 2 == 0)
+        return clock[0]
+
+    monkeypatch.setattr(timing.time, "process_time", process_time)
+    configs = {"plain": Path(plain), "lora": Path(lora)}
+    assert timing.seconds_per_step(configs, turns=2, steps=2) == {"plain": 1.0, "lora": 1.0}
+    assert len(reads) == 2 * 2 * 2 * 6  # start and end of six steps in two turns of two recipes
+    assert not (tmp_path / "run").exists()
 
 
 def test_refusal_is_one_line(tmp_path, monkeypatch, capsys):

@@ -6,5 +6,6 @@
   evaluations through `lm_eval`
 * `runner`: runs steps two at a time, shows progress, remembers what is complete
 * `workspace`: the output folder: what may be written there, and what an interrupted run left complete
-* `report`, `plot`: reads the harness's result files into a table, `leaderboard.md`, `leaderboard.json` and a figure
+* `report`, `plot`: reads the answers that the harness recorded into a table, sentences and a figure
+* `timing`: how much processor time a training step of each method takes
 """

@@ -2,8 +2,8 @@
 
 * trains a tiny base, L2D as published and with corrupted targets, a noise-free path and two finetuning baselines, and
   evaluates all of them through `lm_eval`, offline, on the CPU
-* leaves `leaderboard.md`, `.json` and `.html`, `accuracy.png` and `trace.html` in the folder, with every model, log and
-  result file
+* leaves `report.md`, `accuracy.png`, the harness's leaderboard and `trace.html` in the folder, with every model, log
+  and result file
 * an interrupted run continues; a finished one is not overwritten without `--overwrite`
 """
 
@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from l2d.cli.parser import Parser
-from training.demo.plan import NOISE_FREE_STEPS, SETTINGS, STEPS, TASKS, build_steps, recipes, write_recipes
+from training.demo.plan import build_steps, recipes, write_recipes
 from training.demo.runner import ROOT, environment, run_or_exit
 from training.demo.workspace import Workspace, open_workspace
 
@@ -47,41 +47,31 @@ def _refused(message: str) -> int:
 
 
 def report(workspace: Workspace) -> None:
-    """Write table, rows and figure, and print the table, what it shows, and where everything is."""
+    """Write report, figure and pages, and print the table, what it shows, and where everything is."""
     from training.demo.plot import draw
-    from training.demo.report import findings, markdown, read_answers, read_rows, terminal_table, write_json
+    from training.demo.report import changed_prompt, findings, markdown, read_demo, terminal_table
 
     out = workspace.folder
-    rows = read_rows(out)
-    base, at_1 = SETTINGS[0], next(one for one in SETTINGS if one.method == "l2d" and one.budget == 1)
-    same_answers = {}
-    for task in TASKS:
-        ours, theirs = (read_answers(out, setting, "greedy", task) for setting in (at_1, base))
-        same_answers[task] = (sum(ours[prompt] == theirs[prompt] for prompt in theirs), len(theirs))
-    sentences = findings(rows, same_answers)
-    write_json(rows, out / "leaderboard.json")
-    (out / "leaderboard.md").write_text(markdown(rows, sentences), encoding="utf-8")
-    draw(rows, out / "accuracy.png")
-    steps = f"{STEPS:,} steps, the noise-free path {NOISE_FREE_STEPS:,}, about two thirds of the time of L2D"
-    print(f"\nexact match ± standard error; all but the base were trained on products only ({steps})\n")
-    print(terminal_table(rows))
+    demo = read_demo(out)
+    sentences = findings(demo)
+    (out / "report.md").write_text(markdown(demo, sentences), encoding="utf-8")
+    draw(demo, out / "accuracy.png")
+    print("\nexact match with 95 % intervals over problems; all but the base were trained on products only\n")
+    print(terminal_table(demo))
     for heading, lines in sentences.items():
         print(f"\n{heading}:")
         print("\n".join(f"- {line}" for line in lines))
     print()
-    write_pages(out)
-    pages = ("leaderboard.html", "trace.html", "trace.json")
-    for name in ("leaderboard.md", "leaderboard.json", "accuracy.png", *pages, "base", "l2d"):
+    write_pages(out, changed_prompt(demo))
+    for name in ("report.md", "accuracy.png", "leaderboard.html", "trace.html", "trace.json", "base", "l2d"):
         print(f"{name:17s} {out / name}")
 
 
-def write_pages(out: Path) -> None:
+def write_pages(out: Path, prompt: str) -> None:
     """The harness's leaderboard over all results, and the trace of a problem that only the larger budget solves."""
-    from training.demo.report import changed_prompt
-
     commands = {
-        "pages": ("lm_eval_ext.leaderboard", out / "results", "--out", out, "--only", "html", "--title", "Demo"),
-        "trace": ("l2d", "trace", out / "l2d", "--prompt", changed_prompt(out), "--budget", "15")
+        "pages": ("lm_eval_ext.leaderboard", out / "results", "--out", out, "--title", "Demo"),
+        "trace": ("l2d", "trace", out / "l2d", "--prompt", prompt, "--budget", "15")
         + ("--max-new-tokens", "8", "--out", out / "trace.html"),
     }
     for name, command in commands.items():

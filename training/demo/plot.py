@@ -1,7 +1,7 @@
 """The demo's figure: accuracy against budget.
 
 * `draw`: one panel per task and decoding; the budget curves of plain and corrupted L2D with error bars, and the base,
-  the controls and finetuning as horizontal lines; error bars are one standard error
+  the controls and finetuning as horizontal lines; error bars are 95 % intervals over problems
 """
 
 from pathlib import Path
@@ -14,8 +14,9 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from training.demo.plan import BUDGETS, CONTROLS, DECODINGS, TASKS
-from training.demo.report import NAMES, Row, Scores, index_rows
+from l2d.statistics import mean
+from training.demo.plan import BUDGETS, CONTROLS, DECODINGS, NAMES, TASKS
+from training.demo.report import Demo, at, title
 
 # Colours that the colour-blind tell apart (Okabe and Ito), and with each another mark or dash.
 MARKS = {"l2d": ("o-", "#0072b2"), "corrupted": ("s-", "#d55e00")}
@@ -29,14 +30,13 @@ LINES = {
 }
 
 
-def draw(rows: list[Row], path: Path) -> None:
+def draw(demo: Demo, path: Path) -> None:
     """Writes the figure as PNG."""
-    scores = index_rows(rows)
     shape = (len(DECODINGS), len(TASKS))
     figure, panels = pyplot.subplots(*shape, figsize=(11, 8), sharex=True, sharey=True, layout="constrained")
     for line, decoding in zip(panels, DECODINGS, strict=True):
         for axes, task in zip(line, TASKS, strict=True):
-            _panel(axes, scores, task, decoding)
+            _panel(axes, demo, task, decoding)
             skill = "trained" if task == TASKS[0] else "the base's other skill"
             axes.set_title(f"{task.removeprefix('l2d_demo_')} ({skill}), {decoding}")
         line[0].set_ylabel("exact match, held-out problems")
@@ -48,16 +48,17 @@ def draw(rows: list[Row], path: Path) -> None:
     pyplot.close(figure)
 
 
-def _panel(axes: Axes, scores: Scores, task: str, decoding: str) -> None:
+def _panel(axes: Axes, demo: Demo, task: str, decoding: str) -> None:
     for method, (mark, color) in MARKS.items():
-        curve = [scores[method if budget > 1 else "l2d", budget, decoding, task] for budget in BUDGETS]
-        values, errors = [row.value for row in curve], [row.stderr for row in curve]
+        estimates = [mean(demo.answers[at(method, budget, decoding, task)].right) for budget in BUDGETS]
+        values, ends = [one.value for one in estimates], [one.interval() or (one.value,) * 2 for one in estimates]
+        bars = [[value - low for value, (low, _) in zip(values, ends, strict=True)],
+                [high - value for value, (_, high) in zip(values, ends, strict=True)]]  # fmt: skip
         style: dict[str, Any] = {"capsize": 3, "markersize": 5, "elinewidth": 1.2}
-        axes.errorbar(BUDGETS, values, errors, fmt=mark, color=color, label=NAMES[method], **style)
+        axes.errorbar(BUDGETS, values, bars, fmt=mark, color=color, label=NAMES[method], **style)
     for method, (color, dashes) in LINES.items():
-        row = scores[method, 2 if method in (*CONTROLS.values(), "noise_free") else 1, decoding, task]
-        name = NAMES[method] + (f", t = {row.final_time:g}" if method in CONTROLS.values() else "")
-        axes.axhline(row.value, color=color, linestyle=dashes, linewidth=1.8, label=name)
+        key = at(method, 2 if method in (*CONTROLS.values(), "noise_free") else 1, decoding, task)
+        axes.axhline(demo.share(key), color=color, linestyle=dashes, linewidth=1.8, label=title(demo, method))
     axes.set_xscale("log", base=2)
     axes.set_xticks(BUDGETS, [str(budget) for budget in BUDGETS])
     axes.minorticks_off()

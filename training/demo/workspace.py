@@ -42,7 +42,8 @@ class Layout:
 DEMO = Layout(
     "demo",
     (
-        "leaderboard.md", "leaderboard.json", "leaderboard.html", "trace.html", "trace.json", "accuracy.png",
+        "report.md", "accuracy.png", "leaderboard.html", "leaderboard.md", "leaderboard.csv", "leaderboard.json",
+        "trace.html", "trace.json", "step_seconds.json",
         "data", "base", "l2d", "corrupted", "noise_free", "lora_sft", "full_sft", "configs", "results", "logs", "cache",
         "l2d_controls.json", "corrupted_controls.json", "demo.json",
     ),

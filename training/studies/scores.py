@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from l2d.statistics import ALPHA, Estimate, Trainings, holm, over_trainings
+from l2d.statistics import Estimate, Trainings, holm, over_trainings, verdict
 from training.studies.evaluate import BUDGETS
 from training.studies.plan import METHODS, Run, base_seeds, result_file, timing_file
 
@@ -166,11 +166,7 @@ class Comparison:
 
 def corrected_verdict(estimate: Estimate, adjusted: float | None) -> str:
     """Better or worse by the corrected p-value; equal by two one-sided tests; else "not told apart"."""
-    if estimate.units < 2:
-        return "one training"
-    if adjusted is not None and adjusted < ALPHA:
-        return "better" if estimate.value > 0 else "worse"
-    return f"equal within {MARGIN:g}" if estimate.equal_within(MARGIN) else "not told apart"
+    return "one training" if estimate.units < 2 else verdict(estimate, MARGIN, corrected=adjusted)
 
 
 def compare(tasks: dict[str, TaskScores]) -> list[Comparison]:
