@@ -5,7 +5,6 @@
 What the loop does is in `decoding.py`.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -66,21 +65,22 @@ def generate(
         )
     paths.prepare_inference()
     loop = DecodingLoop(paths, sampler, request_keys, noise, kwargs.get("streamer"))
-    result = GenerationMixin.generate(model, inputs, custom_generate=loop.run, **_with_stop_strings(kwargs))
+    result = GenerationMixin.generate(model, inputs, custom_generate=loop.run, **_with_stop_strings(model, kwargs))
     return (result, loop.record) if return_record else result
 
 
-def _with_stop_strings(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _with_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Arguments of `generate` with `stop_strings` as a stopping criterion: a custom loop gets no tokenizer."""
     kwargs = dict(kwargs)
-    tokenizer, config = kwargs.pop("tokenizer", None), kwargs.get("generation_config")
-    strings = kwargs.pop("stop_strings", None) or getattr(config, "stop_strings", None)
+    tokenizer, strings = kwargs.pop("tokenizer", None), kwargs.pop("stop_strings", None)
+    for config in (kwargs.get("generation_config"), model.generation_config):
+        strings = strings or getattr(config, "stop_strings", None)
     if not strings:
         return kwargs
+    strings = [strings] if isinstance(strings, str) else strings
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(text, str) and text for text in strings):
+        raise ValueError(f"stop_strings={strings!r} must be a text or a list of texts, none of them empty.")
     if tokenizer is None:
         raise ValueError(f"stop_strings={strings!r} need the tokenizer: pass tokenizer=, too.")
-    if config is not None:
-        kwargs["generation_config"] = copy.deepcopy(config)
-        kwargs["generation_config"].stop_strings = None
     criteria = [*(kwargs.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)]
-    return {**kwargs, "stopping_criteria": StoppingCriteriaList(criteria)}
+    return {**kwargs, "stop_strings": None, "stopping_criteria": StoppingCriteriaList(criteria)}

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from l2d.cli.session import Session, add_sampler_arguments, decoding_options, sampler_from, session_from
+from l2d.cli.session import Session, add_sampler_arguments, check_text, decoding_options, sampler_from, session_from
 from l2d.cli.terminal import harmless, shade
 from l2d.sampler_config import REMOVED
 
@@ -31,13 +31,15 @@ USUAL_LENGTH = 256
 
 @dataclasses.dataclass
 class Reply:
-    """One answer: its text, the texts of its tokens, and their cost (rounds, computed and asked evaluations)."""
+    """One answer: its text, the texts of its tokens, their cost, and what was left out of the conversation, if
+    anything was."""
 
     text: str
     pieces: list[str]
     nfe_requested: list[int]
     nfe_computed: list[int]
     passes: list[int]
+    left_out: str = ""
 
 
 class Streamer:
@@ -119,10 +121,30 @@ class Chat:
         self.messages = list(self.start)
 
     def prompt(self, text: str) -> list[int]:
-        """Tokens of the conversation with `text` as the user's next words, the last ones that leave room to answer."""
+        """Tokens of the conversation with `text` as the user's next words; see `fit`."""
+        return self.fit(text)[0]
+
+    def fit(self, text: str) -> tuple[list[int], str]:
+        """Tokens of the conversation that leave room to answer, and a sentence about what was left out for that.
+
+        The oldest turns go first, whole, and the system message stays. A prompt that is too long without them loses its
+        beginning, as in the evaluation.
+        """
+        room, turns, dropped = self.session.longest - self.max_new_tokens, self.messages[len(self.start) :], 0
+        ids = self._tokens(turns, text)
+        while len(ids) > room and turns:
+            turns, dropped = turns[2:], dropped + 1
+            ids = self._tokens(turns, text)
+        left_out = f"The first {dropped} turns no longer fit and were left out. " if dropped else ""
+        if len(ids) > room:
+            kept = "the system message included, " if self.start and not self.plain else ""
+            left_out += f"The prompt of {len(ids)} tokens, {kept}was cut to its last {room}. "
+        return ids[-room:], left_out.strip()
+
+    def _tokens(self, turns: list[dict[str, str]], text: str) -> list[int]:
         if not self.plain:
-            text = self.session.conversation_text([*self.messages, {"role": "user", "content": text}])
-        return self.session.encode(text)[-(self.session.longest - self.max_new_tokens) :]
+            text = self.session.conversation_text([*self.start, *turns, {"role": "user", "content": text}])
+        return self.session.encode(text)
 
     def answer(self, text: str, write: Callable[[str], Any] = lambda piece: None) -> Reply:
         """Answer the user's `text`, streaming through `write`; the conversation grows by both.
@@ -132,7 +154,7 @@ class Chat:
         import torch
 
         model, end = self.session.model, self.session.end_tokens()
-        ids = self.prompt(text)
+        ids, left_out = self.fit(text)
         sequences, record = model.generate(
             torch.tensor([ids], device=model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
@@ -147,7 +169,8 @@ class Chat:
         said = self.session.tokenizer.decode(tokens, skip_special_tokens=False)
         if not self.plain:
             self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
-        return Reply(said, pieces, *(getattr(record, name)[0] for name in ("nfe_requested", "nfe_computed", "passes")))
+        costs = (getattr(record, name)[0] for name in ("nfe_requested", "nfe_computed", "passes"))
+        return Reply(said, pieces, *costs, left_out=left_out)
 
     def settings(self) -> str:
         """What holds now, in one line."""
@@ -225,12 +248,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Chat on the terminal until /quit or the end of the input. Raises `ValueError`."""
+    check_text("system", given.system)
     session = session_from(given, template=not given.plain)
     sampler = sampler_from(given)
     chat = Chat(session, sampler, given.temperature, given.max_new_tokens, given.system, given.plain)
     chat.tint = given.tint
     print(f"{chat.settings()}. /help lists what may be changed.")
     colour = sys.stdout.isatty()
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 cost a turn, not the conversation
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "")
@@ -255,7 +281,12 @@ def _turn(chat: Chat, line: str, colour: bool) -> None:
     except KeyboardInterrupt:
         print("\n(stopped; this turn is forgotten)")
         return
+    except ValueError as error:
+        print(error)
+        return
     print()
+    if reply.left_out:
+        print(f"({reply.left_out})")
     if chat.tint:
         print(tinted(reply, colour))
         print(summary(reply))

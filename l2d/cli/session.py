@@ -34,8 +34,9 @@ class Session:
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt; a start token is added unless the text begins with it. At least one token.
 
-        Raises `ValueError` where there is none.
+        Raises `ValueError` where there is none, and for text that is no Unicode.
         """
+        check_text("prompt", text)
         begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         tokens = self.tokenizer(text, **({"add_special_tokens": False} if begins else {}))["input_ids"]
         fallback = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
@@ -60,9 +61,10 @@ class Session:
         return list(dict.fromkeys(token for token in found if token is not None))
 
     def ending(self) -> dict[str, Any]:
-        """End and padding tokens as arguments of `generate`."""
+        """End and padding tokens as arguments of `generate`, and that one answer is wanted, as token ids."""
         end, pad = self.end_tokens(), self.tokenizer.pad_token_id
-        return {"eos_token_id": end or None, "pad_token_id": end[0] if pad is None and end else pad}
+        tokens = {"eos_token_id": end or None, "pad_token_id": end[0] if pad is None and end else pad}
+        return {**tokens, "num_return_sequences": 1, "return_dict_in_generate": False, "tokenizer": self.tokenizer}
 
     @property
     def longest(self) -> int:
@@ -93,6 +95,12 @@ class Session:
     def token_text(self, token: int) -> str:
         """Text of one token by itself."""
         return self.tokenizer.decode([token], skip_special_tokens=False)
+
+
+def check_text(name: str, text: str | None) -> None:
+    """Raise `ValueError` for text with bytes that are not UTF-8, as a terminal or a command line may hand over."""
+    if any("\ud800" <= letter <= "\udfff" for letter in text or ""):
+        raise ValueError(f"{name} holds bytes that are not UTF-8: write it in UTF-8.")
 
 
 def load_session(

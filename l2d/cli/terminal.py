@@ -5,18 +5,35 @@
 - `shade`: on a background that tells compute
 """
 
+import unicodedata
+
+_CONTROLS = ("Cc", "Cs", "Zl", "Zp")
+"""Categories of characters that a terminal obeys, or cannot write."""
+_DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u206a\u206b\u206c\u206d\u206e\u206f"
+"""Embeddings, overrides and isolates of direction, which rearrange what stands around them."""
 _SHADES = (236, 23, 29, 36, 43)  # terminal colours, dark to bright
 
 
 def visible(text: str) -> str:
-    """Text of a token with its white space made visible, and nothing that a terminal would obey."""
+    """Text of a token with its white space made visible, and nothing that a terminal would obey.
+
+    What has no width by itself (a joiner, for example) is shown as its number where it stands alone.
+    """
     text = text.replace("\n", "⏎").replace("\t", "⇥")
-    return "".join(letter if letter.isprintable() else f"\\x{ord(letter):02x}" for letter in text)
+    shown = (letter.isprintable() or (len(text) > 1 and _is_harmless(letter)) for letter in text)
+    return "".join(letter if show else f"\\x{ord(letter):02x}" for letter, show in zip(text, shown, strict=True))
 
 
 def harmless(text: str) -> str:
-    """Text without what a terminal would obey."""
-    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
+    """Text without what a terminal would obey: escapes and other controls, and overrides of the writing direction.
+
+    Joiners stay, without which Persian, Hindi and composed emoji fall apart, and so do spaces of all widths.
+    """
+    return "".join(letter if letter in "\n\t" or _is_harmless(letter) else "\ufffd" for letter in text)
+
+
+def _is_harmless(letter: str) -> bool:
+    return unicodedata.category(letter) not in _CONTROLS and letter not in _DIRECTIONS
 
 
 def shade(text: str, share: float, colour: bool) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from l2d.checkpoint.preflight import check_sampler, read_config_file
 from l2d.cli.files import write_files
 from l2d.cli.parser import check_folder
-from l2d.cli.session import Session, add_sampler_arguments, decoding_options, sampler_from, session_from
+from l2d.cli.session import Session, add_sampler_arguments, check_text, decoding_options, sampler_from, session_from
 from l2d.cli.terminal import harmless, shade, visible
 from l2d.cli.trace_page import html_page
 from l2d.sampler_config import SamplerConfig
@@ -226,8 +226,9 @@ def run(given: argparse.Namespace) -> None:
     _refuse_untraceable(check_sampler(read_config_file(given.folder, given.revision), sampler_from(given)))
     if given.out is not None:
         check_folder("out", given.out.parent)
+    prompt = sys.stdin.buffer.read().decode(errors="surrogateescape") if given.prompt == "-" else given.prompt
+    check_text("prompt", prompt)
     session = session_from(given, template=given.chat)
-    prompt = sys.stdin.read() if given.prompt == "-" else given.prompt
     if given.chat:
         prompt = session.conversation_text([{"role": "user", "content": prompt}])
     trace = trace_prompt(session, prompt, sampler_from(given), given.temperature, given.max_new_tokens)

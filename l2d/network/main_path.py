@@ -62,6 +62,11 @@ class Decoder:
         """Find out by trying what `logits_scaling` means, by which some bases divide and others multiply."""
         weight = self.embeddings.weight
         for part in (weight, getattr(self.lm_head, "weight", weight)):
+            if not isinstance(part, torch.Tensor):
+                raise ValueError(
+                    f"the base's output head is a {type(self.lm_head).__module__}.{type(self.lm_head).__name__}, whose "
+                    "weights cannot be read: load the base unquantized."
+                )
             if part.is_meta or not part.numel():  # not loaded, or kept elsewhere (offloaded, ZeRO 3)
                 return
         hidden = torch.linspace(-1, 1, hidden_size).to(weight)[None, None]

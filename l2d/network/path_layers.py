@@ -284,6 +284,11 @@ def _clone_parameters(module: nn.Module, names: list[str]) -> None:
     for name in names:
         linear = module.get_submodule(name)
         for key, parameter in list(linear.named_parameters(recurse=False)):
+            if parameter.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                raise ValueError(
+                    f"variant='full' trains copies of the base's projections, and {name} is quantized "
+                    f"({parameter.dtype}): use variant='lora', or load the base unquantized."
+                )
             setattr(linear, key, nn.Parameter(parameter.detach().clone()))
 
 
@@ -307,6 +312,11 @@ def build_twin(decoder: Decoder, base_config: PreTrainedConfig, config: L2DConfi
                 setattr(attention, name, _NoProjection(projection.out_features))
         mlp = _structural_copy(base_mlp)
         attention_names, mlp_names = _targets(attention, mlp)
+        if not attention_names:
+            raise ValueError(
+                f"{type(base_attention).__name__} has no linear layers that the path could train, as in a base that is "
+                "quantized by modules of its own: load the base unquantized."
+            )
         for module, names in ((attention, attention_names), (mlp, mlp_names)):
             if config.variant == "lora":
                 _inject_lora(module, names, config)

@@ -9,8 +9,10 @@ The harness would look at model args only after reading all of its tasks and imp
 """
 
 import functools
+import json
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from l2d.checkpoint.hub import config_folder
@@ -25,7 +27,7 @@ from lm_eval_ext.arguments import (
     sampler_changes,
     token_search,
 )
-from lm_eval_ext.generation_names import check_names
+from lm_eval_ext.generation_names import check_beams, check_settings
 
 MODEL = "l2d"
 PLAIN_MODELS = ("hf", "hf-auto", "huggingface")
@@ -110,14 +112,16 @@ def refuse_checkpoint(model: str, model_args: Any) -> None:
 
 
 def check_checkpoint(settings: Settings, gen_kwargs: dict[str, Any] | None = None) -> None:
-    """Raise `UsageError` if files are missing, or if `gen_kwargs` have names or a sampler that cannot be followed."""
+    """Raise `UsageError` if files are missing, or if `gen_kwargs` or the search over tokens cannot be followed."""
     config = read_checkpoint(settings.pretrained, settings.revision)
-    check_names(gen_kwargs or {})
-    token_search((gen_kwargs or {}).get(SEARCH))
+    check_settings(gen_kwargs or {})
+    search = token_search((gen_kwargs or {}).get(SEARCH, settings.token_search))
     try:
         changed = settings.sampler.replace(**sampler_changes(gen_kwargs or {}))
         check_guidance(changed, config.get("guidance_classes"))
         check_files(settings.folder(), config, settings.base)
+        file = Path(settings.folder(), "generation_config.json")
+        check_beams(search, json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
     except ValueError as error:
         raise UsageError(str(error)) from error
 

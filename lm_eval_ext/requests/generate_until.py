@@ -18,6 +18,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from l2d.sampling.stop_strings import TextStop, after_last
 from lm_eval_ext.arguments import AUTO, SEARCH, UsageError, one_line
+from lm_eval_ext.generation_names import check_beams
 from lm_eval_ext.requests.compute_record import QUANTITIES, Source
 from lm_eval_ext.requests.jobs import (
     Claim,
@@ -98,6 +99,7 @@ class AnswersGeneration(HFLM):
             self.model.config.check_sampler(settings.sampler)
         except ValueError as error:
             raise UsageError(f"generation settings {gen_kwargs!r}: {error}") from error
+        check_beams(settings.search, self.model.generation_config.to_dict())
         if settings.max_tokens >= self.max_length:
             raise UsageError(f"max_gen_toks={settings.max_tokens} must be below max_length={self.max_length}.")
         return settings
@@ -149,7 +151,7 @@ class AnswersGeneration(HFLM):
         ids = torch.tensor([[pad] * (width - len(job.tokens)) + job.tokens for job in batch], device=self.device)
         mask = torch.tensor([[0] * (width - len(job.tokens)) + [1] * len(job.tokens) for job in batch])
         likelihood = None if candidate is None else TokenLikelihood()
-        with one_line(f"generation settings {batch[0].gen_kwargs!r}"):
+        with one_line(f"generation settings {batch[0].gen_kwargs!r}", AttributeError, IndexError, TypeError):
             sequences, record = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask.to(self.device),
@@ -158,9 +160,11 @@ class AnswersGeneration(HFLM):
                 return_record=True,
                 max_new_tokens=settings.max_tokens,
                 pad_token_id=pad,
+                num_return_sequences=1,
+                return_dict_in_generate=False,
                 stopping_criteria=StoppingCriteriaList([self._text_stop(settings, width)]),
                 logits_processor=None if likelihood is None else LogitsProcessorList([likelihood]),
-                **{"eos_token_id": self._end_tokens(), **settings.options},
+                **{"eos_token_id": self._end_tokens(), "tokenizer": self.tokenizer, **settings.options},
             )
         lengths = [len(nfe_requested) for nfe_requested in record.nfe_requested]
         sums = [0.0] * len(batch) if likelihood is None else likelihood.sums(sequences, lengths)

@@ -18,7 +18,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling.noise import request_key
 from lm_eval_ext.arguments import AUTO, SAMPLER_ARGUMENTS, SEARCH, UsageError, sampler_changes, token_search
-from lm_eval_ext.generation_names import check_names
+from lm_eval_ext.generation_names import check_settings
 from lm_eval_ext.requests.compute_record import Source
 from lm_eval_ext.requests.guidance import class_of_task
 
@@ -72,7 +72,7 @@ def parse_generation(
     Names of sampler settings (`diffusion_budget`, `guidance_scale`, ...) and `token_search` change `sampler` and
     `search` for these requests; all others go to `generate`. Raises `UsageError`.
     """
-    check_names(gen_kwargs)
+    check_settings(gen_kwargs)
     try:
         kwargs: dict[str, Any] = dict(normalize_gen_kwargs(gen_kwargs, max_gen_toks))
         stops = handle_stop_sequences(kwargs.pop("until"), eos=eos)

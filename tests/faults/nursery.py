@@ -1,6 +1,7 @@
 """Starts our commands quickly: one process imports the libraries, and forks for every command.
 
 - `Nursery`: `start(module, arguments)` -> `Command`, which can be killed and waited for
+- `KillTimes`: kills at moments of the clock, a bounded number of times
 - run as a module it is the process itself, which reads one JSON line per command
 
 A command is `module.main(arguments)` in a process of its own, as `python -m module arguments` would run it.
@@ -53,23 +54,34 @@ class Command:
                 os.kill(self.pid, signal.SIGKILL)
         return self.wait()
 
-    def kill_within(self, seconds: float, chance: random.Random) -> tuple[int, float]:
-        """SIGKILL at any moment of the next `seconds`.
-
-        Returns the exit status, and the `seconds` to use next time: fewer, if it ended by itself sooner.
-        """
-        start = time.monotonic()
-        stop = start + chance.random() * seconds
-        while time.monotonic() < stop and self.poll() is None:
-            time.sleep(0.002)
-        took = time.monotonic() - start
-        status = self.kill()
-        return status, seconds if status == -signal.SIGKILL else min(seconds, took)
-
     @property
     def text(self) -> str:
         """Standard output and error so far."""
         return self.log.read_text(errors="replace")
+
+
+class KillTimes:
+    """Kills commands at any moment of the time that an undisturbed one took, by the clock.
+
+    One that ends by itself before was not killed: on a faster machine the moments come sooner, but never
+    all within the first quarter, and after `tries` commands the test fails instead of going on for ever.
+    """
+
+    def __init__(self, seconds: float, chance: random.Random, tries: int):
+        self.seconds, self.shortest, self.chance, self.tries, self.left = seconds, seconds / 4, chance, tries, tries
+
+    def kill(self, command: Command) -> int:
+        """SIGKILL, unless the command ends before; its exit status."""
+        if not self.left:
+            raise AssertionError(f"{self.tries} commands were not enough: too many ended before they could be killed.")
+        self.left -= 1
+        stop = time.monotonic() + self.chance.random() * self.seconds
+        while time.monotonic() < stop and command.poll() is None:
+            time.sleep(0.002)
+        status = command.kill()
+        if status != -signal.SIGKILL:
+            self.seconds = max(self.shortest, 0.8 * self.seconds)
+        return status
 
 
 class Nursery:

@@ -9,11 +9,13 @@ import shutil
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 from lm_eval_ext.leaderboard.files import read_runs
 from lm_eval_ext.sweep import read_plan, table
 from tests.faults.conftest import REPORT, SWEEP
+from tests.faults.nursery import KillTimes
 from tests.integration.harness import TASKS
 from tests.lm_eval_ext.test_leaderboard import write_demo
 
@@ -52,9 +54,10 @@ def test_a_sweep_killed_again_and_again(nursery, l2d_dir, tmp_path):
     seconds = time.monotonic() - start
     assert done.returncode == 0, done.text
     file, killed, finished = write_sweep(tmp_path / "sweep.yaml", out, l2d_dir), 0, 0
+    times = KillTimes(seconds, chance, tries=4 * SWEEP_KILLS)
     while killed < SWEEP_KILLS:
         command = nursery.start(SWEEP, file)
-        status, seconds = command.kill_within(seconds, chance)
+        status = times.kill(command)
         if status != -9:
             assert status == 0, command.text
             assert answers(out) == answers(whole)
@@ -91,16 +94,32 @@ def test_a_report_killed_again_and_again(nursery, tmp_path):
     new = contents()
     assert old["leaderboard.html"] != new["leaderboard.html"] and len(new) == 4
     shutil.rmtree(out)
-    killed = tried = 0
+    killed, tried, times = 0, 0, KillTimes(seconds, chance, tries=4 * REPORT_KILLS)
     while killed < REPORT_KILLS:
         command = nursery.start(REPORT, *arguments, "--title", ("old", "new")[tried % 2])
-        status, seconds = command.kill_within(seconds, chance)
+        status = times.kill(command)
         tried, killed = tried + 1, killed + (status == -9)
         for name, text in contents().items():
             assert text in (old[name], new[name]), name
     assert nursery.run(REPORT, *arguments, "--title", "new").returncode == 0
     assert contents() == new and not list(out.glob(".*"))
     print(f"{killed} kills of a report")
+
+
+class _Ended:
+    """A command that has ended by itself."""
+
+    def poll(self) -> int:
+        return 0
+
+    kill = poll
+
+
+def test_kills_by_the_clock_have_a_bound():
+    times = KillTimes(8.0, random.Random(0), tries=12)
+    assert [times.kill(_Ended()) for _ in range(12)] == [0] * 12 and times.seconds == 2.0
+    with pytest.raises(AssertionError, match="12 commands were not enough"):
+        times.kill(_Ended())
 
 
 def _undated(page: str) -> str:

@@ -12,6 +12,7 @@ import pytest
 
 from l2d import L2DForCausalLM
 from tests.faults.conftest import STEPS, TRAIN
+from tests.faults.nursery import KillTimes
 from tests.training_runs import logged, same_bits, train_in_process, weights, write_recipe
 from training.checkpointing.resume import missing_parts
 
@@ -51,16 +52,13 @@ def test_killed_at_twenty_moments(nursery, training_settings, undisturbed, tmp_p
     whole, seconds = undisturbed
     chance = random.Random(7)
     kinds = ["any time", "saving", "any time", "saving", "final"] * (KILLS // 5)
-    killed, number, finished = 0, 0, 0
+    killed, number, finished, times = 0, 0, 0, KillTimes(seconds, chance, tries=3 * KILLS)
     while killed < KILLS:
         out, kind = tmp_path / f"out-{number}", kinds[killed]
         recipe = write_recipe(tmp_path / "recipe.yaml", output_dir=out, **training_settings)
         arguments = ["--config", recipe, "--resume_from_checkpoint", "auto"]
         command = nursery.start(TRAIN, *arguments, kill=moment_of_kill(kind, out, chance))
-        if kind == "any time":
-            status, seconds = command.kill_within(seconds, chance)
-        else:
-            status = command.wait()
+        status = times.kill(command) if kind == "any time" else command.wait()
         if status == -9:
             killed += 1
             assert kind != "saving" or len(list(out.glob("unfinished-checkpoint-*"))) == 1

@@ -12,6 +12,8 @@ from lm_eval.api.instance import Instance
 from l2d.__main__ import main
 from l2d.cli.chat import HELP, Chat, Streamer, command, tinted
 from l2d.cli.session import Session, load_session
+from l2d.cli.terminal import harmless, visible
+from l2d.cli.trace import trace_prompt
 from lm_eval_ext.model import L2DLM
 
 FIRST, SECOND = "How many clips did she sell?", "And in June?"
@@ -66,8 +68,61 @@ def test_streams_exactly_the_answer(session):
     chat, written = Chat(session, {"budget": 7}, max_new_tokens=16), []
     reply = chat.answer(FIRST, write=written.append)
     assert len(written) > 2
-    shown = "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in reply.text)
-    assert "".join(written) == shown
+    assert "".join(written) == harmless(reply.text)
+
+
+SCRIPTS = {
+    "Persian": "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "Hindi": "\u0915\u094d\u200d\u0937",
+    "composed": "\U0001f469\u200d\U0001f680", "flag": "\U0001f3f4\U000e0067\U000e0062\U000e007f",
+    "variant": "\u2764\ufe0f", "no-break space": "3\u00a0000", "wide space": "\u3000\u65e5", "mark": "\u05d0\u200f!",
+    "lines": "a\n\tb", "new emoji": "\U0001fae9",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SCRIPTS.values(), ids=SCRIPTS)
+def test_text_of_all_scripts_is_shown(text):
+    assert harmless(text) == text
+    assert not any(name in visible(text) for name in ("\\x200c", "\\x200d"))
+
+
+@pytest.mark.parametrize("letter", "\x1b\x07\r\x7f\x9b\u2028\u2029\u202a\u202d\u202e\u2066\u2069\u206b\ud800")
+def test_what_a_terminal_obeys_is_not_shown(letter):
+    assert harmless(f"a{letter}[2Jb") == "a\ufffd[2Jb" and letter not in visible(f"a{letter}b")
+
+
+def test_the_system_message_outlives_the_oldest_turns(session):
+    chat = Chat(session, {"budget": 1}, max_new_tokens=8, system="Be brief.")
+    turns = [
+        [{"role": "user", "content": f"{n} " + "clips " * 1400}, {"role": "assistant", "content": "No."}]
+        for n in "abcd"
+    ]
+    chat.messages += [message for turn in turns for message in turn]
+    ids, left_out = chat.fit(FIRST)
+    rest = [*chat.start, *(message for turn in turns[2:] for message in turn), {"role": "user", "content": FIRST}]
+    assert ids == session.encode(session.conversation_text(rest)) and left_out.startswith("The first 2 turns")
+    assert chat.answer(FIRST).left_out == left_out and len(chat.messages) == 11
+    assert not Chat(session, {"budget": 1}, max_new_tokens=8, system="Be brief.").answer(FIRST).left_out
+    ids, left_out = chat.fit("clips " * 6000)
+    assert len(ids) == 4096 - 8 and "The first 5 turns" in left_out and "the system message included" in left_out
+
+
+def test_bytes_that_are_not_utf8_cost_a_turn(folder, monkeypatch, capsys):
+    typed = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n/seed 4\n" + FIRST.encode() + b"\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", typed)
+    main(["chat", str(folder), "--budget", "1", "--device", "cpu", "--max-new-tokens", "2", "--tint"])
+    printed = capsys.readouterr().out
+    assert "prompt holds bytes that are not UTF-8" in printed and "seed 4" in printed and "2 tokens, " in printed
+
+
+def test_the_bases_settings_for_many_answers_do_not_reach_a_chat(session, monkeypatch):
+    expected = Chat(session, {"budget": 3}, max_new_tokens=8).answer(FIRST)
+    for name, value in (("do_sample", True), ("num_return_sequences", 2), ("return_dict_in_generate", True)):
+        monkeypatch.setattr(session.model.generation_config, name, value)
+    assert Chat(session, {"budget": 3}, max_new_tokens=8).answer(FIRST) == expected
+    assert len(trace_prompt(session, FIRST, {"budget": 3}, max_new_tokens=3).tokens) == 3
+    monkeypatch.setattr(session.model.generation_config, "stop_strings", [expected.text[2:3]])
+    stopped = Chat(session, {"budget": 3}, max_new_tokens=8).answer(FIRST).text
+    assert expected.text.startswith(stopped) and len(stopped) < len(expected.text)
 
 
 def test_streamer_waits_for_whole_characters(session):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from l2d import L2DForCausalLM
+from l2d import L2DConfig, L2DForCausalLM
 from l2d.checkpoint.loading import in_dtype
 from l2d.cli.session import load_session
 from lm_eval_ext.model import L2DLM
@@ -88,9 +88,42 @@ def test_a_base_that_is_handed_over_is_loaded_anew(make_base, family, settings):
             assert buffer.dtype == buffers[name].dtype and torch.equal(buffer, buffers[name]), name
 
 
+def int8(base):
+    """Quantized weights in layers of torch's own class."""
+    for layer in base.model.layers:
+        for linear in (part for part in layer.modules() if type(part) is torch.nn.Linear):
+            linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    return base
+
+
+def dynamic(base):
+    """Layers of another class, the output head included."""
+    return torch.ao.quantization.quantize_dynamic(base, {torch.nn.Linear}, dtype=torch.qint8)
+
+
+def dynamic_body(base):
+    """The same without the output head."""
+    head, base = base.lm_head, dynamic(base)
+    base.lm_head = head
+    return base
+
+
+@pytest.mark.parametrize(
+    ("quantize", "variant", "said"),
+    [
+        (int8, "full", "variant='full' trains copies .* is quantized .torch.int8.: use variant='lora'"),
+        (dynamic_body, "full", "has no linear layers that the path could train"),
+        (dynamic_body, "lora", "has no linear layers that the path could train"),
+        (dynamic, "lora", "output head is a .*: load the base unquantized"),
+    ],
+)
+def test_quantized_bases_are_refused_where_they_cannot_be_trained(make_base, quantize, variant, said):
+    base = quantize(AutoModelForCausalLM.from_pretrained(make_base("llama")))
+    with pytest.raises(ValueError, match=said):
+        L2DForCausalLM.from_base(base, L2DConfig(variant=variant))
+
+
 def test_a_quantized_base_keeps_its_dtype(make_base):
-    base = AutoModelForCausalLM.from_pretrained(make_base("llama"))
-    linear = base.model.layers[0].mlp.up_proj
-    linear.weight = torch.nn.Parameter(linear.weight.to(torch.int8), requires_grad=False)
+    base = int8(AutoModelForCausalLM.from_pretrained(make_base("llama")))
     with pytest.raises(ValueError, match="quantized base: leave dtype out"):
         in_dtype(base, torch.bfloat16)

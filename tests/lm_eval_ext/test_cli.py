@@ -5,6 +5,8 @@ Run: `python -m pytest tests/lm_eval_ext/test_cli.py` (about a minute; most of i
 
 import functools
 import importlib.metadata
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -229,16 +231,31 @@ def test_bad_invocations(command_line, l2d_dir, base_dir, model_args, sentence):
         ("topk=3", "'topk' is not known: did you mean 'top_k'?"),
         ("pad_token_id=3", "'pad_token_id' is set by the model class"),
         ("max_length=20", "set max_gen_toks instead"),
+        ("num_return_sequences=2", "'num_return_sequences' cannot be used"),
+        ("num_beams=2", "num_beams=2: num_beams cannot be used: the L2D sampler decodes greedily or samples"),
+        ("penalty_alpha=0.6", "penalty_alpha=0.6: penalty_alpha cannot be used"),
+        ("top_k=many", "generation setting top_k='many'"),
+        ("early_stopping=[1]", "generation setting early_stopping="),
         (
             "top_p=0.9,max_new_tokens=4,until=x,token_search=best",
             "token_search='best' must be",
         ),  # names are right
     ],
 )
-def test_wrong_names_of_generation_settings_are_refused_before_any_task(command_line, l2d_dir, given, sentence):
+def test_wrong_generation_settings_are_refused_before_any_task(command_line, l2d_dir, given, sentence):
     with pytest.raises(SystemExit) as caught:
         command_line(f"pretrained={l2d_dir}", more=["--gen_kwargs", given])
     assert sentence in caught.value.code and "\n" not in caught.value.code
+
+
+def test_a_beam_search_that_the_models_generation_settings_contradict_is_refused(command_line, l2d_dir, tmp_path):
+    folder = shutil.copytree(l2d_dir, tmp_path / "l2d")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "repetition_penalty": 1.2}))
+    for model_args, more in ((",token_search=beam_2", []), ("", ["--gen_kwargs", "token_search=beam_2"])):
+        with pytest.raises(SystemExit) as caught:
+            command_line(f"pretrained={folder}{model_args}", more=more)
+        assert "token_search=beam_2 cannot follow repetition_penalty=1.2" in caught.value.code
 
 
 def test_the_harness_own_class_gets_no_l2d_checkpoint(command_line, l2d_dir, base_dir, monkeypatch):

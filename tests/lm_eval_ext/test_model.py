@@ -391,6 +391,30 @@ def test_beam_of_one_is_greedy_and_more_are_likelier(lm, budget):
     assert many != greedy
 
 
+def test_beams_and_other_answers_than_one_under_the_models_own_settings(l2d_dir):
+    fresh = L2DLM(pretrained=str(l2d_dir), device="cpu", batch_size=4, diffusion_budget=3)
+    expected = fresh.generate_until(generation(PROMPTS))
+    fresh.model.generation_config.num_return_sequences, fresh.model.generation_config.do_sample = 2, True
+    fresh.model.generation_config.return_dict_in_generate = True
+    assert fresh.generate_until(generation(PROMPTS)) == expected
+    fresh.model.generation_config.suppress_tokens = [5]
+    with pytest.raises(UsageError, match=r"token_search=beam_2 cannot follow suppress_tokens=\[5\]"):
+        fresh.generate_until(generation(PROMPTS, token_search="beam_2"))
+
+
+def test_stop_strings_end_an_answer(lm):
+    ours = lm(diffusion_budget=3)
+    (free,) = ours.generate_until(generation(PROMPTS[:1], until=[]))
+    stop = free[3:5]
+    (stopped,) = ours.generate_until(generation(PROMPTS[:1], until=[], stop_strings=[stop]))
+    assert free.startswith(stopped) and stop in stopped and len(stopped) < len(free)
+    for wrong in (72, [""], ["a", 3]):
+        with pytest.raises(UsageError, match="stop_strings=.* must be a text or a list of texts"):
+            ours.generate_until(generation(PROMPTS[:1], stop_strings=wrong))
+    with pytest.raises(UsageError, match="generation settings .*suppress_tokens"):  # no token of that number
+        ours.generate_until(generation(PROMPTS[:1], suppress_tokens="a"))
+
+
 def test_beam_search_with_the_base_is_that_of_transformers(lm, tokenizer):
     model = lm().model
     prompts = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]

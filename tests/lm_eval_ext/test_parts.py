@@ -3,6 +3,8 @@
 Run: `python -m pytest tests/lm_eval_ext/test_parts.py`
 """
 
+import contextlib
+import itertools
 import json
 
 import numpy as np
@@ -11,15 +13,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lm_eval.api.instance import Instance
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, LogitsProcessorList
 
+from l2d.decoding import UNUSED_SETTINGS, refuse
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling.stop_strings import TextStop, after_last
 from lm_eval_ext.argument_table import help_text, markdown, rows
 from lm_eval_ext.arguments import ARGUMENTS, UsageError, token_search
+from lm_eval_ext.generation_names import check_beams
 from lm_eval_ext.requests.compute_record import QUANTITIES, RunRecord, sources
 from lm_eval_ext.requests.guidance import class_of_task
 from lm_eval_ext.requests.jobs import batches, make_jobs, parse_generation
-from tests.conftest import train_tokenizer
+from tests.conftest import SIZES, train_tokenizer
 
 TOKENIZER = train_tokenizer()
 
@@ -161,6 +166,28 @@ def test_search_among_the_generation_settings():
     for bad in ("beam", "beam_0", "best_of_two", "beam_1.5", 3):
         with pytest.raises(UsageError, match="must be best_of_N or beam_N"):
             token_search(bad)
+
+
+def test_beams_are_refused_for_every_setting_that_greedy_decoding_would_follow():
+    """Of all of transformers' settings, found by what its `generate` makes of them."""
+    base = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": 32}))
+    ids, found = torch.tensor([[5, 6, 7]]), set()
+    for name, value in itertools.product(vars(GenerationConfig()), (2, 1.5, [5], [[5]], [2, 1.5], {(5,): 1.0}, True)):
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError, ValueError):
+            config = GenerationConfig(**{"do_sample": False, "eos_token_id": 2, "max_length": 9, name: value})
+            config._eos_token_tensor = torch.tensor([2])
+            processors = base._get_logits_processor(
+                config, 3, ids, None, LogitsProcessorList(), device="cpu", model_kwargs={}
+            )
+            if len(processors) and name not in ("do_sample", "eos_token_id", "max_length", "renormalize_logits"):
+                found.add(name)
+                with pytest.raises(ValueError, match=name):
+                    refuse({name: value}, UNUSED_SETTINGS)
+                    check_beams("beam_2", {name: value})
+    assert found >= {"repetition_penalty", "suppress_tokens", "bad_words_ids", "min_length", "sequence_bias"}
+    neutral = {"repetition_penalty": 1.0, "min_length": 0, "suppress_tokens": [], "temperature": 0.6, "top_p": 0.9}
+    check_beams("beam_2", {**neutral, "do_sample": True, "top_k": 50, "eos_token_id": [2, 3]})
+    check_beams("best_of_2", {"repetition_penalty": 1.2})
 
 
 @pytest.mark.parametrize(
