@@ -48,13 +48,13 @@ class UsageError(SystemExit, ValueError):
 
 
 @contextlib.contextmanager
-def one_line(prefix: str = "", *more: type[Exception]) -> Iterator[None]:
-    """Turn an `OSError` or `ValueError` of a library, or one of `more`, into a `UsageError`."""
+def one_line(prefix: str = "", kinds: tuple[type[Exception], ...] = (OSError, ValueError)) -> Iterator[None]:
+    """Turn an error of a library, of one of these `kinds`, into a `UsageError`."""
     try:
         yield
     except UsageError:
         raise
-    except (OSError, ValueError, *more) as error:
+    except kinds as error:
         logger.debug("refused", exc_info=error)
         text = " ".join(str(error).split())
         raise UsageError(f"{prefix}: {text}" if prefix else text) from error

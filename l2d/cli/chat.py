@@ -169,8 +169,7 @@ class Chat:
         said = self.session.tokenizer.decode(tokens, skip_special_tokens=False)
         if not self.plain:
             self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
-        costs = (getattr(record, name)[0] for name in ("nfe_requested", "nfe_computed", "passes"))
-        return Reply(said, pieces, *costs, left_out=left_out)
+        return Reply(said, pieces, record.nfe_requested[0], record.nfe_computed[0], record.passes[0], left_out)
 
     def settings(self) -> str:
         """What holds now, in one line."""

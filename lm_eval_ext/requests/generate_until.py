@@ -31,6 +31,8 @@ from lm_eval_ext.requests.jobs import (
 from lm_eval_ext.requests.token_search import Candidate, TokenLikelihood, beam_search, best
 
 logger = logging.getLogger(__name__)
+_OF_SETTINGS = (AttributeError, IndexError, OSError, TypeError, ValueError)
+"""What transformers raises for values that suit none of its settings."""
 
 
 class AnswersGeneration(HFLM):
@@ -151,7 +153,7 @@ class AnswersGeneration(HFLM):
         ids = torch.tensor([[pad] * (width - len(job.tokens)) + job.tokens for job in batch], device=self.device)
         mask = torch.tensor([[0] * (width - len(job.tokens)) + [1] * len(job.tokens) for job in batch])
         likelihood = None if candidate is None else TokenLikelihood()
-        with one_line(f"generation settings {batch[0].gen_kwargs!r}", AttributeError, IndexError, TypeError):
+        with one_line(f"generation settings {batch[0].gen_kwargs!r}", _OF_SETTINGS):
             sequences, record = self.model.generate(
                 input_ids=ids,
                 attention_mask=mask.to(self.device),
