@@ -40,10 +40,14 @@ _AUTO_CLASSES = {  # where transformers keeps its Auto classes, and which of our
 
 
 class _RegisterLater(importlib.abc.MetaPathFinder):
-    """Lets the Auto classes know us as soon as somebody imports them: until then nothing heavy is loaded."""
+    """Registers our classes with the Auto classes when these are imported.
+
+    `import l2d` is all that `AutoModelForCausalLM` needs, and commands that refuse bad input load nothing heavy:
+    transformers has no entry points for models, and registering at once would import torch here.
+    """
 
     def find_spec(self, name: str, path=None, target=None):
-        """The ordinary spec of an Auto module, which registers us after it was executed; `None` for other names."""
+        """The ordinary spec of an Auto module that registers us after its execution; `None` for other names."""
         spec = importlib.machinery.PathFinder.find_spec(name, path) if name in _AUTO_CLASSES else None
         if spec is None or spec.loader is None:
             return None
@@ -52,7 +56,7 @@ class _RegisterLater(importlib.abc.MetaPathFinder):
         def load_and_register(module) -> None:
             load(module)
             ours = [m for n, m in list(sys.modules.items()) if n.startswith("l2d.")]
-            if not any(getattr(m.__spec__, "_initializing", False) for m in ours):  # else they are on their way
+            if not any(getattr(m.__spec__, "_initializing", False) for m in ours):  # else they register themselves
                 importlib.import_module(_AUTO_CLASSES[name])
 
         vars(spec.loader)["exec_module"] = load_and_register

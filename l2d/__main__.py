@@ -5,12 +5,12 @@ from l2d.cli.parser import Parser
 
 def main(arguments: list[str] | None = None) -> None:
     """The command line; users' mistakes end it with one line."""
-    from l2d.cli import card, chat, serve, trace
+    from l2d.cli import card, chat, serve, trace_command
 
     parser = Parser(prog="python -m l2d", description="An L2D checkpoint at hand")
     commands = parser.add_subparsers(required=True, metavar="trace | chat | serve | card")
     for name, module, words in (
-        ("trace", trace, "show how each token of an answer forms"),
+        ("trace", trace_command, "show how each token of an answer forms"),
         ("chat", chat, "talk to the model; budget and guidance may change on the way"),
         ("serve", serve, "serve the model to OpenAI clients"),
         ("card", card, "write the model card from measured results, and upload the checkpoint"),

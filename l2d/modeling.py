@@ -23,9 +23,8 @@ from transformers.utils import logging
 
 from l2d.checkpoint import loading as checkpoint
 from l2d.config import L2DConfig, SamplerConfig
-from l2d.digest import tensors_digest
-from l2d.fingerprint import fingerprint
 from l2d.generation import generate
+from l2d.integrity import fingerprint, tensors_digest
 from l2d.loss import L2DTrainingOutput, diffusion_loss
 from l2d.network.diffusion_path import NoisedTargets
 from l2d.network.main_path import MainPathState

@@ -1,10 +1,14 @@
 """What a user may set at inference, declared and validated in one place and without torch.
 
 - `SamplerConfig`: budget, solver, guidance, choice of the clean token, noise seed
+- `FIXED_SOLVERS`, `ADAPTIVE_SOLVERS`: the solvers by name
+- `budget_for_levels`, `levels_for_budget`, `nearest_budgets`: number of time levels <-> budget T
 - `unusual`: in words, what of a sampler is not the default
 - `temperature_at`: the choice temperature at a time, constant or scheduled
 - `NOISE_FREE_SAMPLER`: the only trajectory of a noise-free path
 
+A budget T counts every evaluation of the diffusion path, the last one (which reads the output) included. T = 1 is the
+base model. With `n` time levels a solver of `s` stages spends `s (n - 1) + 1`; Euler spends `n`.
 A new field of `SamplerConfig` needs no other change: commands, `lm_eval`, sweeps, results and the leaderboard read its
 declaration.
 """
@@ -15,8 +19,14 @@ import re
 from collections.abc import Container, Mapping
 from typing import Any
 
-from l2d.budget import ADAPTIVE_SOLVERS, FIXED_SOLVERS, levels_for_budget
 from l2d.settings import Kind, check_settings, declared, matching, number, one_of, positive, setting, truth, whole
+
+FIXED_SOLVERS: dict[str, int] = {"euler": 1, "midpoint": 2, "heun2": 2, "heun3": 3, "rk4": 4}
+"""Fixed-grid solvers and their evaluations per grid step."""
+
+ADAPTIVE_SOLVERS: tuple[str, ...] = ("adaptive_heun", "bosh3", "fehlberg2", "dopri5")
+"""Solvers that choose the number of evaluations themselves."""
+
 
 NOISE_FREE_SAMPLER: dict[str, Any] = {"solver": "euler", "budget": 2}
 """The base's answer at t = 0, which costs nothing, and one evaluation of the path at t = 1."""
@@ -222,3 +232,47 @@ def unusual(values: Mapping[str, Any], leave_out: Container[str] = ()) -> list[s
         if one.changes_answers and one.shown != "" and name not in leave_out and (adaptive or not one.adaptive)
         if name in values and values[name] != one.default
     ]
+
+
+# ---- budgets ----------------------------------------------------------------------------------------------------
+
+
+def stages(solver: str) -> int:
+    """Evaluations per grid step of a fixed-grid solver; `ValueError` for any other name."""
+    if solver not in FIXED_SOLVERS:
+        raise ValueError(f"solver={solver!r} has no fixed grid; choose one of {', '.join(FIXED_SOLVERS)}.")
+    return FIXED_SOLVERS[solver]
+
+
+def budget_for_levels(solver: str, levels: int) -> int:
+    """Budget T that `levels` time levels cost with a fixed-grid `solver`."""
+    if levels < 1:
+        raise ValueError(f"levels={levels} is not possible: a grid has at least 1 time level (the base model).")
+    return stages(solver) * (levels - 1) + 1
+
+
+def levels_for_budget(solver: str, budget: int) -> int:
+    """Number of time levels that spend exactly `budget` evaluations.
+
+    Raises `ValueError`, naming the nearest budgets that `solver` can meet, if there is none.
+    """
+    steps, rest = divmod(budget - 1, stages(solver))
+    if rest or budget < 1:
+        near = " or ".join(str(b) for b in nearest_budgets(solver, budget))
+        raise ValueError(
+            f"diffusion_budget={budget} cannot be met by solver={solver!r}, which spends "
+            f"{_formula(solver)} evaluations on n time levels: use {near}."
+        )
+    return steps + 1
+
+
+def nearest_budgets(solver: str, budget: int) -> list[int]:
+    """The one or two budgets next to `budget` that a fixed-grid `solver` can meet, in rising order."""
+    count = stages(solver)
+    below = max(1, (budget - 1) // count * count + 1)
+    return [below] if below >= budget else [below, below + count]
+
+
+def _formula(solver: str) -> str:
+    count = stages(solver)
+    return "n" if count == 1 else f"{count}(n-1)+1"

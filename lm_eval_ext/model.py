@@ -29,7 +29,7 @@ from l2d import L2DForCausalLM
 from l2d.checkpoint.hub import commit_of
 from l2d.checkpoint.loading import read_config
 from l2d.config import base_config_from_dict
-from l2d.fingerprint import fingerprint
+from l2d.integrity import fingerprint
 from l2d.sampler_config import SamplerConfig
 from l2d.settings import declared
 from lm_eval_ext.argument_table import help_text

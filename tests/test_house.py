@@ -2,6 +2,7 @@
 
 - imports between the three packages, read from the sources and seen at run time
 - every command that a document shows is parsed by that command's own parser
+- no import runs in a circle or takes another module's private name; packages, modules and functions are small
 - public functions, classes and methods have docstrings; links resolve; the version is the same everywhere
 
 Run: `python -m pytest tests/test_house.py`
@@ -112,6 +113,108 @@ def test_the_hook_at_interpreter_start_loads_nothing_heavy(tmp_path):
         "print(*sorted(set(sys.modules) - before - extra))"
     )
     assert run(code, "-S", "-I").split() == ["lm_eval_ext", "lm_eval_ext.harness", "lm_eval_ext.harness.plugin"]
+
+
+# ---- layout ------------------------------------------------------------------------------------------------------
+
+MOST_ENTRIES, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 18, 400, 60
+# What is above these at present, and why.
+ENTRIES = {"training": 19}
+LONG = ("training.config", "training.data.loading")
+
+
+def module_name(file: Path) -> str:
+    """Dotted name of a source file; a package's own file has the package's name."""
+    parts = file.relative_to(REPOSITORY).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def trees(package: str) -> dict[str, ast.Module]:
+    return {module_name(file): ast.parse(file.read_text(encoding="utf-8")) for file in sources(package)}
+
+
+def imported_names(tree: ast.Module) -> Iterator[tuple[int, str, str | None]]:
+    """Line, module and name (`None`: the module itself) of every import, late and type-only ones included."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name, None) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, node.module or "", alias.name) for alias in node.names)
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Modules that import each other, directly or by way of others."""
+    reached: dict[str, set[str]] = {}
+    for start in graph:
+        pending, seen = list(graph[start]), set()
+        while pending:
+            if (module := pending.pop()) not in seen:
+                seen.add(module)
+                pending += graph[module]
+        reached[start] = seen
+    return sorted({tuple(sorted(m for m in reached[one] if one in reached[m])) for one in graph if one in reached[one]})
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_import_runs_in_a_circle(package):
+    modules = trees(package)
+    graph = {
+        module: {
+            target
+            for _, source, name in imported_names(tree)
+            if (target := f"{source}.{name}" if f"{source}.{name}" in modules else source) in modules
+        }
+        for module, tree in modules.items()
+    }
+    assert circles(graph) == []
+
+
+def test_circles_are_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == [("b", "c")]
+
+
+def of_itself(node: ast.Attribute) -> bool:
+    """Whether it is an attribute of `self` or `cls`."""
+    return getattr(node.value, "id", "") in ("self", "cls")
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_no_private_name_of_another_module_is_imported(package):
+    """Nor read as an attribute: `other._name`, where one of our modules defines `_name` and this one does not."""
+    modules, defined = trees(package), {}
+    for module, tree in modules.items():
+        names = {getattr(node, "name", "") or "" for node in ast.walk(tree)}
+        stored = [node for node in ast.walk(tree) if isinstance(getattr(node, "ctx", None), ast.Store)]
+        names |= {node.id for node in stored if isinstance(node, ast.Name)}
+        names |= {node.attr for node in stored if isinstance(node, ast.Attribute) and of_itself(node)}
+        defined[module] = {name for name in names if name.startswith("_") and not name.endswith("__")}
+    found = []
+    for module, tree in modules.items():
+        others = set().union(*(names for other, names in defined.items() if other != module)) - defined[module]
+        for line, source, name in imported_names(tree):
+            if source.split(".")[0] in PACKAGES and any(part.startswith("_") for part in (name or source).split(".")):
+                found.append(f"{module}:{line} imports {name or source}")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr in others and not of_itself(node):
+                found.append(f"{module}:{node.lineno} reads {node.attr}")
+    assert found == []
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_and_modules_are_small(package):
+    entries = [entry for entry in (REPOSITORY / package).iterdir() if entry.name != "__pycache__"]
+    assert len(entries) <= ENTRIES.get(package, MOST_ENTRIES)
+    long = []
+    for file in sources(package):
+        text = file.read_text(encoding="utf-8")
+        if (lines := len(text.splitlines())) > MOST_LINES:
+            long.append(f"{module_name(file)}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > MOST_LINES_OF_A_FUNCTION:
+                    long.append(f"{module_name(file)}.{node.name}: {lines} lines")
+    assert [one for one in long if one.split(":")[0] not in LONG] == []
 
 
 # ---- public names ------------------------------------------------------------------------------------------------

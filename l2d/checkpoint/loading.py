@@ -33,8 +33,7 @@ from transformers.utils import (
 from l2d.checkpoint.hub import checkpoint_folder, config_folder
 from l2d.checkpoint.preflight import base_location
 from l2d.config import L2DConfig
-from l2d.digest import tensors_digest
-from l2d.fingerprint import fingerprint
+from l2d.integrity import fingerprint, tensors_digest
 
 _ACCESS_ARGUMENTS = ("cache_dir", "token", "local_files_only", "force_download")  # to the checkpoint and to its base
 _PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

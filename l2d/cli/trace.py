@@ -1,27 +1,17 @@
-"""How tokens form: every evaluation of every generated token, as data, in the terminal, and as a page.
+"""How tokens form: every evaluation of every generated token, as data.
 
 - `trace_prompt`: generate, then record each token's candidates over time -> `Trace`
 - `Trace`, `TokenTrace`, `Candidate`
-- `terminal_text`: the compact form; `main`: `python -m l2d trace DIR --prompt ... [--out trace.html]`
 
 The answer is what `generate` gives; its trajectories are solved again from the same noise, all positions at once.
 
 Legend: N generated tokens, E velocity evaluations (the output is read at evaluation E), d diffusion dimension.
 """
 
-import argparse
 import dataclasses
-import json
-import sys
-from pathlib import Path
 from typing import Any
 
-from l2d.checkpoint.preflight import check_sampler, read_config_file
-from l2d.cli.files import write_files
-from l2d.cli.parser import check_folder
-from l2d.cli.session import Session, add_sampler_arguments, check_text, decoding_options, sampler_from, session_from
-from l2d.cli.terminal import harmless, shade, visible
-from l2d.cli.trace_page import html_page
+from l2d.cli.session import Session, decoding_options
 from l2d.sampler_config import SamplerConfig
 
 USUAL_LENGTH = 64
@@ -91,7 +81,7 @@ def trace_prompt(
 
     model = session.model
     settings = model.sampler(sampler)
-    _refuse_untraceable(settings)
+    refuse_untraceable(settings)
     ids = session.encode(prompt)
     longest = session.answer_length(max_new_tokens, USUAL_LENGTH)
     if len(ids) + longest > session.longest:
@@ -127,7 +117,8 @@ def trace_prompt(
     )
 
 
-def _refuse_untraceable(settings: SamplerConfig) -> None:
+def refuse_untraceable(settings: SamplerConfig) -> None:
+    """Raise `ValueError` for adaptive solvers."""
     if settings.adaptive and not settings.is_base:
         raise ValueError(
             f"solver={settings.solver!r} has no fixed evaluation times: trace a fixed-grid solver instead."
@@ -183,58 +174,3 @@ def _token_trace(session: Session, token: int, piece: str, chosen: Any, probabil
         "base_text": session.token_text(base),
         "candidates": candidates,
     }
-
-
-# ---- output ------------------------------------------------------------------------------------------------------
-
-
-def terminal_text(trace: Trace, colour: bool = False) -> str:
-    """The answer tinted by rounds, then one line per token: cost, and the chosen token wherever it changed."""
-    most = max((token.passes for token in trace.tokens), default=1)
-    answer = "".join(shade(token.text, (token.passes - 1) / max(1, most - 1), colour) for token in trace.tokens)
-    lines = [
-        visible(trace.prompt) if not colour else harmless(trace.prompt),
-        answer,
-        "",
-        "token       passes  computed  trajectory",
-    ]
-    for token in trace.tokens:
-        steps = [*([0] if token.chosen else []), *token.changes]
-        path = " -> ".join(f"{visible(token.chosen_texts[n])!r} at t = {trace.times[n]:.2f}" for n in steps)
-        last = f"{visible(token.text)!r}"
-        lines.append(f"{last:<10}  {token.passes:>6}  {token.nfe_computed:>8}  {path or 'the base'}")
-    changed = sum(bool(token.changes) for token in trace.tokens)
-    differing = sum(token.token != token.base_token for token in trace.tokens)
-    nfe_computed = sum(token.nfe_computed for token in trace.tokens) / max(1, len(trace.tokens))
-    lines.append(
-        f"{len(trace.tokens)} tokens, {nfe_computed:.1f} evaluations each; the choice changed on the way in {changed} "
-        f"of them, {differing} differ from what the base would say next."
-    )
-    return "\n".join(lines)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `python -m l2d trace`."""
-    add_sampler_arguments(parser)
-    parser.add_argument("--prompt", required=True, help="text to continue; - reads it from the standard input")
-    parser.add_argument("--chat", action="store_true", help="put the prompt into the chat template")
-    parser.add_argument("--out", type=Path, help="page to write, with the data as .json beside it")
-
-
-def run(given: argparse.Namespace) -> None:
-    """Trace one prompt and show it. Raises `ValueError`."""
-    _refuse_untraceable(check_sampler(read_config_file(given.folder, given.revision), sampler_from(given)))
-    if given.out is not None:
-        check_folder("out", given.out.parent)
-    prompt = sys.stdin.buffer.read().decode(errors="surrogateescape") if given.prompt == "-" else given.prompt
-    check_text("prompt", prompt)
-    session = session_from(given, template=given.chat)
-    if given.chat:
-        prompt = session.conversation_text([{"role": "user", "content": prompt}])
-    trace = trace_prompt(session, prompt, sampler_from(given), given.temperature, given.max_new_tokens)
-    print(terminal_text(trace, colour=sys.stdout.isatty()))
-    if given.out is not None:
-        page = given.out if given.out.suffix == ".html" else given.out.with_name(given.out.name + ".html")
-        data = json.dumps(dataclasses.asdict(trace), ensure_ascii=False, indent=1) + "\n"
-        write_files(page.parent, {page.name: html_page(trace), page.with_suffix(".json").name: data}, "--out")
-        print(f"{page} and {page.with_suffix('.json')}")

@@ -7,19 +7,16 @@ The page's frame is `trace.html`; everything that comes from a model or a prompt
 
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from l2d.cli.terminal import visible
-
-if TYPE_CHECKING:
-    from l2d.cli.trace import TokenTrace, Trace
+from l2d.cli.trace import TokenTrace, Trace
 
 WIDTH, HEIGHT = 760, 330
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 16, 14, 74
 _LEVELS = 6  # shades of compute
 
 
-def html_page(trace: "Trace") -> str:
+def html_page(trace: Trace) -> str:
     """The page of a trace."""
     most = max((token.nfe_computed for token in trace.tokens), default=0)
     least = min((token.nfe_computed for token in trace.tokens), default=0)
@@ -56,7 +53,7 @@ def _shown(text: str) -> str:
     return escape(visible(text)) or "∅"
 
 
-def _token(number: int, token: "TokenTrace", least: int, most: int) -> str:
+def _token(number: int, token: TokenTrace, least: int, most: int) -> str:
     level = 0 if most == least else round((token.nfe_computed - least) / (most - least) * (_LEVELS - 1))
     marks = " changed" * bool(token.changes) + " other" * (token.token != token.base_token)
     words = f"{token.nfe_computed} evaluations, {token.passes} passes, {len(token.changes)} changes"
@@ -68,7 +65,7 @@ def _token(number: int, token: "TokenTrace", least: int, most: int) -> str:
     return f'<button class="token shade{level}{marks}" {data}>{text}</button>'
 
 
-def _figure(number: int, token: "TokenTrace", trace: "Trace") -> str:
+def _figure(number: int, token: TokenTrace, trace: Trace) -> str:
     said = "as the base" if token.token == token.base_token else f"the base says “{_shown(token.base_text)}”"
     numbers = {candidate.token: place for place, candidate in enumerate(token.candidates)}
     legend = "".join(
@@ -88,7 +85,7 @@ def _figure(number: int, token: "TokenTrace", trace: "Trace") -> str:
     )
 
 
-def _chart(token: "TokenTrace", times: list[float], numbers: dict[int, int]) -> str:
+def _chart(token: TokenTrace, times: list[float], numbers: dict[int, int]) -> str:
     end = times[-1] or 1.0
     floor = HEIGHT - _BOTTOM
     peak = max(max(candidate.probabilities) for candidate in token.candidates)

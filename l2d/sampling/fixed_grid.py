@@ -17,8 +17,7 @@ import functools
 import numpy as np
 import torch
 
-from l2d.budget import budget_for_levels, levels_for_budget
-from l2d.sampler_config import SamplerConfig, temperature_at
+from l2d.sampler_config import SamplerConfig, budget_for_levels, levels_for_budget, temperature_at
 
 _THIRD = 1 / 3
 # Per solver: stage times c, stage weights a, step weights b (rk4 is the 3/8 rule, as in torchdiffeq).

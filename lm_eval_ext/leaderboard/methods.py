@@ -20,8 +20,7 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from l2d.budget import ADAPTIVE_SOLVERS
-from l2d.sampler_config import SamplerConfig, unusual
+from l2d.sampler_config import ADAPTIVE_SOLVERS, SamplerConfig, unusual
 from l2d.settings import declared
 from lm_eval_ext.arguments import SAMPLER_ARGUMENTS, SEARCH, sampler_changes
 from lm_eval_ext.leaderboard.files import Run

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from l2d import L2DForCausalLM
-from l2d.budget import levels_for_budget
+from l2d.sampler_config import levels_for_budget
 from tests.benchmarks import command
 from tests.benchmarks.command import synchronize
 from tests.benchmarks.decode import PlainDecoder, Stopwatch

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from l2d.cli.trace import Candidate, TokenTrace, Trace, terminal_text
+from l2d.cli.trace import Candidate, TokenTrace, Trace
+from l2d.cli.trace_command import terminal_text
 from l2d.cli.trace_page import html_page
 from lm_eval_ext.leaderboard.__main__ import write_leaderboard
 from tests.browser.chromium import Browser, find_chromium

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torchdiffeq import odeint
 
-from l2d.budget import budget_for_levels
-from l2d.sampler_config import SamplerConfig
+from l2d.sampler_config import SamplerConfig, budget_for_levels
 from l2d.sampling.fixed_grid import fixed_grid
 
 SOLVERS = ["euler", "midpoint", "heun2", "heun3", "rk4"]

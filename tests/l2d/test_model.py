@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from l2d import L2DConfig, L2DForCausalLM, SamplerConfig
-from l2d.fingerprint import fingerprint
+from l2d.integrity import fingerprint
 from l2d.network.diffusion_path import NoisedTargets, PathInputs
 from tests.conftest import randomise_path
 

@@ -14,12 +14,11 @@ from lm_eval._cli.utils import key_val_to_dict
 from torchdiffeq import odeint
 
 from l2d import L2DForCausalLM
-from l2d.budget import FIXED_SOLVERS, budget_for_levels
 from l2d.decoding import DraftLength
 from l2d.network.attention import SiteLayout, path_attention
 from l2d.network.diffusion_path import NoisedTargets, PathInputs
 from l2d.network.main_path import LayerState, MainPathState
-from l2d.sampler_config import SamplerConfig
+from l2d.sampler_config import FIXED_SOLVERS, SamplerConfig, budget_for_levels
 from l2d.sampling.fixed_grid import FixedGrid, fixed_grid
 from l2d.sampling.noise import RequestNoise, default_keys
 from l2d.sampling.stop_strings import TextStop

@@ -13,7 +13,8 @@ import torch
 
 from l2d.__main__ import main
 from l2d.cli.session import Session, load_session
-from l2d.cli.trace import terminal_text, trace_prompt
+from l2d.cli.trace import trace_prompt
+from l2d.cli.trace_command import terminal_text
 from l2d.cli.trace_page import html_page
 from tests.browser.chromium import Browser, find_chromium
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
-from l2d.budget import ADAPTIVE_SOLVERS, budget_for_levels
 from l2d.network.main_path import MainPathState
-from l2d.sampler_config import SamplerConfig
+from l2d.sampler_config import ADAPTIVE_SOLVERS, SamplerConfig, budget_for_levels
 from l2d.sampling.solve import Solution
 from tests.parity.context import Context
 from tests.parity.released_solver import ReleasedSolver, released_solve

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torchdiffeq import odeint
 
-from l2d.budget import FIXED_SOLVERS
 from l2d.modeling import L2DForCausalLM
 from l2d.network.diffusion_path import PathInputs
 from l2d.network.main_path import MainPathState
-from l2d.sampler_config import temperature_at
+from l2d.sampler_config import FIXED_SOLVERS, temperature_at
 from l2d.sampling.evaluator import clean_estimate
 from l2d.sampling.noise import draw_token
 from l2d.sampling.solve import Solution

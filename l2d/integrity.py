@@ -1,0 +1,47 @@
+"""Whether a checkpoint's files, and its base, are the ones that belong together.
+
+- `tensors_digest`: of the trained tensors, whole or sharded; recorded in `config.json`, compared on loading
+- `fingerprint`: of a base's weights: cheap, and the same whether they are loaded in float32 or bfloat16
+
+Both guard against accidents; whoever can write the files can also write a new digest.
+"""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+_SAMPLE = 1 << 16
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """SHA-256 (32 hex digits) over names, dtypes, shapes and bytes, in the order of the names.
+
+    `None` where the values are not in this process (meta tensors, shards of other processes).
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        if tensor.is_meta or hasattr(tensor, "full_tensor"):
+            return None
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 (32 hex digits) over names, shapes and up to 65,536 values per tensor, rounded to bfloat16.
+
+    Tied tensors count once. Any finetuning of the base changes it; so does another revision. Raises `ValueError` for
+    tensors on the meta device, which hold no weights.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.named_parameters()):
+        if tensor.is_meta:
+            raise ValueError(f"fingerprint of {name!r} needs weights, and it is on the meta device: load it first.")
+        step = max(1, tensor.numel() // _SAMPLE)
+        sample = tensor.detach().reshape(-1)[::step].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()[:32]
