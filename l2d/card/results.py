@@ -13,8 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from l2d.budget import ADAPTIVE_SOLVERS
-from l2d.sampler_config import unusual
+from l2d.sampler_config import ADAPTIVE_SOLVERS, unusual
 
 _TRAINING = re.compile(r"eval_accuracy_budget_(\d+)")
 TRAINING_TASK = "held-out examples"
