@@ -22,6 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from l2d.checkpoint import loading as checkpoint
+from l2d.checkpoint.opening import Checkpoint
 from l2d.config import L2DConfig, SamplerConfig
 from l2d.generation import generate
 from l2d.integrity import fingerprint, tensors_digest
@@ -106,13 +107,13 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
     @classmethod
     def from_pretrained(
         cls,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: Checkpoint | str | os.PathLike,
         *model_args: Any,
         base: PreTrainedModel | str | os.PathLike | None = None,
         config: L2DConfig | None = None,
         **kwargs: Any,
     ) -> "L2DForCausalLM":
-        """Load a trained checkpoint and its base.
+        """Load a trained checkpoint (open, a folder or a name on the hub) and its base.
 
         Args:
             base: the base, where it is not in its recorded place: a folder, hub name or loaded model of equal weights.

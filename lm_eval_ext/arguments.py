@@ -2,9 +2,9 @@
 
 - `UsageError`: a user's mistake; uncaught, it ends the process with one line instead of a traceback
 - `one_line`: makes it of what a library raises
-- `parse_arguments`: model args -> `Settings` (checkpoint, base, sampler, what the harness itself takes)
-- `read_checkpoint`: the `config.json` of an L2D checkpoint, as a dictionary
+- `parse_arguments`: model args -> `Settings` (checkpoint, sampler, what the harness itself takes)
 - `sampler_changes`: the sampler settings among a request's generation kwargs
+- `fitted`: a sampler as a checkpoint can follow it
 - `token_search`: `best_of_N` or `beam_N`, checked
 
 No torch is imported. `ARGUMENTS` declares all model args.
@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from l2d.checkpoint.hub import checkpoint_folder, looks_local
-from l2d.checkpoint.preflight import read_config_file
+from l2d.checkpoint.opening import Checkpoint, check_base, open_checkpoint
+from l2d.checkpoint.settings import CheckpointSettings
 from l2d.sampler_config import REMOVED, SamplerConfig
 from l2d.settings import Kind, Setting, declared, matching, refused, truth, whole
 
@@ -65,26 +65,19 @@ class Settings:
     """Validated model args.
 
     Attributes:
-        pretrained: folder or hub name of the checkpoint, or the model itself where code hands one over.
-        revision: branch, tag or commit of a checkpoint on the hub, or `None`.
-        base: name or folder of the base that replaces the one recorded in the checkpoint, or `None`.
+        checkpoint: the open checkpoint, or `None` where code hands over a model.
+        model: that model, or `None`.
         sampler: settings of every solve; a request's generation kwargs may change them. Its `guidance_class` may be
             `AUTO`.
         token_search: `"best_of_N"`, `"beam_N"` or `None`.
         harness: arguments of the harness's own model class, only those that were given.
     """
 
-    pretrained: Any
-    revision: str | None
-    base: str | None
+    checkpoint: Checkpoint | None
+    model: Any
     sampler: SamplerConfig
     token_search: str | None
     harness: dict[str, Any]
-
-    def folder(self) -> str:
-        """Folder with all files of the checkpoint, which are fetched if it is on the hub. Raises `UsageError`."""
-        with one_line():
-            return checkpoint_folder(self.pretrained, self.revision)
 
 
 def _matches(pattern: str) -> Callable[[Any], bool]:
@@ -155,7 +148,7 @@ HARNESS_ARGUMENTS: dict[str, Setting] = {
 SAMPLER_ARGUMENTS: dict[str, str] = {one.argument: name for name, one in declared(SamplerConfig).items()}
 """Name for users -> field of `SamplerConfig`. Each may also come with a task's or a run's generation kwargs."""
 
-ARGUMENTS: dict[str, Setting] = {
+_ALL: dict[str, Setting] = {
     "pretrained": _harness(_anything, "none", "folder or hub name of the L2D checkpoint (required)"),
     "revision": _harness(_version, "none", "version of a checkpoint on the hub; a folder has none"),
     "base": _harness(_folder, "none", "base to load in place of the recorded one; its fingerprint must match"),
@@ -164,15 +157,16 @@ ARGUMENTS: dict[str, Setting] = {
                      "search over generated texts, ranked by the model's own likelihood"),
     **HARNESS_ARGUMENTS,
 }  # fmt: skip
+ARGUMENTS = {name: dataclasses.replace(one, argument=name) for name, one in _ALL.items()}
 """All model args."""
 
 
 def parse_arguments(arguments: dict[str, Any]) -> Settings:
     """Validate model args as the harness hands them over (numbers may arrive as floats, words as strings).
 
-    Of a checkpoint on the hub only its `config.json` is fetched. Raises `UsageError` for unknown names, ill-typed
-    values, a checkpoint that is not there or none of ours, and sampler settings that are impossible in themselves or
-    for this checkpoint.
+    `pretrained` may be an open checkpoint, too. Of one on the hub only its `config.json` is fetched. Raises
+    `UsageError` for unknown names, ill-typed values, a checkpoint that is not there or none of ours, and sampler
+    settings that are impossible in themselves or for this checkpoint.
     """
     for name in arguments:
         if name in REMOVED:
@@ -180,43 +174,48 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
         if name not in ARGUMENTS:
             raise UsageError(f"model argument {name!r} is not known: {_nearest(name, ARGUMENTS)}")
     given = {name: value for name, value in arguments.items() if value is not None}
-    harness = {name: _checked(name, given[name]) for name in HARNESS_ARGUMENTS if name in given}
     changes = sampler_changes(arguments, keep_none=("guidance_class",))
-    search = token_search(given.get(SEARCH))
-    _sampler({}, changes, lambda sampler: sampler)  # what is impossible anywhere is said before the folder is looked at
-    pretrained, base = given.get("pretrained"), given.get("base")
-    revision = str(_checked("revision", given["revision"])) if "revision" in given else None
+    with one_line():
+        harness = {name: ARGUMENTS[name].check(given[name]) for name in HARNESS_ARGUMENTS if name in given}
+        search = token_search(given.get(SEARCH))
+        SamplerConfig().replace(**changes)  # what is impossible anywhere is said before the folder is looked at
+        checkpoint = _checkpoint(given)
+        model: Any = given["pretrained"] if checkpoint is None else None
+        config = model.config if checkpoint is None else checkpoint.settings
+        sampler = fitted(config.default_sampler(**changes), config)
+    return Settings(checkpoint, model, sampler, search, harness)
+
+
+def _checkpoint(given: dict[str, Any]) -> Checkpoint | None:
+    """The checkpoint that model args name, opened; `None` for a model. Raises `ValueError`."""
+    pretrained = given.get("pretrained")
     if pretrained is None:
         raise UsageError(
             "model argument 'pretrained' is missing: give --model_args pretrained=FOLDER of a checkpoint, or its name "
             "on the hub."
         )
+    others = {name: str(ARGUMENTS[name].check(given[name])) for name in ("revision", "base") if name in given}
     if isinstance(pretrained, (str, Path)):
-        config = read_checkpoint(pretrained, revision)
-    elif not hasattr(pretrained, "config"):
+        opened = open_checkpoint(pretrained, **others)
+        check_base(opened.base or "")
+        return opened
+    if not isinstance(pretrained, Checkpoint) and not hasattr(pretrained, "config"):
         raise UsageError(f"pretrained={pretrained!r} must be the folder or hub name of an L2D checkpoint.")
-    elif revision is not None:
-        raise UsageError(f"revision={revision!r} means nothing for a model that is loaded already: leave it out.")
-    else:
-        config = pretrained.config.to_dict()
-    if base is not None:
-        _check_base(base)
-    classes = config.get("guidance_classes")
-
-    def fit(sampler: SamplerConfig) -> SamplerConfig:
-        check_guidance(sampler, classes)
-        return sampler.for_path(bool(config.get("carried_state")), bool(config.get("noise_free")))
-
-    sampler = _sampler(config.get("sampler") or {}, changes, fit)
-    pretrained = str(pretrained) if isinstance(pretrained, Path) else pretrained
-    return Settings(pretrained, revision, None if base is None else str(base), sampler, search, harness)
+    what = "a checkpoint that is open" if isinstance(pretrained, Checkpoint) else "a model that is loaded"
+    for name, value in others.items():
+        if value != getattr(pretrained, name, None):
+            raise UsageError(f"{name}={value!r} means nothing for {what} already: leave it out.")
+    return pretrained if isinstance(pretrained, Checkpoint) else None
 
 
-def check_guidance(sampler: SamplerConfig, classes: list[str] | None) -> None:
-    """Raise `ValueError` for guidance that a model with these `classes` cannot give; `AUTO` is any of them."""
-    if sampler.guidance_class == AUTO and classes:
-        sampler = sampler.replace(guidance_class=0)
-    sampler.class_index(classes)
+def fitted(sampler: SamplerConfig, config: CheckpointSettings) -> SamplerConfig:
+    """`sampler` as a model with this `config` can follow it, where `AUTO` is any of its classes.
+
+    Raises `ValueError`.
+    """
+    known = sampler.guidance_class == AUTO and config.guidance_classes
+    config.check_sampler(sampler.replace(guidance_class=0) if known else sampler)
+    return sampler.for_path(config.carried_state, config.noise_free)
 
 
 def token_search(value: Any) -> str | None:
@@ -235,36 +234,6 @@ def sampler_changes(values: dict[str, Any], keep_none: tuple[str, ...] = ()) -> 
         for name, field in SAMPLER_ARGUMENTS.items()
         if name in values and (values[name] is not None or name in keep_none)
     }
-
-
-def read_checkpoint(name: str | Path, revision: str | None = None) -> dict[str, Any]:
-    """`config.json` of the L2D checkpoint `name`, a folder or (at `revision`) on the hub.
-
-    `UsageError` if there is none or it is another model's.
-    """
-    try:
-        return read_config_file(name, revision)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-
-
-def _check_base(base: Any) -> None:
-    if looks_local(_checked("base", base)) and not Path(base).is_dir():
-        raise UsageError(f"base={str(base)!r} is not a folder: give the folder or the hub name of the base model.")
-
-
-def _checked(name: str, value: Any) -> Any:
-    with one_line():
-        return ARGUMENTS[name].kind.check(name, value)
-
-
-def _sampler(
-    stored: dict[str, Any], changes: dict[str, Any], fit: Callable[[SamplerConfig], SamplerConfig]
-) -> SamplerConfig:
-    try:
-        return fit(SamplerConfig().replace(**{**stored, **changes}))
-    except ValueError as error:
-        raise UsageError(str(error)) from error
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -12,7 +12,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,19 +22,17 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import resolve_max_length
 from lm_eval.models.utils_hf import clear_torch_cache, get_dtype
 from lm_eval.utils import simple_parse_args_string
-from transformers import AutoTokenizer
 
 from l2d import L2DForCausalLM
-from l2d.checkpoint.hub import commit_of
-from l2d.checkpoint.loading import read_config
-from l2d.config import base_config_from_dict
+from l2d.checkpoint.loading import config_from, load_tokenizer
+from l2d.checkpoint.opening import Checkpoint
 from l2d.integrity import fingerprint
 from l2d.sampler_config import SamplerConfig
 from l2d.settings import declared
 from lm_eval_ext.argument_table import help_text
 from lm_eval_ext.arguments import AUTO, one_line, parse_arguments
 from lm_eval_ext.harness import compute_files
-from lm_eval_ext.harness.preflight import check_device
+from lm_eval_ext.harness.preflight import check_device, take_opened
 from lm_eval_ext.harness.response_cache import claim_cache
 from lm_eval_ext.requests.compute_record import RunInfo, RunRecord, Source, sources
 from lm_eval_ext.requests.generate_until import AnswersGeneration
@@ -44,7 +41,6 @@ from lm_eval_ext.requests.loglikelihood import AnswersScoring, ScoringRequest
 
 logger = logging.getLogger(__name__)
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 PROBED_PLACES = 8
 """Scored tokens per row when a batch size is tried."""
 _PLACEMENT = ("device", "batch_size", "max_batch_size", "parallelize", "max_memory_per_gpu", "max_cpu_memory")
@@ -69,7 +65,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         if "help" in arguments or pretrained == "help":
             print(help_text())
             raise SystemExit(0)
-        self.settings = parse_arguments({"pretrained": pretrained, **arguments})
+        self.settings = parse_arguments(take_opened({"pretrained": pretrained, **arguments}))
         self.sampler = self.settings.sampler
         self.run_record = RunRecord()
         self._padded: list[Instance] = []  # requests that the harness repeats to even out the processes
@@ -78,8 +74,9 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         check_device(harness["device"])
         if harness["device"] == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else each process would do all the work
-        named = isinstance(self.settings.pretrained, str)
-        super().__init__(pretrained=self.settings.folder() if named else self.settings.pretrained, **harness)
+        with one_line():
+            folder = None if self.settings.checkpoint is None else self.settings.checkpoint.folder
+        super().__init__(pretrained=folder or self.settings.model, **harness)
         if hasattr(self, "accelerator"):  # HFLM takes the local index, and none at all without several GPUs
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
@@ -97,10 +94,15 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
 
     # ---- loading -------------------------------------------------------------------------------------------------
 
+    @property
+    def _checkpoint(self) -> Checkpoint:
+        assert self.settings.checkpoint is not None  # the harness loads nothing where a model is handed over
+        return self.settings.checkpoint
+
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:
         with one_line():
-            self._config = read_config(pretrained)
-        self._config._name_or_path = self.settings.pretrained  # the harness's label of a model object
+            self._config = config_from(self._checkpoint)
+        self._config._name_or_path = self._checkpoint.name  # the harness's label of a model object
 
     def _get_backend(self, *args: Any, **kwargs: Any) -> None:
         self.backend = "causal"
@@ -115,22 +117,15 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         add_bos_token: bool | None = None,
         **ignored: Any,
     ) -> None:
-        """The checkpoint's own tokenizer where it has one, else the base's, of the class that suits the base."""
+        """The checkpoint's own tokenizer where it has one, else the base's; or the one that was given."""
         if tokenizer is not None and not isinstance(tokenizer, str):
             self.tokenizer = tokenizer
             return
         options: dict[str, Any] = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
-        if tokenizer is None:
-            base_name = self.settings.base or self._config.base_name_or_path
-            own = isinstance(pretrained, str) and any((Path(pretrained) / name).is_file() for name in TOKENIZER_FILES)
-            tokenizer = pretrained if own else base_name
-            if self._config.base_config:
-                options["config"] = base_config_from_dict(self._config.base_config)
-                options["config"]._name_or_path = base_name  # both help to choose the class
-        with one_line(f"tokenizer={tokenizer!r} cannot be loaded"):
-            self.tokenizer = AutoTokenizer.from_pretrained(
-                tokenizer, trust_remote_code=trust_remote_code, use_fast=use_fast_tokenizer, **options
-            )
+        options |= {"trust_remote_code": trust_remote_code, "use_fast": use_fast_tokenizer}
+        with one_line():
+            source = tokenizer or self.settings.checkpoint or str(self._config.base_name_or_path)
+            self.tokenizer = load_tokenizer(source, **options)
 
     def _create_model(
         self,
@@ -153,9 +148,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
             )
         options = {name: value for name, value in options.items() if value is not None}
         with one_line():
-            self._model = L2DForCausalLM.from_pretrained(
-                pretrained, base=self.settings.base, dtype=get_dtype(dtype), **options
-            )
+            self._model = L2DForCausalLM.from_pretrained(self._checkpoint, dtype=get_dtype(dtype), **options)
         if not parallelize:
             self._model.to(self.device)
 
@@ -258,16 +251,16 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         super().set_cache_hook(cache_hook)
 
     def _identity(self) -> dict[str, Any]:
-        config = self.model.config
+        config, checkpoint = self.model.config, self.settings.checkpoint
         return {
             "sampler": self.sampler.to_dict(),
             "token_search": self.settings.token_search,
             "variant": config.variant,
             "carried_state": config.carried_state,
             "noise_free": config.noise_free,
-            "revision": self.settings.revision,
-            "commit": commit_of(self.pretrained) if isinstance(self.pretrained, str) else None,
-            "base": self.settings.base or config.base_name_or_path,
+            "revision": checkpoint.revision if checkpoint is not None else None,
+            "commit": checkpoint.commit if checkpoint is not None else None,
+            "base": (checkpoint.base if checkpoint is not None else None) or config.base_name_or_path,
             "base_fingerprint": config.base_fingerprint,
             "checkpoint_fingerprint": fingerprint(self.model),
             "dtype": str(self.model.base.dtype),

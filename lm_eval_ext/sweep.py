@@ -116,9 +116,7 @@ def read_plan(file: str | Path) -> Plan:
             raise UsageError(f"run: {name!r} is set by the sweep itself; leave it out.")
     _check_gen_kwargs(run.get("gen_kwargs"))
     points = [*_points(shared, grid, content.get("base", False)), *read_controls(_mapping(content, "controls"), shared)]
-    for point in points:
-        if point.model == "l2d":
-            check_checkpoint(parse_arguments(dict(point.model_args)))
+    _check_points([point.model_args for point in points if point.model == "l2d"])
     run = {"log_samples": True, **run}
     settings = [
         Setting(task, point.name, point.model_args, {**run, **point.run}, point.model)
@@ -126,6 +124,16 @@ def read_plan(file: str | Path) -> Plan:
         for point in points
     ]
     return Plan(Path(output), settings)
+
+
+def _check_points(points: list[dict[str, Any]]) -> None:
+    """Check the model args of every setting; each checkpoint is opened once. Raises `UsageError`."""
+    opened: dict[str, Any] = {}
+    for arguments in points:
+        name = json.dumps([arguments.get(key) for key in ("pretrained", "revision", "base")])
+        settings = parse_arguments({**arguments, "pretrained": opened.get(name, arguments.get("pretrained"))})
+        opened[name] = settings.checkpoint
+        check_checkpoint(settings)
 
 
 def _check_gen_kwargs(given: Any) -> None:

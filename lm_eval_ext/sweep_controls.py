@@ -14,9 +14,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from l2d.checkpoint.opening import open_checkpoint
 from l2d.sampler_config import SamplerConfig
 from l2d.settings import declared
-from lm_eval_ext.arguments import HARNESS_ARGUMENTS, UsageError, read_checkpoint
+from lm_eval_ext.arguments import HARNESS_ARGUMENTS, UsageError, one_line
 
 KINDS = ("one_evaluation", "noise_free", "finetuned")
 _ONCE = {"diffusion_budget": 2, "solver": "euler"}
@@ -51,7 +52,9 @@ def read_controls(controls: dict[str, Any], shared: dict[str, Any]) -> list[Poin
         for time in _times(controls["one_evaluation"]):
             points.append(Point(f"one_evaluation,t={time:g}", {**kept, **_ONCE, "final_time": time}))
     for folder in _folders("noise_free", controls.get("noise_free", [])):
-        if not read_checkpoint(folder).get("noise_free"):
+        with one_line():
+            noise_free = open_checkpoint(folder).settings.noise_free
+        if not noise_free:
             raise UsageError(
                 f"controls: noise_free={folder!r} is a path with noise: give a checkpoint trained with noise_free."
             )

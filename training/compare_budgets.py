@@ -24,10 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2d.checkpoint.hub import checkpoint_folder, commit_of
-from l2d.checkpoint.preflight import check_files, check_sampler, read_config_file
+from l2d.checkpoint.opening import Checkpoint, open_checkpoint
 from l2d.cli.parser import Parser
-from l2d.cli.session import load_session, tokenizer_source
+from l2d.cli.session import load_session
 from l2d.sampler_config import SamplerConfig
 from l2d.statistics import Estimate, Paired, mean, paired, ratio, shown, verdict
 
@@ -168,10 +167,10 @@ def comparison(budget: Measurement, single: Measurement) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is asked for, checked: where the checkpoint is, and the sampler settings of the single evaluations and of
-    the budgets."""
+    """What is asked for, checked: the checkpoint, and the sampler settings of the single evaluations and of the
+    budgets."""
 
-    folder: str
+    checkpoint: Checkpoint
     singles: list[dict[str, Any]]
     budgets: list[dict[str, Any]]
 
@@ -180,9 +179,9 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command; user errors end with one line on standard error and exit status 2."""
     given = _parser().parse_args(arguments)
     try:
-        config, plan = _check(given)
-        ids, mask, wanted = _read_data(given, plan.folder, config)
-        session = load_session(plan.folder, base=given.base, dtype=given.dtype, device=given.device)
+        plan = _check(given)
+        ids, mask, wanted = _read_data(given, plan.checkpoint)
+        session = load_session(plan.checkpoint, dtype=given.dtype, device=given.device)
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
@@ -191,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
         [_told(measure(session.model, ids, mask, wanted, sampler, given.batch_size)) for sampler in part]
         for part in (plan.singles, plan.budgets)
     )
-    report(given, config, singles, budgets, commit_of(plan.folder))
+    report(given, plan.checkpoint, singles, budgets)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -217,7 +216,7 @@ def _joined(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
 
 
-def _check(given: argparse.Namespace) -> tuple[dict[str, Any], _Plan]:
+def _check(given: argparse.Namespace) -> _Plan:
     """Everything that can be refused without data and weights. Raises `ValueError`."""
     for name in ("limit", "batch_size"):
         value = getattr(given, name)
@@ -225,21 +224,20 @@ def _check(given: argparse.Namespace) -> tuple[dict[str, Any], _Plan]:
             raise ValueError(f"{name}={value} must be a whole number of at least 1.")
     if given.json is not None and not Path(given.json).absolute().parent.is_dir():
         raise ValueError(f"json={given.json!r} is in a folder that does not exist: make it, or name another file.")
-    config = read_config_file(given.checkpoint, given.revision)
-    noise_free = config.get("noise_free", False)
+    checkpoint = open_checkpoint(given.checkpoint, given.revision, given.base)
+    noise_free = checkpoint.settings.noise_free
     times = _numbers("times", given.times, float, (1.0,) if noise_free else TIMES)
     budgets = _numbers("budgets", given.budgets, int, (1,) if noise_free else BUDGETS)
     singles, asked = [single_evaluation(time) for time in times], [{"budget": budget} for budget in budgets]
     for sampler in [*singles, *asked]:
-        settings = check_sampler(config, sampler)
+        settings = checkpoint.sampler(**sampler)
         if settings.adaptive and not settings.is_base:
             raise ValueError(
                 f"budgets={_joined(budgets)} cannot be met by solver={settings.solver!r}, which this checkpoint "
                 "stores: give budgets=1, or store another solver in its config.json."
             )
-    folder = checkpoint_folder(given.checkpoint, given.revision)
-    check_files(folder, config, given.base)
-    return config, _Plan(folder, singles, asked)
+    checkpoint.check_files()
+    return _Plan(checkpoint, singles, asked)
 
 
 def _numbers(name: str, text: str | None, kind: type, default: Sequence[float]) -> list[Any]:
@@ -259,16 +257,17 @@ def _numbers(name: str, text: str | None, kind: type, default: Sequence[float]) 
 
 
 def _read_data(
-    given: argparse.Namespace, folder: str, config: dict[str, Any]
+    given: argparse.Namespace, checkpoint: Checkpoint
 ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
     """Tokens, mask and targets (E, S) of the examples. Raises `ValueError`."""
     import torch
 
+    from l2d.checkpoint.loading import load_tokenizer
     from training.budget_metrics import padded
-    from training.config import DataArguments, L2DTrainingConfig, ModelArguments
-    from training.data.loading import encode, load_split, load_tokenizer
+    from training.config import DataArguments, L2DTrainingConfig
+    from training.data.loading import encode, load_split
 
-    recipe = _recipe(folder)
+    recipe = _recipe(checkpoint.folder)
     data = DataArguments(
         dataset=given.data,
         dataset_config=[given.dataset_config] if given.dataset_config else None,
@@ -280,10 +279,11 @@ def _read_data(
     if given.limit is not None:
         examples = examples.select(range(min(given.limit, len(examples))))
     training = L2DTrainingConfig(output_dir="unused", report_to="none", too_long="drop", bf16=False)
-    tokenizer = load_tokenizer(ModelArguments(base=tokenizer_source(folder, config, given.base)), training)
-    base_config = config.get("base_config") or {}
-    base_config = base_config.get("text_config") or base_config
-    longest = base_config.get("max_position_embeddings") or sys.maxsize
+    tokenizer = load_tokenizer(checkpoint)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {checkpoint.name!r} has no end-of-sequence token: set it in its folder.")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    longest = checkpoint.settings.longest or sys.maxsize
     encoded, summary = encode(examples, tokenizer, training, longest, "data")
     print(summary, flush=True)
     return padded(list(encoded), tokenizer.pad_token_id, torch.device("cpu"))
@@ -310,17 +310,13 @@ def _told(found: Measurement) -> Measurement:
 
 def report(
     given: argparse.Namespace,
-    config: dict[str, Any],
+    checkpoint: Checkpoint,
     singles: list[Measurement],
     budgets: list[Measurement],
-    commit: str | None = None,
 ) -> None:
-    """Print table, best time, arguments and verdict, and write them to `given.json` where that is asked for.
-
-    `commit`: that of a checkpoint on the hub.
-    """
+    """Print table, best time, arguments and verdict, and write them to `given.json` where that is asked for."""
     best, largest = choose_best(singles), budgets[-1]
-    arguments = model_args(given.checkpoint, config, best.sampler, given.revision)
+    arguments = model_args(checkpoint, best.sampler)
     sentence = comparison(largest, best)
     print(table([*budgets, *singles], best))
     print(f"\nbest single evaluation: t = {best.sampler.final_time:g}")
@@ -331,9 +327,9 @@ def report(
     if given.json is None:
         return
     content = {
-        "checkpoint": str(given.checkpoint),
-        "revision": given.revision,
-        "commit": commit,
+        "checkpoint": checkpoint.name,
+        "revision": checkpoint.revision,
+        "commit": checkpoint.commit,
         "data": given.data,
         "examples": len(best.counts),
         "targets": int(best.counts.sum()),
@@ -349,12 +345,13 @@ def report(
     os.replace(draft, given.json)
 
 
-def model_args(checkpoint: str, config: dict[str, Any], sampler: SamplerConfig, revision: str | None = None) -> str:
+def model_args(checkpoint: Checkpoint, sampler: SamplerConfig) -> str:
     """Arguments of `lm_eval --model l2d` for one evaluation, beside what the checkpoint stores."""
-    stored = SamplerConfig().replace(**(config.get("sampler") or {}))
+    stored = checkpoint.settings.default_sampler()
     named = {"diffusion_budget": "budget", "solver": "solver", "final_time": "final_time"}
     named |= {name: name for name in ("start_time", "mc_samples") if getattr(stored, name) != _SINGLE[name]}
-    where = [f"pretrained={checkpoint}", *([f"revision={revision}"] if revision is not None else [])]
+    where = [f"pretrained={checkpoint.name}"]
+    where += [f"revision={checkpoint.revision}"] if checkpoint.revision is not None else []
     return ",".join([*where, *(f"{name}={_word(getattr(sampler, f))}" for name, f in named.items())])
 
 

@@ -38,11 +38,18 @@ def config_folder(
 
 
 def checkpoint_folder(
-    name: str | os.PathLike, revision: str | None = None, subfolder: str | None = None, **access: Any
+    name: str | os.PathLike,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    at: str | None = None,
+    **access: Any,
 ) -> str:
-    """Folder of checkpoint `name` with all that loading reads, as far as the checkpoint has it. Raises `ValueError`."""
+    """Folder of checkpoint `name` with all that loading reads, as far as the checkpoint has it.
+
+    `at`: where its `config.json` was fetched to, which fixes the commit. Raises `ValueError`.
+    """
     name = os.fspath(name)
-    folder = config_folder(name, revision, subfolder, **access)
+    folder = at or config_folder(name, revision, subfolder, **access)
     if os.path.isdir(name):
         return folder
     from huggingface_hub import constants, snapshot_download

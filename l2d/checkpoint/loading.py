@@ -1,6 +1,7 @@
 """Loading: a checkpoint's trained tensors, and the base that they belong to.
 
 - `load_parts`: configuration, base and trained tensors of a checkpoint, which `L2DForCausalLM` puts together
+- `config_from`, `load_tokenizer`: the configuration object and the tokenizer of an open checkpoint
 - `load_base`, `base_name`, `describe_base`: the frozen base and what a checkpoint records of it
 - `in_dtype`: a loaded base in another dtype, as transformers loads it
 - `read_tensors`: trained tensors of a checkpoint folder, whole or sharded (safetensors only)
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -30,9 +31,9 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
-from l2d.checkpoint.hub import checkpoint_folder, config_folder
-from l2d.checkpoint.preflight import base_location
-from l2d.config import L2DConfig
+from l2d.checkpoint.hub import checkpoint_folder
+from l2d.checkpoint.opening import Checkpoint, base_location, open_checkpoint
+from l2d.config import L2DConfig, base_config_from_dict
 from l2d.integrity import fingerprint, tensors_digest
 
 _ACCESS_ARGUMENTS = ("cache_dir", "token", "local_files_only", "force_download")  # to the checkpoint and to its base
@@ -136,7 +137,7 @@ class CheckpointParts:
 
 
 def load_parts(
-    name: str | os.PathLike, *, base: Any = None, config: L2DConfig | None = None, **kwargs: Any
+    name: Checkpoint | str | os.PathLike, *, base: Any = None, config: L2DConfig | None = None, **kwargs: Any
 ) -> CheckpointParts:
     """Load checkpoint `name` and its recorded base, or `base`; see `L2DForCausalLM.from_pretrained`."""
     for unused in ("state_dict", "output_loading_info"):
@@ -147,12 +148,15 @@ def load_parts(
     for internal in ("_from_auto", "adapter_kwargs", "_commit_hash"):
         kwargs.pop(internal, None)
     hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
-    access = {key: value for key, value in hub.items() if key in _ACCESS_ARGUMENTS}
-    if os.path.isdir(name):
+    if not isinstance(name, Checkpoint) and os.path.isdir(name):
         hub.pop("revision", None)  # as in transformers
-    if config is None:
-        config = read_config(config_folder(name, **hub))  # before the rest is fetched
-    folder = checkpoint_folder(name, **hub)
+    access = {key: value for key, value in hub.items() if key in _ACCESS_ARGUMENTS}
+    if config is None or isinstance(name, Checkpoint):
+        opened = open_checkpoint(name, **hub)
+        config, base = config or config_from(opened), opened.base if base is None else base
+        folder, name = opened.folder, opened.name
+    else:
+        folder = checkpoint_folder(name, **hub)
     tensors = read_tensors(folder)
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     if isinstance(dtype, str) and dtype != "auto":
@@ -162,7 +166,7 @@ def load_parts(
         _check_base(name, config, base)
         base = in_dtype(base, dtype) if convert and base.dtype != dtype else base  # the caller's model stays as it is
     else:
-        where = base_location(name, config.base_name_or_path, base)
+        where = base_location(os.fspath(name), config.base_name_or_path, base)
         options = {"revision": config.base_revision, **access, **kwargs}
         base = load_base(where, **options, **({"dtype": dtype} if convert else {}))
         as_stored = base
@@ -190,21 +194,30 @@ def _dtype(name: str) -> torch.dtype:
     return dtype
 
 
-def read_config(name: str | os.PathLike) -> L2DConfig:
-    """The configuration of the L2D checkpoint in folder `name`; `ValueError` where there is none, or a damaged one."""
-    content = _read_json(name, CONFIG_NAME)
-    if content is None:
-        raise ValueError(f"pretrained={os.fspath(name)!r} is not an L2D checkpoint: it holds no {CONFIG_NAME}.")
-    if content.get("model_type") != L2DConfig.model_type:
-        raise ValueError(
-            f"pretrained={os.fspath(name)!r} holds a {content.get('model_type')!r} model, not an L2D checkpoint: "
-            "train one with training.train, or use the model as it is."
-        )
+def config_from(checkpoint: Checkpoint) -> L2DConfig:
+    """The configuration object of an open checkpoint. Raises `ValueError`."""
     try:
-        return L2DConfig.from_pretrained(name)
+        return L2DConfig.from_dict(dict(checkpoint.content))
     except (ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{CONFIG_NAME} of {os.fspath(name)!r} cannot be used: {reason}") from error
+        raise ValueError(f"{CONFIG_NAME} of {checkpoint.name!r} cannot be used: {reason}") from error
+
+
+def load_tokenizer(source: Checkpoint | str, **options: Any) -> Any:
+    """The tokenizer of an open checkpoint, or of another folder or hub name, with `options` of `AutoTokenizer`.
+
+    Raises `ValueError` where none can be loaded.
+    """
+    if isinstance(source, Checkpoint):
+        if source.settings.base_config:  # the base's type and name help to choose the class
+            options["config"] = base_config_from_dict(source.settings.base_config)
+            options["config"]._name_or_path = source.base_location
+        source = source.tokenizer_source
+    try:
+        return AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"tokenizer={source!r} cannot be loaded: {reason}") from error
 
 
 def _read_json(name: str | os.PathLike, file: str) -> dict[str, Any] | None:

@@ -1,27 +1,24 @@
 """A loaded checkpoint with its tokenizer, for use by hand: `trace` and `chat`.
 
 - `Session`: prompts and conversations to tokens, exactly as the evaluation does it; end tokens; text of single tokens
-- `load_session`: from a checkpoint's folder or hub name; `tokenizer_source`: where its tokenizer is
-- `add_sampler_arguments`, `sampler_from`, `session_from`: sampler settings on a command line, checked before loading
+- `load_session`: from an open checkpoint, or its folder or hub name
+- `add_sampler_arguments`, `sampler_from`, `open_from`, `session_from`: a command line, checked before loading
 """
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from l2d.checkpoint.hub import checkpoint_folder
-from l2d.checkpoint.preflight import base_location, check_files, check_sampler, read_config_file
+from l2d.checkpoint.opening import Checkpoint, open_checkpoint
 from l2d.sampler_config import SamplerConfig
 from l2d.settings import Setting, declared
 
 if TYPE_CHECKING:
     from l2d.modeling import L2DForCausalLM
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 @dataclasses.dataclass
@@ -104,44 +101,31 @@ def check_text(name: str, text: str | None) -> None:
 
 
 def load_session(
-    name: str | Path,
-    base: str | None = None,
+    checkpoint: Checkpoint | str | os.PathLike,
     dtype: str | None = None,
     device: str | None = None,
     template: bool = False,
-    revision: str | None = None,
 ) -> Session:
-    """Load the checkpoint `name`, a folder or (at `revision`) on the hub, with its own tokenizer or the base's.
+    """Load `checkpoint`, open or by its folder or hub name, with its tokenizer.
 
     `template`: one is needed. Raises `ValueError`, before any weights are read, for a folder without a whole L2D
     checkpoint, a tokenizer without the template, or a device that is not there; and for a base that is not the
     checkpoint's own.
     """
-    config = read_config_file(name, revision)
-    folder = checkpoint_folder(name, revision)
-    check_files(folder, config, base)
+    checkpoint = open_checkpoint(checkpoint)
+    checkpoint.check_files()
     import torch
-    from transformers import AutoTokenizer
 
+    from l2d.checkpoint.loading import load_tokenizer
     from l2d.modeling import L2DForCausalLM
 
-    device = _device(device)
-    source = tokenizer_source(folder, config, base)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(source))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer can be loaded from {str(source)!r}: put the base's beside it.") from error
+    place = _device(device)
+    tokenizer = load_tokenizer(checkpoint)
     if template and tokenizer.chat_template is None:
         raise ValueError("the tokenizer of this checkpoint has no chat template: use --plain, or trace without --chat.")
     options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
-    model = L2DForCausalLM.from_pretrained(folder, base=base, **options).eval()
-    return Session(model.to(device), tokenizer)
-
-
-def tokenizer_source(folder: str | Path, config: dict[str, Any], base: str | None = None) -> str:
-    """Where the tokenizer of the checkpoint in `folder`, with this `config.json`, is: there, or with its base."""
-    own = any((Path(folder) / name).is_file() for name in _TOKENIZER_FILES)
-    return str(folder if own else base_location(folder, config.get("base_name_or_path"), base))
+    model = L2DForCausalLM.from_pretrained(checkpoint, **options).eval()
+    return Session(model.to(place), tokenizer)
 
 
 def _device(name: str | None) -> Any:
@@ -184,14 +168,18 @@ def _typed(one: Setting) -> Callable[[str], Any]:
     return read
 
 
-def session_from(given: argparse.Namespace, template: bool = False) -> Session:
-    """Load the checkpoint that a command line names, after a look at all of its settings. Raises `ValueError`."""
-    config = read_config_file(given.folder, given.revision)
-    check_sampler(config, sampler_from(given))
+def open_from(given: argparse.Namespace) -> Checkpoint:
+    """Open the checkpoint that a command line names, and look at all of its settings. Raises `ValueError`."""
+    checkpoint = open_checkpoint(given.folder, given.revision, given.base)
+    checkpoint.sampler(**sampler_from(given))
     decoding_options(given.temperature, 1)
-    longest = (config.get("base_config") or {}).get("max_position_embeddings")
-    _check_answer_length(given.max_new_tokens, longest or sys.maxsize)
-    return load_session(given.folder, given.base, given.dtype, given.device, template, given.revision)
+    _check_answer_length(given.max_new_tokens, checkpoint.settings.longest or sys.maxsize)
+    return checkpoint
+
+
+def session_from(given: argparse.Namespace, template: bool = False) -> Session:
+    """Load the checkpoint that a command line names, after `open_from`. Raises `ValueError`."""
+    return load_session(open_from(given), given.dtype, given.device, template)
 
 
 def sampler_from(given: argparse.Namespace) -> dict[str, Any]:

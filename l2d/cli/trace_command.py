@@ -10,10 +10,9 @@ import json
 import sys
 from pathlib import Path
 
-from l2d.checkpoint.preflight import check_sampler, read_config_file
 from l2d.cli.files import write_files
 from l2d.cli.parser import check_folder
-from l2d.cli.session import add_sampler_arguments, check_text, sampler_from, session_from
+from l2d.cli.session import add_sampler_arguments, check_text, load_session, open_from, sampler_from
 from l2d.cli.terminal import harmless, shade, visible
 from l2d.cli.trace import Trace, refuse_untraceable, trace_prompt
 from l2d.cli.trace_page import html_page
@@ -54,12 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Trace one prompt and show it. Raises `ValueError`."""
-    refuse_untraceable(check_sampler(read_config_file(given.folder, given.revision), sampler_from(given)))
+    checkpoint = open_from(given)
+    refuse_untraceable(checkpoint.sampler(**sampler_from(given)))
     if given.out is not None:
         check_folder("out", given.out.parent)
     prompt = sys.stdin.buffer.read().decode(errors="surrogateescape") if given.prompt == "-" else given.prompt
     check_text("prompt", prompt)
-    session = session_from(given, template=given.chat)
+    session = load_session(checkpoint, given.dtype, given.device, template=given.chat)
     if given.chat:
         prompt = session.conversation_text([{"role": "user", "content": prompt}])
     trace = trace_prompt(session, prompt, sampler_from(given), given.temperature, given.max_new_tokens)

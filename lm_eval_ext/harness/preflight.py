@@ -1,7 +1,7 @@
 """What `lm_eval --model l2d` asks for, checked as soon as the command line is read.
 
 - `install`: wraps the harness's configuration, so that mistakes end in one line before its tasks are indexed
-- `check_checkpoint`, `check_device`: parts of it that others use, too
+- `check_checkpoint`, `check_device`: parts of it that others use, too; `take_opened`: the checkpoint that it opened
 - `refuse_checkpoint`: an L2D checkpoint for a model class that would not know what to do with it
 - `check_command`: model args, files of the checkpoint, device and generation settings of a configuration
 
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from l2d.checkpoint.hub import config_folder
-from l2d.checkpoint.preflight import check_files, read_config_file
+from l2d.checkpoint.opening import Checkpoint, read_config_file
 from lm_eval_ext.arguments import (
     SEARCH,
     Settings,
     UsageError,
-    check_guidance,
+    fitted,
+    one_line,
     parse_arguments,
-    read_checkpoint,
     sampler_changes,
     token_search,
 )
@@ -32,6 +32,7 @@ from lm_eval_ext.generation_names import check_beams, check_settings
 MODEL = "l2d"
 PLAIN_MODELS = ("hf", "hf-auto", "huggingface")
 """Names of the harness's own Hugging Face class."""
+_opened: list[Checkpoint] = []  # by the check of the command line, for the model class that follows
 
 
 def install(configuration: Any) -> None:
@@ -77,7 +78,8 @@ def check_command(asked: Any) -> None:
     settings = parse_arguments({**{k: v for k, v in options.items() if v is not None}, **given})
     if not asked.tasks:
         raise UsageError("tasks is not set: give --tasks NAME,NAME; lm_eval ls tasks lists what there is.")
-    check_checkpoint(settings, asked.gen_kwargs or {})
+    check_checkpoint(settings, asked.gen_kwargs)
+    _opened[:] = [settings.checkpoint] if settings.checkpoint is not None else []
     check_device(settings.harness.get("device"))
 
 
@@ -113,17 +115,25 @@ def refuse_checkpoint(model: str, model_args: Any) -> None:
 
 def check_checkpoint(settings: Settings, gen_kwargs: dict[str, Any] | None = None) -> None:
     """Raise `UsageError` if files are missing, or if `gen_kwargs` or the search over tokens cannot be followed."""
-    config = read_checkpoint(settings.pretrained, settings.revision)
-    check_settings(gen_kwargs or {})
-    search = token_search((gen_kwargs or {}).get(SEARCH, settings.token_search))
-    try:
-        changed = settings.sampler.replace(**sampler_changes(gen_kwargs or {}))
-        check_guidance(changed, config.get("guidance_classes"))
-        check_files(settings.folder(), config, settings.base)
-        file = Path(settings.folder(), "generation_config.json")
+    gen_kwargs, checkpoint = gen_kwargs or {}, settings.checkpoint
+    check_settings(gen_kwargs)
+    search = token_search(gen_kwargs.get(SEARCH, settings.token_search))
+    if checkpoint is None:
+        return
+    with one_line():
+        fitted(settings.sampler.replace(**sampler_changes(gen_kwargs)), checkpoint.settings)
+        checkpoint.check_files()
+        file = Path(checkpoint.folder, "generation_config.json")
         check_beams(search, json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {})
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+
+
+def take_opened(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Model args with the open checkpoint in the place of its name, if `check_command` opened it for this run."""
+    opened = _opened.pop() if _opened else None
+    named = tuple(arguments.get(name) for name in ("pretrained", "revision", "base"))
+    if opened is None or named != (opened.name, opened.revision, opened.base):
+        return arguments
+    return {**arguments, "pretrained": opened}
 
 
 def check_device(device: str | None) -> None:

@@ -69,7 +69,7 @@ BAD = [
     (dict(trust_remote_code=1), "trust_remote_code=1 must be true or false"),
     (dict(chat_template_args="x"), "chat_template_args='x' must be a JSON object"),
     (dict(max_memory_per_gpu="lots"), "max_memory_per_gpu='lots' must be a number of bytes"),
-    (dict(base="/nowhere/base"), "base='/nowhere/base' is not a folder"),
+    (dict(base="/nowhere/base"), "base='/nowhere/base' is not a directory"),
 ]
 
 
@@ -90,7 +90,7 @@ def test_bad_checkpoint_folder(tmp_path, base_dir):
         ({"pretrained": str(tmp_path / "nowhere")}, "is not a folder: give the folder of an L2D checkpoint."),
         ({"pretrained": "name/on-hub"}, "neither a folder nor whole in the hub's cache, and HF_HUB_OFFLINE forbids"),
         ({"pretrained": str(base_dir), "revision": "v1"}, "revision='v1' means nothing for the folder"),
-        ({"pretrained": str(tmp_path)}, "holds no readable config.json"),
+        ({"pretrained": str(tmp_path)}, "holds no config.json and is not an L2D checkpoint"),
         ({"pretrained": str(base_dir)}, "is a 'llama' model, not an L2D checkpoint: evaluate it with --model hf"),
     ]:
         with pytest.raises(UsageError, match=sentence):

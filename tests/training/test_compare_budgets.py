@@ -209,7 +209,7 @@ def test_refused_before_weights_are_loaded(l2d_dir, tmp_path, monkeypatch, capsy
 
 def test_other_models_are_refused(base_dir, tmp_path, capsys):
     data = write_jsonl(tmp_path / "data.jsonl", sums(5))
-    for folder, sentence in ((tmp_path, "holds no readable config.json"), (base_dir, "not an L2D checkpoint")):
+    for folder, sentence in ((tmp_path, "holds no config.json"), (base_dir, "not an L2D checkpoint")):
         with pytest.raises(SystemExit):
             main([str(folder), "--data", str(data)])
         assert sentence in capsys.readouterr().err
