@@ -12,12 +12,23 @@ import pytest
 from scipy import stats
 
 from training.demo import __main__ as demo
-from training.demo.plan import BUDGETS, CURVES, DECODINGS, FINETUNED, NAMES, SETTINGS, TASKS, result_folder, timing_file
+from training.demo.plan import (
+    BUDGETS,
+    CURVES,
+    DECODINGS,
+    FINETUNED,
+    LAYOUT,
+    NAMES,
+    SETTINGS,
+    TASKS,
+    result_folder,
+    timing_file,
+)
 from training.demo.report import COMPARISONS, at, changed_prompt, compare, findings, read_demo, table, terminal_table
 from training.demo.workspace import open_workspace
 
 PROBLEMS = 400
-PRODUCTS = {"base": 0.50, "l2d-1": 0.50, "l2d-3": 0.52, "l2d-7": 0.88, "l2d-15": 0.93, "l2d-31": 0.94, "once": 0.93,
+PRODUCTS = {"base": 0.50, "l2d-1": 0.50, "l2d-3": 0.52, "l2d-7": 0.88, "l2d-15": 0.93, "l2d-31": 0.94, "l2d_once": 0.93,
             "corrupted-3": 0.80, "corrupted-7": 0.93, "corrupted-15": 0.96, "corrupted-31": 0.955,
             "corrupted_once": 0.85, "noise_free": 0.99, "lora_sft": 0.99, "full_sft": 1.00}  # fmt: skip
 SUMS = {name: 1.0 for name in PRODUCTS} | {"l2d-15": 0.8, "lora_sft": 0.1, "full_sft": 0.0}
@@ -82,7 +93,7 @@ def test_table_by_scipy(results):
             low, high = interval(values)
             cells.append(f"{values.mean():.3f} [{low:.3f}, {high:.3f}]")
         assert line[1:] == [str(setting.budget), *cells]
-    assert lines[10][0] == "control: one evaluation, t = 0.02"
+    assert lines[10][0] == "control: one evaluation, L2D, t = 0.02"
 
 
 def test_differences_by_scipy(results):
@@ -101,9 +112,9 @@ def test_differences_by_scipy(results):
             assert str(one) == f"{(ours - theirs).mean():+.3f} [{low:+.3f}, {high:+.3f}], {one.word}"
         p_values.append(one.difference.p_value)
     unpaired = np.hypot(
-        stats.sem(ours := right_of(results, at("l2d", 31))), stats.sem(right_of(results, at("once", 2)))
+        stats.sem(ours := right_of(results, at("l2d", 31))), stats.sem(right_of(results, at("l2d_once", 2)))
     )
-    assert ours.size == PROBLEMS and compared[at("l2d", 31), at("once", 2)].difference.stderr < 0.8 * unpaired
+    assert ours.size == PROBLEMS and compared[at("l2d", 31), at("l2d_once", 2)].difference.stderr < 0.8 * unpaired
     order, highest = np.argsort(p_values, kind="stable"), 0.0
     for rank, place in enumerate(order):
         highest = max(highest, (len(order) - rank) * p_values[place])
@@ -116,12 +127,12 @@ def test_differences_by_scipy(results):
 def test_between_one_error_and_two_nothing_is_decided(tmp_path):
     write_results(tmp_path)
     read = read_demo(tmp_path)
-    end, control = read.answers[at("l2d", 31)].right, read.answers[at("once", 2)].right
+    end, control = read.answers[at("l2d", 31)].right, read.answers[at("l2d_once", 2)].right
     control[:] = end
     control[:3] = 1 - control[:3]
     end[:3] = 1  # three more of 400: 1.7 errors
     control[:3] = 0
-    one = compare(read)[at("l2d", 31), at("once", 2)]
+    one = compare(read)[at("l2d", 31), at("l2d_once", 2)]
     assert 1 < one.difference.value / one.difference.stderr < 2 and one.word == "not told apart"
     assert "That iterating helps L2D (greedy): " in " ".join(findings(read)["not shown"])
 
@@ -159,7 +170,7 @@ def test_other_numbers_give_other_sentences(tmp_path):
     changes = {
         "l2d-15": 0.80,
         "l2d-31": 0.99,
-        "once": 0.60,
+        "l2d_once": 0.60,
         "corrupted_once": 0.955,
         "noise_free": 0.9,
         "lora_sft": 0.5,
@@ -190,7 +201,7 @@ def test_missing_result_is_named(tmp_path):
 def test_report_leaves_all_files(tmp_path, capsys, monkeypatch):
     traced = []
     monkeypatch.setattr(demo, "write_pages", lambda out, prompt: traced.append(prompt))  # needs the demo's models
-    workspace = open_workspace(tmp_path / "demo", {}, overwrite=False)
+    workspace = open_workspace(tmp_path / "demo", {}, False, LAYOUT)
     out = workspace.folder
     write_results(out, answers="wrong")
     demo.report(workspace)

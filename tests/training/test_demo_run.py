@@ -17,13 +17,13 @@ from tests.training_runs import BASELINE, SMALL, sums, write_jsonl, write_recipe
 from training.demo import __main__ as demo
 from training.demo import timing
 from training.demo.evaluate import evaluate
-from training.demo.plan import SETTINGS, build_steps, recipes, write_recipes
+from training.demo.plan import CONTROLS, LAYOUT, SETTINGS, build_steps, recipes, write_recipes
 from training.demo.runner import Step, StepFailed, run_steps
-from training.demo.workspace import DEMO, LOCK, open_workspace
+from training.demo.workspace import LOCK, open_workspace
 from training.recipe import read_recipe
 
 SETTING = {"recipes": 1}
-STATE = DEMO.state
+STATE = LAYOUT.state
 
 
 def python_step(name, code, output, **options):
@@ -35,67 +35,67 @@ def write(path, text="done"):
 
 
 def test_new_and_empty_folders_are_taken(tmp_path):
-    assert open_workspace(tmp_path / "new", SETTING, overwrite=False).seconds == {}
+    assert open_workspace(tmp_path / "new", SETTING, False, LAYOUT).seconds == {}
     (tmp_path / "empty").mkdir()
-    assert open_workspace(tmp_path / "empty", SETTING, overwrite=False).seconds == {}
+    assert open_workspace(tmp_path / "empty", SETTING, False, LAYOUT).seconds == {}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_foreign_folders_and_files_are_refused(tmp_path, overwrite):
     (tmp_path / "data").mkdir()
     with pytest.raises(ValueError, match="holds 'data', which is no demo's: choose another folder with OUT="):
-        open_workspace(tmp_path, SETTING, overwrite)
+        open_workspace(tmp_path, SETTING, overwrite, LAYOUT)
     assert (tmp_path / "data").is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="is a file: choose a folder with OUT="):
-        open_workspace(tmp_path / "file", SETTING, overwrite)
+        open_workspace(tmp_path / "file", SETTING, overwrite, LAYOUT)
 
 
 def test_finished_demo_is_overwritten_only_when_asked(tmp_path):
     out = tmp_path / "demo"
-    workspace = open_workspace(out, SETTING, overwrite=False)
+    workspace = open_workspace(out, SETTING, False, LAYOUT)
     workspace.record("data", 1.0)
     workspace.finish()
     (out / "report.md").touch()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"finished demo .*OUT=, or replace it with OVERWRITE=1 \(--overwrite\)\.$"):
-        open_workspace(out, SETTING, overwrite=False)
-    assert open_workspace(out, SETTING, overwrite=True).seconds == {}
+        open_workspace(out, SETTING, False, LAYOUT)
+    assert open_workspace(out, SETTING, True, LAYOUT).seconds == {}
     assert sorted(path.name for path in out.iterdir()) == [LOCK, STATE, "notes.txt"]
 
 
 def test_folder_in_use_is_refused(tmp_path):
-    workspace = open_workspace(tmp_path / "demo", SETTING, overwrite=False)
+    workspace = open_workspace(tmp_path / "demo", SETTING, False, LAYOUT)
     with pytest.raises(ValueError, match="in use by a demo that still runs"):
-        open_workspace(tmp_path / "demo", SETTING, overwrite=True)
+        open_workspace(tmp_path / "demo", SETTING, True, LAYOUT)
     workspace.lock.close()
-    open_workspace(tmp_path / "demo", SETTING, overwrite=False)
+    open_workspace(tmp_path / "demo", SETTING, False, LAYOUT)
 
 
 def test_comma_is_refused_before_anything_is_made(tmp_path):
     with pytest.raises(ValueError, match="holds a comma"):
-        open_workspace(tmp_path / "a,b", SETTING, overwrite=False)
+        open_workspace(tmp_path / "a,b", SETTING, False, LAYOUT)
     assert not (tmp_path / "a,b").exists()
 
 
 def test_unfinished_demo_continues_only_with_its_own_settings(tmp_path):
-    open_workspace(tmp_path / "demo", SETTING, overwrite=False).record("data", 1.0)
-    assert open_workspace(tmp_path / "demo", SETTING, overwrite=False).seconds == {"data": 1.0}
+    open_workspace(tmp_path / "demo", SETTING, False, LAYOUT).record("data", 1.0)
+    assert open_workspace(tmp_path / "demo", SETTING, False, LAYOUT).seconds == {"data": 1.0}
     with pytest.raises(ValueError, match="unfinished demo of other settings"):
-        open_workspace(tmp_path / "demo", {"recipes": 2}, overwrite=False)
+        open_workspace(tmp_path / "demo", {"recipes": 2}, False, LAYOUT)
     with pytest.raises(ValueError, match="unfinished demo of other settings"):
-        open_workspace(tmp_path / "demo", {}, overwrite=False)
-    assert open_workspace(tmp_path / "demo", {**SETTING, "another": 3}, overwrite=False).seconds == {"data": 1.0}
+        open_workspace(tmp_path / "demo", {}, False, LAYOUT)
+    assert open_workspace(tmp_path / "demo", {**SETTING, "another": 3}, False, LAYOUT).seconds == {"data": 1.0}
 
 
 def test_unreadable_state_is_one_sentence(tmp_path):
     (tmp_path / STATE).write_text("{")
     with pytest.raises(ValueError, match=f"unreadable {STATE}"):
-        open_workspace(tmp_path, SETTING, overwrite=False)
+        open_workspace(tmp_path, SETTING, False, LAYOUT)
 
 
 def test_steps_run_in_order_and_only_once(tmp_path, capsys):
-    workspace = open_workspace(tmp_path / "demo", SETTING, overwrite=False)
+    workspace = open_workspace(tmp_path / "demo", SETTING, False, LAYOUT)
     out = workspace.folder
     steps = [
         python_step(
@@ -109,14 +109,14 @@ def test_steps_run_in_order_and_only_once(tmp_path, capsys):
 
     (out / "second").unlink()
     workspace.lock.close()
-    run_steps(steps, open_workspace(out, SETTING, overwrite=False), {}, tmp_path)
+    run_steps(steps, open_workspace(out, SETTING, False, LAYOUT), {}, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "1 of 2 steps were complete already"
     assert [line.split(",")[0] for line in lines[1:]] == ["[ 2/2] second"]
 
 
 def test_output_of_an_interrupted_step_is_removed_first(tmp_path):
-    workspace = open_workspace(tmp_path / "demo", SETTING, overwrite=False)
+    workspace = open_workspace(tmp_path / "demo", SETTING, False, LAYOUT)
     folder = workspace.folder / "step"
     folder.mkdir()
     (folder / "half").touch()
@@ -125,7 +125,7 @@ def test_output_of_an_interrupted_step_is_removed_first(tmp_path):
 
 
 def test_failing_step_ends_the_others_and_shows_its_log(tmp_path):
-    workspace = open_workspace(tmp_path / "demo", SETTING, overwrite=False)
+    workspace = open_workspace(tmp_path / "demo", SETTING, False, LAYOUT)
     slow = python_step("slow", "import time; time.sleep(600)", tmp_path / "slow")
     bad = python_step("bad", "print('working', flush=True); raise SystemExit('it broke')", tmp_path / "bad")
     started = time.monotonic()
@@ -136,7 +136,7 @@ def test_failing_step_ends_the_others_and_shows_its_log(tmp_path):
 
 
 def test_step_without_its_output_has_failed(tmp_path):
-    workspace = open_workspace(tmp_path / "demo", SETTING, overwrite=False)
+    workspace = open_workspace(tmp_path / "demo", SETTING, False, LAYOUT)
     with pytest.raises(StepFailed, match="lazy failed"):
         run_steps([python_step("lazy", "pass", tmp_path / "nothing")], workspace, {}, tmp_path)
 
@@ -162,7 +162,7 @@ def test_every_setting_is_evaluated_in_both_ways(tmp_path, monkeypatch, capsys):
     run: list[list[str]] = []
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: run.append(sys.argv))
     monkeypatch.setattr(sys, "argv", [])
-    for folder, control in (("l2d", "once"), ("corrupted", "corrupted_once")):
+    for folder, control in CONTROLS.items():
         choice, step = steps[f"choose time {folder}"], steps[f"evaluate {control}"]
         assert str(tmp_path / "data" / "products_validation.jsonl") in choice.command
         assert step.needs == (choice.name,) and choice.needs == (f"train {folder}",)

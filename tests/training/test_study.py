@@ -24,9 +24,10 @@ from tests.conftest import randomise_path
 from training.compare_budgets import TIMES, single_evaluation
 from training.demo.base import build_base, encode_rows
 from training.demo.data import build_tokenizer
+from training.demo.plan import LAYOUT as DEMO
 from training.demo.plan import write_configs
 from training.demo.runner import Step, run_or_exit
-from training.demo.workspace import DEMO, open_workspace
+from training.demo.workspace import open_workspace
 from training.recipe import read_recipe
 from training.studies import compute, report
 from training.studies.evaluate import BUDGETS, evaluate, main, measure, settings

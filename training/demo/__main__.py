@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from l2d.cli.parser import Parser
-from training.demo.plan import build_steps, recipes, write_recipes
+from training.demo.plan import LAYOUT, build_steps, recipes, write_recipes
 from training.demo.runner import ROOT, environment, run_or_exit
 from training.demo.workspace import Workspace, open_workspace
 
@@ -28,7 +28,7 @@ def main() -> None:
     started = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the running steps, too
     try:
-        workspace = open_workspace(options.out, recipes(options.out.absolute()), options.overwrite)
+        workspace = open_workspace(options.out, recipes(options.out.absolute()), options.overwrite, LAYOUT)
     except OSError as error:
         sys.exit(_refused(f"OUT={options.out} cannot be written to ({error}): choose another folder with OUT=."))
     except ValueError as error:

@@ -1,5 +1,6 @@
 """The steps of the demo, as commands that a user could type.
 
+* `CURVES`: the ways to train a path that are evaluated at every budget; a new one is one entry
 * `recipes`: what the trainings are told; one YAML file each
 * `SETTINGS`: which models are evaluated, and how
 * `build_steps`: data, base, trainings (`python -m training.train`) and the time that a step of each takes, the time of
@@ -17,22 +18,23 @@ from typing import Any
 import yaml
 
 from training.demo.runner import ROOT, Step
+from training.demo.workspace import Layout
 
 TASKS = ("l2d_demo_products", "l2d_demo_sums")
 DECODINGS = {"greedy": (), "sampled": ("--gen_kwargs", "do_sample=true,temperature=1.0")}
 BUDGETS = (1, 3, 7, 15, 31)
-CURVES = ("l2d", "corrupted")
-CONTROLS = {"l2d": "once", "corrupted": "corrupted_once"}  # method of the one-evaluation control, by curve
-FINETUNED = ("lora_sft", "full_sft")
+CURVES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> title, options beyond those of plain L2D, the first one
+    "l2d": ("L2D", {}),
+    "corrupted": ("L2D, corrupted training", {"corruption_rate": 0.3}),
+}
+CONTROLS = {curve: f"{curve}_once" for curve in CURVES}  # the same path, evaluated once
+FINETUNED = {"lora_sft": "LoRA finetuning", "full_sft": "full finetuning"}
 NAMES = {
     "base": "base",
-    "l2d": "L2D",
-    "corrupted": "L2D, corrupted training",
-    "once": "control: one evaluation",
-    "corrupted_once": "control: one evaluation, corrupted training",
+    **{curve: title for curve, (title, _) in CURVES.items()},
+    **{f"{curve}_once": f"control: one evaluation, {title}" for curve, (title, _) in CURVES.items()},
     "noise_free": "control: noise-free path",
-    "lora_sft": "LoRA finetuning",
-    "full_sft": "full finetuning",
+    **FINETUNED,
 }
 STEPS = 2000
 NOISE_FREE_STEPS = 5000  # about the processor time that plain L2D takes for its steps of four draws
@@ -88,8 +90,8 @@ class Setting:
 
 SETTINGS = (
     Setting("base", "base", "base"),
-    *(Setting(f"l2d-{budget}", "l2d", "l2d", budget, "midpoint") for budget in BUDGETS),
-    *(Setting(f"corrupted-{budget}", "corrupted", "corrupted", budget, "midpoint") for budget in BUDGETS[1:]),
+    Setting("l2d-1", "l2d", "l2d", 1, "midpoint"),  # the base, with any curve's path
+    *(Setting(f"{curve}-{budget}", curve, curve, budget, "midpoint") for curve in CURVES for budget in BUDGETS[1:]),
     *(Setting(method, method, folder, 2, "euler", at_best_time=True) for folder, method in CONTROLS.items()),
     Setting("noise_free", "noise_free", "noise_free", 2, "euler"),
     Setting("lora_sft", "lora_sft", "lora_sft"),
@@ -116,16 +118,24 @@ def recipes(out: Path) -> dict[str, dict[str, Any]]:
     }
     noised = {**path, "noise_std": 0.75, "time_power": 4.0, "draws": 4, "sampler": {"budget": 15}}
     own: dict[str, dict[str, Any]] = {
-        "l2d": noised,
-        "corrupted": {**noised, "corruption_rate": 0.3},
+        **{curve: {**noised, **options} for curve, (_, options) in CURVES.items()},
         "noise_free": {**path, "noise_free": True, "max_steps": NOISE_FREE_STEPS},
-        "lora_sft": {"learning_rate": 3.0e-3},
-        "full_sft": {"learning_rate": 3.0e-3},
+        **dict.fromkeys(FINETUNED, {"learning_rate": 3.0e-3}),
     }
     return {
         name: {"method": name if name.endswith("_sft") else "l2d", **common, "output_dir": str(out / name), **changes}
         for name, changes in own.items()
     }
+
+
+LAYOUT = Layout(
+    "demo",
+    (
+        *("report.md", "accuracy.png", "leaderboard.html", "leaderboard.md", "leaderboard.csv", "leaderboard.json"),
+        *("trace.html", "trace.json", "step_seconds.json", "data", "base", *recipes(Path())),
+        *("configs", "results", "logs", "cache", *(f"{curve}_controls.json" for curve in CURVES), "demo.json"),
+    ),
+)
 
 
 def steps_of(method: str) -> int:

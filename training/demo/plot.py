@@ -15,15 +15,14 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from l2d.statistics import mean
-from training.demo.plan import BUDGETS, CONTROLS, DECODINGS, NAMES, TASKS
+from training.demo.plan import BUDGETS, CONTROLS, CURVES, DECODINGS, NAMES, TASKS
 from training.demo.report import Demo, at, title
 
 # Colours that the colour-blind tell apart (Okabe and Ito), and with each another mark or dash.
-MARKS = {"l2d": ("o-", "#0072b2"), "corrupted": ("s-", "#d55e00")}
+MARKS = dict(zip(CURVES, (("o-", "#0072b2"), ("s-", "#d55e00"), ("^-", "#f0b800")), strict=False))
 LINES = {
     "base": ("#808080", (0, (1, 1))),
-    "once": ("#56b4e9", (0, (8, 2))),
-    "corrupted_once": ("#e69f00", (0, (8, 2))),
+    **{CONTROLS[curve]: (color, (0, (8, 2))) for curve, (_, color) in MARKS.items()},
     "noise_free": ("#000000", (0, (6, 2, 1, 2))),
     "lora_sft": ("#009e73", (0, (3, 2))),
     "full_sft": ("#cc79a7", (0, (4, 1, 1, 1, 1, 1))),

@@ -1,6 +1,6 @@
 """The output folder of the demo, or of another run of steps.
 
-* `Layout`: what such a folder holds; `DEMO` is the demo's
+* `Layout`: what such a folder holds
 * `open_workspace`: refuses folders whose content is not an unfinished demo of the same settings, and folders in use
 * `Workspace`: which steps are complete, kept in `demo.json`, so that an interrupted run continues where it stopped
 """
@@ -39,17 +39,6 @@ class Layout:
         return f".{self.noun}.json"
 
 
-DEMO = Layout(
-    "demo",
-    (
-        "report.md", "accuracy.png", "leaderboard.html", "leaderboard.md", "leaderboard.csv", "leaderboard.json",
-        "trace.html", "trace.json", "step_seconds.json",
-        "data", "base", "l2d", "corrupted", "noise_free", "lora_sft", "full_sft", "configs", "results", "logs", "cache",
-        "l2d_controls.json", "corrupted_controls.json", "demo.json",
-    ),
-)  # fmt: skip
-
-
 class Workspace:
     """An output folder and the record of its complete steps.
 
@@ -60,7 +49,7 @@ class Workspace:
         lock: open file, locked as long as this process or one that inherited it lives.
     """
 
-    def __init__(self, folder: Path, settings: dict[str, Any], layout: Layout = DEMO):
+    def __init__(self, folder: Path, settings: dict[str, Any], layout: Layout):
         self.folder = folder
         self.layout = layout
         self.settings = settings
@@ -95,7 +84,7 @@ class Workspace:
         os.replace(draft, self.folder / self.layout.state)  # never half-written
 
 
-def open_workspace(folder: Path, settings: dict[str, Any], overwrite: bool, layout: Layout = DEMO) -> Workspace:
+def open_workspace(folder: Path, settings: dict[str, Any], overwrite: bool, layout: Layout) -> Workspace:
     """Prepare `folder`: new or empty, an unfinished run of the same settings, or a run to be overwritten.
 
     Raises `ValueError`, one sentence, for anything else; files that are not the run's are never removed.

@@ -5,6 +5,7 @@
   problems, and dots the single seeds
 """
 
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,8 @@ from training.studies.report import title
 from training.studies.scores import DECODINGS, TaskScores, score
 from training.studies.tasks import TASKS
 
-COLORS = {"plain": "tab:blue", "corrupted": "tab:orange", "carried": "tab:red"}
-LINES = {
-    "base": ("plain", "tab:gray", "-"),
-    "noise_free": ("single", "black", "--"),
-    "lora": ("plain", "tab:purple", "--"),
-}
+COLORS = ("tab:blue", "tab:orange", "tab:red", "tab:green", "tab:brown", "tab:pink", "tab:cyan", "tab:olive")
+DASHES = ("-", "--", ":", "-.", (0, (6, 1, 1, 1)))
 
 
 def draw(tasks: dict[str, TaskScores], path: Path) -> None:
@@ -49,23 +46,24 @@ def draw(tasks: dict[str, TaskScores], path: Path) -> None:
 
 
 def _panel(axes: Axes, task: TaskScores, decoding: str) -> None:
-    for method, (setting, color, style) in LINES.items():
-        if (method, setting) in task.outcomes:
-            value = score(task, (method, setting), decoding).problems.value
-            axes.axhline(value, color=color, linestyle=style, linewidth=1, label=title(method))
-    curves = [method for method in COLORS if (method, "single") in task.outcomes]
-    for number, method in enumerate(curves):
+    methods = dict.fromkeys(method for method, _ in task.outcomes)
+    curves = [method for method in methods if (method, "T3") in task.outcomes]
+    for method, dashes in zip([method for method in methods if method not in curves], cycle(DASHES), strict=False):
+        key = (method, "single" if (method, "single") in task.outcomes else "plain")
+        value = score(task, key, decoding).problems.value
+        axes.axhline(value, color="gray" if method == "base" else "black", linestyle=dashes, label=title(method))
+    for number, (method, color) in enumerate(zip(curves, cycle(COLORS), strict=False)):
         shift = 1.03 ** (number - (len(curves) - 1) / 2)
         keys = [(method, "single"), *((method, f"T{budget}") for budget in BUDGETS)]
         places = [budget * shift for budget in (2, *BUDGETS)]
         estimates = [score(task, key, decoding).problems for key in keys]
-        look: Any = {"capsize": 3, "markersize": 4, "elinewidth": 1, "color": COLORS[method]}
+        look: Any = {"capsize": 3, "markersize": 4, "elinewidth": 1, "color": color}
         values, bars = [one.value for one in estimates], [_reach(one) for one in estimates]
         axes.errorbar(places[1:], values[1:], bars[1:], fmt="o-", label=title(method), **look)
         axes.errorbar(places[:1], values[:1], bars[:1], fmt="o", markerfacecolor="white", **look)
         for key, place in zip(keys, places, strict=True):
             seeds = [outcomes.mean() for outcomes in task.outcomes[key][decoding].values()]
-            axes.plot([place] * len(seeds), seeds, ".", color=COLORS[method], markersize=3, alpha=0.6)
+            axes.plot([place] * len(seeds), seeds, ".", color=color, markersize=3, alpha=0.6)
     axes.set_xscale("log", base=2)
     axes.set_xticks([2, *BUDGETS], ["one", *map(str, BUDGETS)])
     axes.minorticks_off()

@@ -42,8 +42,8 @@ sampling at temperature 1 gives the whole answer. Every training takes about the
 with cheaper steps take more of them.
 
 Differences are paired by problem and by seed. Verdicts are at 5 % after Holm's correction for all of them together,
-separately over problems and over trainings. "Equal within {MARGIN:g}" is said where two one-sided tests at 5 % exclude
-a larger difference; "not told apart" says that the data do not decide.
+separately over problems and over trainings. "Equal within {MARGIN:g}" is said where two one-sided tests, at 5 % each and
+not corrected, exclude a larger difference; "not told apart" says that the data do not decide.
 """
 
 
@@ -178,9 +178,10 @@ def _score_lines(task: TaskScores) -> list[list[str]]:
 
 
 def _intervals(problems: Estimate, trainings: Estimate, signed: bool = False) -> str:
-    """The value with both intervals; one that is not known is left out."""
+    """The value with both intervals; one that is not known is left out, and none leaves the range of the value."""
     sign, interval = "+" if signed else "", trainings.interval()
-    ends = "" if interval is None else f" [{', '.join(f'{end:{sign}.3f}' for end in interval)}]"
+    lowest = -1.0 if signed else 0.0
+    ends = "" if interval is None else f" [{', '.join(f'{min(1.0, max(lowest, e)):{sign}.3f}' for e in interval)}]"
     return shown(problems, signed=signed) + ends
 
 
