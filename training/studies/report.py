@@ -42,8 +42,8 @@ sampling at temperature 1 gives the whole answer. Every training takes about the
 with cheaper steps take more of them.
 
 Differences are paired by problem and by seed. Verdicts are at 5 % after Holm's correction for all of them together,
-separately over problems and over trainings. "Equal within {MARGIN:g}" is said where two one-sided tests, at 5 % each and
-not corrected, exclude a larger difference; "not told apart" says that the data do not decide.
+separately over problems and over trainings. "Equal within {MARGIN:g}" is said where two one-sided tests, at 5 % each
+and not corrected, exclude a larger difference; "not told apart" says that the data do not decide.
 """
 
 
