@@ -218,4 +218,4 @@ def test_the_leaderboard_knows_what_a_sweep_ran(l2d_dir, make_l2d, base_dir, tmp
     assert board.controls == {str(base_dir): ["one-evaluation", "noise-free", "lora-ft"]}
     page = (tmp_path / "report" / "leaderboard.html").read_text()
     assert "none missing" in page and "missing:" not in page and "Not measured here" not in page
-    assert all(f'class="level {kind}' in page for kind in ("one-evaluation", "noise-free", "lora-ft", "base"))
+    assert all(f'class="swatch line {kind}' in page for kind in ("one-evaluation", "noise-free", "lora-ft", "base"))
