@@ -50,10 +50,10 @@ UNUSED_SETTINGS = {
 _STATEFUL = (PrefixConstrainedLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 
 
-def refuse(given: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
+def refuse(arguments: Mapping[str, Any], reasons: Mapping[str, str]) -> None:
     """Raise `ValueError` if an argument that `reasons` names is set to anything but its neutral value."""
     for name, reason in reasons.items():
-        value = given.get(name)
+        value = arguments.get(name)
         neutral = value is None or value is False or (name in ("num_beams", "guidance_scale") and value == 1)
         if not neutral and not (name == "penalty_alpha" and value == 0):
             raise ValueError(f"{name} cannot be used: {reason}.")

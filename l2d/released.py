@@ -1,4 +1,4 @@
-"""Checkpoints of the released implementation (SakanaAI/L2D); its solver is in `released_solver.py`.
+"""Checkpoints of the released implementation (SakanaAI/L2D).
 
 - `load_released`: a model from its state dict, or from a folder with safetensors or `weights_only` pickle files
 - `parameter_name`: reference parameter name -> ours, and whether it is transposed
@@ -56,7 +56,7 @@ _FIXED_SETTINGS = {
     "separate_flow_params": True,
     "nstep_clamp_predictions": False,
 }
-# How the wrapper got its weights and was trained, and the guidance that a call asks for: nothing of the model itself.
+# How the wrapper was loaded and trained, and the guidance of a call: no properties of the model.
 _HARMLESS = (
     *("model_or_model_id", "model_loading_kwargs", "reinit_flow_params"),
     *("guidance_modulation_training_dropout", "nstep_guidance_parameter"),
@@ -85,39 +85,41 @@ def released_config(flow_kwargs: dict[str, Any], **overrides: Any) -> L2DConfig:
 
     Raises `ValueError` for a switch whose other setting is not implemented here, and for a name that is not known.
     """
-    given = {name: value for name, value in flow_kwargs.items() if name not in _HARMLESS}
-    for name, wanted in _FIXED_SETTINGS.items():
-        if (value := given.pop(name, wanted)) != wanted:
-            raise ValueError(f"{name}={value!r} of the released implementation is not supported; only {wanted!r} is.")
-    rescaling = given.pop("flow_representation_rescaling", "mult")
+    arguments = {name: value for name, value in flow_kwargs.items() if name not in _HARMLESS}
+    for name, supported in _FIXED_SETTINGS.items():
+        if (value := arguments.pop(name, supported)) != supported:
+            raise ValueError(
+                f"{name}={value!r} of the released implementation is not supported; only {supported!r} is."
+            )
+    rescaling = arguments.pop("flow_representation_rescaling", "mult")
     if rescaling not in _RESCALING:
         raise ValueError(f"flow_representation_rescaling={rescaling!r} is not known; choose one of mult, none, div.")
-    dim = given.pop("flow_representation_dim", 256)
-    rank = given.pop("flow_lora_rank", None) or 32
-    alpha = given.pop("flow_lora_alpha", None)
-    classes = given.pop("guidance_modulation_num_classes", None) or 0
+    dim = arguments.pop("flow_representation_dim", 256)
+    rank = arguments.pop("flow_lora_rank", None) or 32
+    alpha = arguments.pop("flow_lora_alpha", None)
+    classes = arguments.pop("guidance_modulation_num_classes", None) or 0
     settings = {
-        "variant": "lora" if given.pop("separate_flow_params_with_lora", False) else "full",
+        "variant": "lora" if arguments.pop("separate_flow_params_with_lora", False) else "full",
         "lora_rank": rank,
         "lora_alpha": float(2 * rank if alpha in (None, -1) else alpha),
         "diffusion_dim": dim,
-        "noise_std": float(given.pop("noise_rescaling", 64.0)),
-        "input_width": given.pop("flow_to_lm_hidden_size", 256),
-        "conditioning_width": given.pop("timestep_modulation_hidden_size", 256),
-        "frequency_width": given.pop("timestep_modulation_freq_embedding_size", 256),
+        "noise_std": float(arguments.pop("noise_rescaling", 64.0)),
+        "input_width": arguments.pop("flow_to_lm_hidden_size", 256),
+        "conditioning_width": arguments.pop("timestep_modulation_hidden_size", 256),
+        "frequency_width": arguments.pop("timestep_modulation_freq_embedding_size", 256),
         "embedding_norm": None if rescaling == "mult" else _RESCALING[rescaling](dim),
-        "input_scale": float(given.pop("flow_to_lm_timestep_rescaling", 1.0)),
-        "min_noise": float(given.pop("minimum_training_noise", None) or 0.0),
+        "input_scale": float(arguments.pop("flow_to_lm_timestep_rescaling", 1.0)),
+        "min_noise": float(arguments.pop("minimum_training_noise", None) or 0.0),
         "guidance_classes": [f"class_{number}" for number in range(classes)] or None,
-        "sampler": _released_sampler(given),
+        "sampler": _released_sampler(arguments),
     }
-    _refuse_unknown("flow_kwargs", given)
+    _refuse_unknown("flow_kwargs", arguments)
     return L2DConfig(**{**settings, **overrides})
 
 
-def _released_sampler(given: dict[str, Any]) -> dict[str, Any]:
-    """The sampler settings among the keyword arguments, which are taken out of `given`."""
-    ode = dict(given.pop("ode_kwargs", None) or {})
+def _released_sampler(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The sampler settings among the keyword arguments, which are taken out of `arguments`."""
+    ode = dict(arguments.pop("ode_kwargs", None) or {})
     options = dict(ode.pop("options", None) or {})
     method = ode.pop("method", "midpoint")
     sampler = {
@@ -125,10 +127,10 @@ def _released_sampler(given: dict[str, Any]) -> dict[str, Any]:
         "rtol": ode.pop("rtol", 1e-5),
         "atol": ode.pop("atol", 1e-5),
         "first_step": options.pop("first_step", 0.05),
-        "final_time": given.pop("nstep_final_timestep", 1.0),
-        "choice": given.pop("nstep_x1_estimation", "sample"),
-        "choice_temperature": given.pop("nstep_temperature_schedule", None) or 0.0,
-        "normalize_average": given.pop("nstep_normalize_x1_predictions", False),
+        "final_time": arguments.pop("nstep_final_timestep", 1.0),
+        "choice": arguments.pop("nstep_x1_estimation", "sample"),
+        "choice_temperature": arguments.pop("nstep_temperature_schedule", None) or 0.0,
+        "normalize_average": arguments.pop("nstep_normalize_x1_predictions", False),
     }
     _refuse_unknown("ode_kwargs of flow_kwargs", ode)
     _refuse_unknown("options of ode_kwargs", options)
@@ -136,7 +138,7 @@ def _released_sampler(given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_unknown(where: str, rest: dict[str, Any]) -> None:
-    """`ValueError` for what nobody has read: it might change the results."""
+    """Raise `ValueError` for options that were not read: they might change the results."""
     if rest:
         raise ValueError(
             f"{', '.join(map(repr, rest))} in {where} is not known, and might change results: correct the name, or "
@@ -167,23 +169,25 @@ def load_released(
     if base is None:
         base = _build_base(state, base_config or {})
     model = L2DForCausalLM.from_base(base, released_config(flow_kwargs, **overrides))
-    wanted = dict(model.trained_parameters())
+    missing = dict(model.trained_parameters())
     for reference, tensor in state.items():
         named = parameter_name(reference)
         if named is None:
             continue
         name, transposed = named
-        if name not in wanted:
-            raise ValueError(f"tensor {reference!r} has no place in a model with these settings: check flow_kwargs.")
+        if name not in missing:
+            raise ValueError(f"tensor {reference!r} does not belong to a model with these settings: check flow_kwargs.")
         value = tensor.t() if transposed else tensor
-        parameter = wanted.pop(name)
+        parameter = missing.pop(name)
         if value.shape != parameter.shape:
             raise ValueError(
                 f"tensor {reference!r} has shape {tuple(tensor.shape)}, the settings say otherwise: check flow_kwargs."
             )
         parameter.copy_(value)
-    if wanted:
-        raise ValueError(f"the released checkpoint lacks {len(wanted)} tensors, that of {next(iter(wanted))!r} first.")
+    if missing:
+        raise ValueError(
+            f"the released checkpoint lacks {len(missing)} tensors, that of {next(iter(missing))!r} first."
+        )
     return model.eval()
 
 

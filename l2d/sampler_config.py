@@ -186,7 +186,7 @@ class SamplerConfig:
     def class_index(self, guidance_classes: list[str] | None) -> int | None:
         """Index of `guidance_class` among a model's classes, or `None` for "no class".
 
-        Raises `ValueError` if the model has no such class, or if guidance is asked for without a class.
+        Raises `ValueError` if the model has no such class, or for guidance without a class.
         """
         name = self.guidance_class
         if not guidance_classes:

@@ -101,28 +101,32 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         backward pass here: evaluations are independent given the main path, so nothing is computed twice and little is
         kept. Sharded weights are gathered for every pass, and processes would need equally many: one pass has them all.
         """
+        # 1. The sites of the batch and their targets, 2. with fresh times, noise and classes.
         index, targets = response_positions(inputs["labels"])
         noised = self._draw(inputs, index, targets)
+        # 3. What each loss weighs in the mean.
         weights = target_weights(index >= 0, self.args.loss_average)
         count = (weights * (index >= 0)).sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         scored = 1 if self.args.rollout_evaluations is None else window_length(self.args)
         scale = 1 / (count.clamp(min=1) * self.args.draws * scored)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             scale = scale * self.accelerator.num_processes  # the count is over all processes; DDP averages gradients
-        in_pieces = torch.is_grad_enabled() and num_items_in_batch is not None
-        pieces = self._pieces(noised) if in_pieces else [noised]
+        # 4. Microbatch by microbatch: the main path once, then `l2d.loss.diffusion_loss` and its backward pass.
+        split = torch.is_grad_enabled() and num_items_in_batch is not None
+        batches = self._microbatches(noised) if split else [noised]
         state, done = None, torch.zeros((), device=index.device)
-        for piece in pieces[:-1]:
+        for batch in batches[:-1]:
             with self.accelerator.no_sync(model):
-                loss, state = self._piece_loss(model, inputs, piece, state, scale * weights)
+                loss, state = self._scaled_loss(model, inputs, batch, state, scale * weights)
                 self.accelerator.backward(loss)
             done += loss.detach()
-        return self._piece_loss(model, inputs, pieces[-1], state, scale * weights)[0] + done
+        # 5. The backward pass of the last one is the caller's.
+        return self._scaled_loss(model, inputs, batches[-1], state, scale * weights)[0] + done
 
-    def _pieces(self, noised: NoisedTargets) -> list[NoisedTargets]:
+    def _microbatches(self, noised: NoisedTargets) -> list[NoisedTargets]:
         return [noised] if self._sharded else split_targets(noised, self.args.max_evaluations_per_pass)
 
-    def _piece_loss(
+    def _scaled_loss(
         self, model: torch.nn.Module, inputs: dict[str, Any], noised: NoisedTargets, state: Any, scale: torch.Tensor
     ) -> tuple[torch.Tensor, Any]:
         """Loss of some evaluations, scaled row by row (B, 1), which are counted for the log, and the main path."""
@@ -186,10 +190,10 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             sums, state = torch.zeros(()), None
-            for piece in self._pieces(self.evaluation_targets(inputs)):
-                output = self._outputs(model, inputs, piece, state)
+            for batch in self._microbatches(self.evaluation_targets(inputs)):
+                output = self._outputs(model, inputs, batch, state)
                 state = output.state
-                sums = sums + sums_by_bin(output, piece.scored_time, self.args.time_bins)  # (B, T, 3)
+                sums = sums + sums_by_bin(output, batch.scored_time, self.args.time_bins)  # (B, T, 3)
         # Processes get equally many examples, some of them twice; gathering leaves the second ones out.
         self._evaluation_sums += self.accelerator.gather_for_metrics(sums).sum(0)
         return sums[..., 0].sum() / sums[..., 2].sum().clamp(min=1), None, None

@@ -2,9 +2,9 @@
 
 - `chunked_cross_entropy`: hidden states through a frozen head to losses and tokens, a few rows at a time
 
-Every row's loss depends on its own hidden state alone, and the head is frozen. So the gradient of each row is formed
-while its logits are there, in the forward pass, and the backward pass only scales it: no logits are kept, and none are
-computed twice. Softmax and loss are in float32 (float64 for float64 logits).
+Each row's loss depends on its own hidden state alone, and the head is frozen. So the forward pass also computes the
+gradient of each row while its logits are alive, and the backward pass only scales it: no logits are kept or recomputed.
+Softmax and loss are in float32 (float64 for float64 logits).
 Legend: N rows, H hidden size, V vocabulary, C rows of a chunk.
 """
 
@@ -39,8 +39,8 @@ def chunked_cross_entropy(
     """
     if torch.is_grad_enabled() and hidden.requires_grad:
         return _ChunkedCrossEntropy.apply(hidden, targets, head, rows)
-    pieces = [_forward(head(part), wanted) for part, wanted in _chunks(hidden, targets, rows)]
-    return torch.cat([loss for loss, _, _ in pieces]), torch.cat([chosen for _, chosen, _ in pieces])
+    chunks = [_forward(head(part), target) for part, target in _chunks(hidden, targets, rows)]
+    return torch.cat([loss for loss, _, _ in chunks]), torch.cat([chosen for _, chosen, _ in chunks])
 
 
 def _chunks(hidden: torch.Tensor, targets: torch.Tensor, rows: int) -> zip:
@@ -49,7 +49,7 @@ def _chunks(hidden: torch.Tensor, targets: torch.Tensor, rows: int) -> zip:
 
 @torch.no_grad()
 def _forward(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses (C,), most likely tokens (C,), and the normaliser (C, 1) of the logits (C, V)."""
+    """Losses (C,), most likely tokens (C,), and normalisers (C, 1) of logits (C, V)."""
     full = at_least_float32(logits)
     normaliser = torch.logsumexp(full, dim=-1, keepdim=True)
     losses = (normaliser - full.gather(1, targets[:, None])).squeeze(1)
@@ -62,23 +62,23 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         """Losses (N,) and tokens (N,); keeps the gradient of every row's loss, (N, H), and no logits."""
         gradient = torch.empty_like(hidden)
         losses, chosen = [], []
-        for number, (part, wanted) in enumerate(_chunks(hidden, targets, rows)):
+        for number, (part, target) in enumerate(_chunks(hidden, targets, rows)):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
                 logits = head(part)
-            loss, tokens, normaliser = _forward(logits, wanted)
+            loss, tokens, normaliser = _forward(logits, target)
             # softmax - one_hot, for every row on its own
             slope = torch.sub(at_least_float32(logits.detach()), normaliser).exp_()
-            slope.scatter_add_(1, wanted[:, None], slope.new_full((len(wanted), 1), -1.0))
+            slope.scatter_add_(1, target[:, None], slope.new_full((len(target), 1), -1.0))
             own = torch.autograd.grad(logits, part, slope.to(logits.dtype))[0]
-            gradient[number * rows : number * rows + len(wanted)] = own
+            gradient[number * rows : number * rows + len(target)] = own
             losses.append(loss)
             chosen.append(tokens)
-            del logits, slope, normaliser  # before the next chunk's are made
+            del logits, slope, normaliser  # before those of the next chunk
         ctx.save_for_backward(gradient)
-        found = torch.cat(chosen)
-        ctx.mark_non_differentiable(found)
-        return torch.cat(losses), found
+        most_likely = torch.cat(chosen)
+        ctx.mark_non_differentiable(most_likely)
+        return torch.cat(losses), most_likely
 
     @staticmethod
     def backward(ctx: Any, grad_losses: torch.Tensor, _: torch.Tensor):

@@ -54,7 +54,7 @@ class NoisedTargets:
         time: (K, B, Q) float32, t of every draw; for a rollout (J, K, B, Q), rising, of its J evaluations.
         noise: (K, B, Q, d) float32, unit normal.
         classes: (K, B, Q) int64 after dropout, or `None` for "no class" everywhere.
-        sources: (K, B, Q) int64 tokens that `x_t` is built from in place of the targets; -1 where it is to be a sample
+        sources: (K, B, Q) int64 tokens that `x_t` is built from in place of the targets; -1 for a sample
             of the base's distribution without the target, which `uniforms` (K, B, Q) float64 fix.
         unscored: makes it a rollout: how many of its first evaluations have no loss.
     """
@@ -89,8 +89,8 @@ class Modulation:
         output: (P, H), `w(t) - w(0)`, the factor of the path's own hidden state in the output.
         embedding: (P, C), of which each layer makes its own modulation once it is its turn, so that training need not
             keep those of all layers.
-        layers: (P, 6H) per layer where they were made beforehand, for a grid of times: scale, shift and gate of
-            attention, then of the MLP, with the norms' weights added to the scales.
+        layers: (P, 6H) per layer, precomputed for a grid of times: scale, shift and gate of attention, then of the
+            MLP, with the norms' weights added to the scales.
     """
 
     output: torch.Tensor
@@ -225,7 +225,7 @@ class DiffusionPath(nn.Module):
             (p.data_ptr(), p.dtype, version(p)) for module in self._conditioning for p in module._parameters.values()
         )
         key = (tuple(times.tolist()), kinds, device, weights)
-        kept = self._table  # another thread may put another grid's table in its place
+        kept = self._table  # another thread may replace it by another grid's table
         if kept is None or kept[0] != key:
             grid = times.to(device, torch.float32)
             classes = None

@@ -5,8 +5,8 @@
 - `TimeEmbedding`: sinusoidal features of t and their MLP
 - `modulation_head`: linear, SiLU, zero-initialised linear
 - `CarriedState`: what one evaluation hands to the next
-- `full_precision`: a context without autocast, for what is kept longer than it may last
-- `version`: by which what was made from weights is known to be outdated
+- `full_precision`: a context without autocast, for values that outlive it
+- `version`: tells whether values that were computed from a weight are outdated
 
 All of them compute in float32, whatever the base's dtype (in float64 where they were cast to it). Source: Cetin et
 al., 2025, sections 3 and A.
@@ -25,7 +25,7 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def version(tensor: torch.Tensor) -> int:
-    """How often the tensor was changed in place; -1 for one made in inference mode, where that is not counted."""
+    """How often the tensor was changed in place; -1 for inference tensors, which do not count it."""
     return -1 if tensor.is_inference() else tensor._version
 
 
@@ -129,7 +129,7 @@ class TimeEmbedding(nn.Module):
 
 
 class CarriedState(nn.Module):
-    """The path's last hidden state of one evaluation as part of the next one's input: `W RMSNorm(s)`, W zero at first.
+    """The path's last hidden state of one evaluation, added to the input of the next: `W RMSNorm(s)`, W zero at first.
 
     Not part of the published method. Where nothing was evaluated before, `s = 0`, and so is what is added.
     """

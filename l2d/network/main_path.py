@@ -1,7 +1,7 @@
 """The main path: the frozen base, run once, with what the diffusion path needs kept.
 
-- `Decoder`: finds a base's layers, final norm and output head, and refuses layouts that it does not know
-- `MainPathState`: per-layer keys, values and rotary embeddings, and the hidden state before the final norm
+- `Decoder`: the layers, final norm and output head of a base; other layouts are refused
+- `MainPathState`: keys, values and rotary embeddings of every layer, and the hidden state before the final norm
 - `run_main_path`: one forward of the base's own decoder that fills such a state
 
 The base's code is not copied or changed: hooks read what its own forward passes to each attention module.
@@ -23,7 +23,7 @@ from l2d.network.onednn import linear
 
 
 class _DecoderOutput(BaseModelOutputWithPast):
-    """A decoder's output in which all that a base may look for besides the hidden state is `None`."""
+    """A decoder's output with a hidden state; every other attribute that a base may read is `None`."""
 
     def __getattr__(self, name: str) -> None:
         return None
@@ -59,7 +59,7 @@ class Decoder:
         self._settle_scales(config.hidden_size)
 
     def _settle_scales(self, hidden_size: int) -> None:
-        """Find out by trying what `logits_scaling` means, by which some bases divide and others multiply."""
+        """Determine by a probe whether the base divides or multiplies by `logits_scaling`."""
         weight = self.embeddings.weight
         for part in (weight, getattr(self.lm_head, "weight", weight)):
             if not isinstance(part, torch.Tensor):
@@ -204,7 +204,7 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def _recording(decoder: Decoder, layers: list[LayerState], found: dict[str, Any], cached: bool) -> Iterator[None]:
+def _recording(decoder: Decoder, layers: list[LayerState], recorded: dict[str, Any], cached: bool) -> Iterator[None]:
     recorder = _Recorder(layers)
     owner = threading.get_ident()  # other threads may run the same base meanwhile, and have hooks of their own
 
@@ -214,14 +214,14 @@ def _recording(decoder: Decoder, layers: list[LayerState], found: dict[str, Any]
                 return None
             rotary = kwargs.get("position_embeddings")
             layers[number].rotary = (rotary,) if isinstance(rotary, torch.Tensor) else rotary
-            found["position_ids"] = kwargs.get("position_ids")
+            recorded["position_ids"] = kwargs.get("position_ids")
             return None if cached else (args, {**kwargs, "past_key_values": recorder})
 
         return hook
 
     def before_norm(module: nn.Module, args: tuple):
         if threading.get_ident() == owner:
-            found["hidden"] = args[0]
+            recorded["hidden"] = args[0]
 
     handles = [
         layer.self_attn.register_forward_pre_hook(before_attention(number), with_kwargs=True)
@@ -251,9 +251,9 @@ def run_main_path(
         cache: grows by the new positions; without one the keys and values are kept by this call alone.
     """
     layers = [LayerState() for _ in decoder.layers]
-    found: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
     offset = cache.get_seq_length() if cache is not None else 0
-    with _recording(decoder, layers, found, cached=cache is not None):
+    with _recording(decoder, layers, recorded, cached=cache is not None):
         decoder.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -265,7 +265,7 @@ def run_main_path(
         for layer, kept in zip(layers, cache.layers, strict=True):
             layer.keys, layer.values = kept.keys, kept.values
     for layer, part in zip(layers, decoder.layers, strict=True):
-        if hasattr(part.self_attn, "expand_kv"):  # latent attention keeps what keys and values are made from
+        if hasattr(part.self_attn, "expand_kv"):  # latent attention caches a compressed form of keys and values
             layer.keys, layer.values = part.self_attn.expand_kv(layer.keys, layer.values)
     key_mask = segments = None
     if attention_mask is not None:
@@ -274,4 +274,4 @@ def run_main_path(
         restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
         if bool(restarts.any()):
             segments = restarts.cumsum(1).expand(input_ids.shape[0], -1)
-    return MainPathState(layers, found["hidden"], key_mask, segments, offset, found["position_ids"])
+    return MainPathState(layers, recorded["hidden"], key_mask, segments, offset, recorded["position_ids"])

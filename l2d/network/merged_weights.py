@@ -1,10 +1,10 @@
 """Projections of the path laid out for inference: one fast matrix product for each.
 
-- `merge_deltas`, `unmerge_deltas`: put merged or packed weights in front of the path's projections, and take them away
-- `DeltaMerger`: does so where that changes nothing but speed, and notices when weights changed
+- `merge_deltas`, `unmerge_deltas`: replace the path's projections by merged or packed weights, and restore them
+- `DeltaMerger`: merges where that changes only the speed, and notices when weights changed
 
-LoRA deltas are added to the base's weights: one product instead of three. Trained copies (variant `full`) are only laid
-out anew, where that pays (`products`). Both cost memory, a second copy of the projections, and merging rounds the sum
+LoRA deltas are added to the base's weights: one product instead of three. Trained copies (variant `full`) are only
+packed, where that pays (`onednn`). Both cost memory, a second copy of the projections, and merging rounds the sum
 to the base's dtype; so it is done for float32 and float64 bases when there is room, and never in training.
 """
 
@@ -22,8 +22,8 @@ _SHARE = 0.25  # of the free memory that merged weights may take
 
 
 def _projections(module: nn.Module) -> list[Any]:
-    """The LoRA layers below `module`, or where there are none the linear layers of its twins that packing helps."""
-    from peft.tuners.lora import LoraLayer  # late, see `twin`
+    """The LoRA layers below `module`, or without any the linear layers of its twins that oneDNN serves."""
+    from peft.tuners.lora import LoraLayer  # late, see `path_layers`
 
     adapted = [
         m
@@ -97,7 +97,7 @@ class DeltaMerger:
 
 
 def _weights(layers: list[Any]) -> tuple:
-    """What merged weights depend on, the library that they are laid out for included."""
+    """Everything that merged weights depend on, including the library that they are packed for."""
     weights = []
     for layer in layers:
         deltas = [part[ADAPTER].weight for part in (layer.lora_A, layer.lora_B)] if hasattr(layer, "lora_A") else []

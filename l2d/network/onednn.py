@@ -1,8 +1,8 @@
-"""Matrix products of inference on a CPU, through oneDNN where that library serves better than PyTorch's default.
+"""Matrix products of inference on a CPU, through oneDNN where it is faster than PyTorch's default.
 
 - `linear`: `functional.linear`, by oneDNN for large float32 weights on a CPU
 - `serves`: whether oneDNN is used for a weight
-- `packed_linear`: the same for a weight that is used again and again, laid out for it
+- `packed_linear`: the same for a weight that is used many times, packed once
 
 PyTorch gives float32 products to MKL, which does not use the wide vector units of every CPU (on AMD's it reaches less
 than half of oneDNN's speed), and to oneDNN on request only. Sums are taken in another order: results agree to rounding.
@@ -38,7 +38,7 @@ def linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function of inputs (..., K) that gives what `linear` does; it keeps `weight` (N, K), or a copy laid out anew.
+    """A function of inputs (..., K) with the result of `linear`; it keeps `weight` (N, K), or a packed copy.
 
     For inference only: no gradients. A closure, because packed weights can be neither copied nor pickled.
     """

@@ -44,7 +44,7 @@ _NORMS = frozenset(name for layout in _LAYOUTS for name in layout if name is not
 
 
 class _NoProjection(nn.Module):
-    """In place of a projection whose result nobody reads: keys and values are the main path's."""
+    """Replaces a projection whose result is not used: keys and values are the main path's."""
 
     def __init__(self, features: int):
         super().__init__()
@@ -188,13 +188,13 @@ def _parts(layer: Any, model_type: str) -> tuple[nn.Module, nn.Module]:
 
 def _norm_slots(layer: nn.Module) -> dict[str, nn.Module | None]:
     """Which norms a layer has before and after its attention and its MLP."""
-    found: dict[str | None, nn.Module | None] = {
+    norms: dict[str | None, nn.Module | None] = {
         name: part for name, part in layer.named_children() if name in _NORMS and part is not None
     }
     for layout in _LAYOUTS:
-        if found.keys() == set(layout) - {None}:
+        if norms.keys() == set(layout) - {None}:
             slots = ("attention_in", "attention_out", "mlp_in", "mlp_out")
-            return {slot: found.get(name) for slot, name in zip(slots, layout, strict=True)}
+            return {slot: norms.get(name) for slot, name in zip(slots, layout, strict=True)}
     raise ValueError(
         f"base models with {type(layer).__name__} layers are not supported: L2D knows layers with norms before "
         "attention and MLP, around both, or after both, and this one has another layout (parallel blocks, for example)."

@@ -3,8 +3,8 @@
 - `request_key`: a request's identity from its tokens and how often they occurred before
 - `RequestNoise`: start noise and uniform numbers for one request
 
-A counter-based generator (Philox) is keyed by seed and request and positioned by (stream, position, draw): any number
-can be made without making those before it, on any machine, and every budget sees the same start noise.
+A counter-based generator (Philox) is keyed by seed and request, and its counter is (stream, position, draw): any number
+can be drawn without those before it, on any machine, and every budget sees the same start noise.
 """
 
 import hashlib
@@ -66,6 +66,6 @@ class RequestNoise:
 def draw_token(probabilities: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """Inverse-transform sampling: token (...) for probabilities (..., V) and uniform numbers (...) in [0, 1)."""
     cumulative = probabilities.double().cumsum(-1)
-    wanted = uniform.to(cumulative).unsqueeze(-1) * cumulative[..., -1:]
-    token = torch.searchsorted(cumulative, wanted, right=True).squeeze(-1)
+    threshold = uniform.to(cumulative).unsqueeze(-1) * cumulative[..., -1:]
+    token = torch.searchsorted(cumulative, threshold, right=True).squeeze(-1)
     return token.clamp_(max=probabilities.shape[-1] - 1)
