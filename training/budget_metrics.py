@@ -1,12 +1,14 @@
 """What the sampler makes of the evaluation data during training.
 
 - `budget_accuracy`: share of response tokens that the sampler chooses greedily, at several budgets
+- `first_examples`: of a data set or a stream
 - `padded`: encoded examples as tensors
 - `write_samples`: responses of the base and of the largest budget, side by side in `samples.jsonl`
 
 Both use the first evaluation examples and noise that depends on these alone, so that evaluations compare.
 """
 
+import itertools
 import json
 import os
 from typing import Any
@@ -15,20 +17,21 @@ import datasets
 import torch
 from trl import SFTTrainer
 
-from training.data.loading import IGNORED
+from training.data.tokenizing import IGNORED
 
 _BATCH = 8
 
 
 @torch.no_grad()
-def budget_accuracy(trainer: SFTTrainer, examples: datasets.Dataset, prefix: str) -> dict[str, float]:
+def budget_accuracy(trainer: SFTTrainer, examples: Any, prefix: str) -> dict[str, float]:
     """Accuracy over the response tokens of the first examples, whose true text comes before each, by budget."""
     args, budgets = trainer.args, trainer.args.eval_budgets or []
-    mine = range(args.process_index, min(args.eval_budget_examples, len(examples)), args.world_size)
+    first = first_examples(examples, args.eval_budget_examples if budgets else 0)
+    mine = first[args.process_index :: args.world_size]
     sums = torch.zeros(len(budgets), 2, dtype=torch.float64, device=args.device)
     model = trainer.accelerator.unwrap_model(trainer.model)
     for start in range(0, len(mine), _BATCH):
-        rows = [examples[row] for row in mine[start : start + _BATCH]]
+        rows = mine[start : start + _BATCH]
         ids, mask, wanted = padded(rows, trainer.processing_class.pad_token_id, args.device)
         for place, budget in enumerate(budgets):
             with trainer.accelerator.autocast():
@@ -39,6 +42,15 @@ def budget_accuracy(trainer: SFTTrainer, examples: datasets.Dataset, prefix: str
         f"{prefix}accuracy_budget_{budget}": (hits / count).item()
         for budget, (hits, count) in zip(budgets, sums, strict=True)
     }
+
+
+def first_examples(examples: Any, count: int) -> list[dict[str, Any]]:
+    """The first examples of a data set, or of a stream, which loaders may have wrapped."""
+    if isinstance(examples, datasets.Dataset):
+        return [examples[row] for row in range(min(count, len(examples)))]
+    while not isinstance(examples, datasets.IterableDataset) and hasattr(examples, "dataset"):
+        examples = examples.dataset
+    return list(itertools.islice(examples, count))
 
 
 def padded(
@@ -57,7 +69,7 @@ def padded(
 
 
 @torch.no_grad()
-def write_samples(trainer: SFTTrainer, examples: datasets.Dataset) -> None:
+def write_samples(trainer: SFTTrainer, examples: Any) -> None:
     """Append one line per example: step, prompt, true response, and what the base and the sampler generate."""
     args, tokenizer = trainer.args, trainer.processing_class
     if not args.eval_samples or not trainer.is_world_process_zero():
@@ -67,8 +79,8 @@ def write_samples(trainer: SFTTrainer, examples: datasets.Dataset) -> None:
     budgets = (1, args.eval_budgets[-1] if args.eval_budgets else default)
     os.makedirs(args.output_dir, exist_ok=True)
     with open(os.path.join(args.output_dir, "samples.jsonl"), "a", encoding="utf-8") as file:
-        for number in range(min(args.eval_samples, len(examples))):
-            ids, labels = examples[number]["input_ids"], examples[number]["labels"]
+        for example in first_examples(examples, args.eval_samples):
+            ids, labels = example["input_ids"], example["labels"]
             start = next(place for place, label in enumerate(labels) if label != IGNORED and place)
             line = {"step": trainer.state.global_step, "prompt": tokenizer.decode(ids[:start])}
             line["response"] = tokenizer.decode(ids[start:])

@@ -3,32 +3,27 @@
 - `check_recipe`: all of it
 - `refuse_ignored_by_l2d`, `check_objective`: what `L2DTrainer` checks too
 - `longest_example`: what `max_length` may be
-- `check_schedule`, `check_optimizer`, `check_best_model`, `check_sharding`, `check_packages`, `check_hub`: what would
-  fail later
+- `check_batches`, `check_best_model`, `check_sharding`, `check_packages`, `check_hub`: what would fail later
+
+Options that others follow, such as those of optimizers and schedules, are left to them.
 
 Each raises `ValueError` with one sentence that names the option.
 """
 
-import copy
-import inspect
-import math
 import os
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from huggingface_hub import constants, get_token
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
-from transformers.trainer_utils import SchedulerType
 
 from l2d.checkpoint.hub import looks_local
 from l2d.config import L2DConfig
 from training.checkpointing.resume import NO_RESUME
-from training.config import DataArguments, L2DTrainingConfig, ModelArguments, check_file, mapping, one_of
+from training.config import CommandArguments, L2DTrainingConfig, ModelArguments
 from training.console import RANK
+from training.data.options import DataArguments, check_file, mapping, one_of
 
 _PATH_ONLY = {
     "variant", "diffusion_dim", "noise_std", "input_width", "conditioning_width", "frequency_width", "min_noise",
@@ -70,7 +65,13 @@ NEEDS = {  # what has no effect without another option
 }
 
 
-def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTrainingConfig, given: set[str]) -> None:
+def check_recipe(
+    model: ModelArguments,
+    data: DataArguments,
+    training: L2DTrainingConfig,
+    command: CommandArguments,
+    given: set[str],
+) -> None:
     """Refuse recipes that name what is not there or say something that would be ignored.
 
     Args:
@@ -90,11 +91,10 @@ def check_recipe(model: ModelArguments, data: DataArguments, training: L2DTraini
     _check_loss_average(model, training)
     if model.method == "l2d":
         _check_l2d(model, data, training)
-    check_schedule(training, given)
+    check_batches(training)
     check_best_model(model.method, training)
     check_sharding(model.method, given)
-    if not training.dry_run:  # it makes no optimizer and no logger, sends nothing, and may run where others cannot
-        check_optimizer(training, given)
+    if not command.dry_run:  # it makes no logger, sends nothing, and may run where others cannot
         check_packages(training)
         check_hub(training)
 
@@ -122,24 +122,29 @@ def _check_data(model: ModelArguments, data: DataArguments, training: L2DTrainin
         raise ValueError(f"tokenizer={model.tokenizer!r} is not a directory: give a directory or a hub name.")
     if model.base_revision is not None and os.path.isdir(base):
         raise ValueError(f"base_revision={model.base_revision!r} means nothing for a folder: leave it out.")
-    for name in ("dataset", "eval_dataset"):
-        check_file(name, getattr(data, name))
-    if data.dataset_config and os.path.isfile(data.dataset or ""):
-        raise ValueError(f"dataset_config={data.dataset_config} means nothing for a file: leave it out.")
+    check_file("eval_dataset", data.eval_dataset)
+    for part, _ in data.entries():
+        check_file("dataset", part.dataset)
+        if part.dataset_config and os.path.isfile(str(part.dataset)):
+            raise ValueError(f"dataset_config={part.dataset_config} means nothing for a file: leave it out.")
+    if data.streaming and training.max_steps <= 0:
+        raise ValueError("streaming=True reads data whose number is not known: set max_steps.")
+    if data.streaming and training.packing:
+        raise ValueError("packing=True needs all examples, and streaming reads them later: keep one.")
     if training.chat_template_path and not os.path.isfile(training.chat_template_path):
         raise ValueError(f"chat_template_path={training.chat_template_path!r} must be a Jinja file that exists.")
     if not data.has_eval and (training.eval_strategy != "no" or training.eval_on_start):
         raise ValueError("eval_strategy asks for evaluation, and there are no data: set eval_split or eval_holdout.")
 
 
-def longest_example(config: PreTrainedConfig, model: ModelArguments, training: L2DTrainingConfig) -> int:
+def longest_example(config: PreTrainedConfig, base: str | None, max_length: int | None) -> int:
     """The longest example in tokens: `max_length`, or what a base of this `config` was made for."""
     longest = getattr(config.get_text_config(), "max_position_embeddings", None)
-    limit = training.max_length or longest
+    limit = max_length or longest
     if limit is None:
-        raise ValueError(f"base={model.base!r} does not say how long its inputs may be: set max_length.")
+        raise ValueError(f"base={base!r} does not say how long its inputs may be: set max_length.")
     if longest is not None and limit > longest:
-        raise ValueError(f"max_length={limit} is more than base={model.base!r} takes: use at most {longest}.")
+        raise ValueError(f"max_length={limit} is more than base={base!r} takes: use at most {longest}.")
     return limit
 
 
@@ -154,7 +159,8 @@ def _check_loss_average(model: ModelArguments, training: L2DTrainingConfig) -> N
 
 def _check_l2d(model: ModelArguments, data: DataArguments, training: L2DTrainingConfig) -> None:
     refuse_ignored_by_l2d(training)
-    _check_guidance(model, data)
+    for part, _ in data.entries():
+        _check_guidance(model, part)
     _check_packing(model, training)
     config = model.l2d_config()
     check_objective(config, training)
@@ -178,6 +184,8 @@ def refuse_ignored_by_l2d(training: L2DTrainingConfig) -> None:
         "torch_compile_mode": training.torch_compile_mode is not None,
         "bf16_full_eval": training.bf16_full_eval,
         "fp16_full_eval": training.fp16_full_eval,
+        "model_init_kwargs": bool(training.model_init_kwargs),
+        "truncation_mode": training.truncation_mode != "keep_start",
     }
     for name, on in switched_on.items():
         if on:
@@ -251,74 +259,14 @@ def check_objective(config: L2DConfig, args: L2DTrainingConfig) -> None:
 # ---- what the trainer would find out later -----------------------------------------------------------------------
 
 
-def check_schedule(training: L2DTrainingConfig, given: set[str]) -> None:
-    """The schedule of the learning rate can be made, and batches stay as large as they were asked for."""
+def check_batches(training: L2DTrainingConfig) -> None:
+    """Batches stay as large as they were asked for, and there is something to resume from."""
     if training.auto_find_batch_size and training.total_batch_size is not None:
         raise ValueError("auto_find_batch_size changes the batch, and total_batch_size fixes it: keep one of them.")
     if training.save_only_model and training.resume_from_checkpoint not in NO_RESUME:
         raise ValueError("save_only_model saves nothing to resume from: leave it or resume_from_checkpoint out.")
     if training.accelerator_config.split_batches and training.total_batch_size is not None:
         raise ValueError("accelerator_config splits batches, and total_batch_size counts whole ones: keep one of them.")
-    kind = SchedulerType(training.lr_scheduler_type)
-    options = mapping("lr_scheduler_kwargs", training.lr_scheduler_kwargs)
-    known = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[kind]).parameters
-    for name in options or {}:
-        if name not in known:
-            raise ValueError(
-                f"lr_scheduler_kwargs has {name!r}, which {kind.value} does not take: choose from {', '.join(known)}."
-            )
-    if not {"lr_scheduler_type", "lr_scheduler_kwargs"} & given:
-        return
-
-    def make() -> None:
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=training.learning_rate)
-        scheduler = get_scheduler(kind, optimizer, 10, 100, scheduler_specific_kwargs=options)
-        for factor in getattr(scheduler, "lr_lambdas", []):
-            if not all(math.isfinite(factor(step)) for step in (0, 10, 50, 99)):
-                raise ValueError("its learning rates are not finite")
-
-    _try(make, f"lr_scheduler_type={kind.value} with lr_scheduler_kwargs={options}")
-
-
-def check_optimizer(training: L2DTrainingConfig, given: set[str]) -> None:
-    """`optim` is installed, and follows every one of `optim_args` and `optim_target_modules`."""
-    if not {"optim", "optim_args", "optim_target_modules"} & given:
-        return
-    name = str(getattr(training.optim, "value", training.optim))
-    if training.optim_target_modules is not None and not name.startswith(("galore", "apollo")):
-        raise ValueError(f"optim_target_modules would be ignored by optim={name}: leave it out.")
-    pairs = [pair.split("=") for pair in (training.optim_args or "").replace(" ", "").split(",") if pair]
-    if any(len(pair) != 2 or not all(pair) for pair in pairs):
-        raise ValueError(
-            f"optim_args={training.optim_args!r} must be name=value, with commas between several, e.g. momentum=0.9."
-        )
-    if training.optim_target_modules is not None:  # needs the model itself
-        return
-    found = _optimizer(training, pairs)
-    for pair in pairs:
-        if _optimizer(training, [other for other in pairs if other != pair]) == found:
-            raise ValueError(f"optim_args: {'='.join(pair)} would change nothing for optim={name}: leave it out.")
-
-
-def _optimizer(training: L2DTrainingConfig, pairs: list[list[str]]) -> Any:
-    """The optimizer's class and arguments that the trainer would choose, with these `optim_args`."""
-    from transformers import Trainer  # late: half a second
-
-    written = ",".join("=".join(pair) for pair in pairs)
-    args = copy.copy(training)
-    args.optim_args = written or None
-    return _try(
-        lambda: Trainer.get_optimizer_cls_and_kwargs(args, torch.nn.Linear(1, 1)),
-        f"optim={getattr(training.optim, 'value', training.optim)} with optim_args={training.optim_args!r}",
-    )
-
-
-def _try(make: Callable[[], Any], what: str, remedy: str = "") -> Any:
-    """What `make` gives; `ValueError` if it fails for any reason, which lies in the options."""
-    try:
-        return make()
-    except Exception as error:
-        raise ValueError(f"{what} cannot be followed: {str(error).rstrip('.')}{remedy}.") from error
 
 
 def check_packages(training: L2DTrainingConfig) -> None:
@@ -326,7 +274,13 @@ def check_packages(training: L2DTrainingConfig) -> None:
     for name in training.report_to:
         one_of("report_to", name, ("none", *INTEGRATION_TO_CALLBACK))
         if name != "none":
-            _try(INTEGRATION_TO_CALLBACK[name], f"report_to={name}", "; install what it needs, or set report_to: none")
+            try:
+                INTEGRATION_TO_CALLBACK[name]()
+            except Exception as error:  # of any kind: loggers are packages of others
+                raise ValueError(
+                    f"report_to={name} cannot be followed: {str(error).rstrip('.')}; install what it needs, or set "
+                    "report_to: none."
+                ) from error
     if training.torch_compile:
         known = torch.compiler.list_backends(exclude_tags=())
         one_of("torch_compile_backend", training.torch_compile_backend, tuple(known))

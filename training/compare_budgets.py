@@ -264,8 +264,10 @@ def _read_data(
 
     from l2d.checkpoint.loading import load_tokenizer
     from training.budget_metrics import padded
-    from training.config import DataArguments, L2DTrainingConfig
-    from training.data.loading import encode, load_split
+    from training.config import L2DTrainingConfig
+    from training.data.loading import load_split
+    from training.data.options import DataArguments
+    from training.data.ready import encode
 
     recipe = _recipe(checkpoint.folder)
     data = DataArguments(

@@ -1,16 +1,14 @@
-"""What a training recipe may say: three dataclasses, each with its own defaults and checks.
+"""What a training recipe may say, beside its data (`training.data.options`): dataclasses with defaults and checks.
 
 - `ModelArguments`: the method, the base, and the shape of the diffusion path
-- `DataArguments`: where the examples come from and which columns hold what
 - `L2DTrainingConfig`: TRL's `SFTConfig` with the options of diffusion training and a few other defaults
+- `CommandArguments`: what only the command does
 - `option_types`, `unset_by_null`: of all options
-- `one_of`, `at_least`, `named`, `check_file`, `mapping`: single values
 
 `checks` has what must hold between them.
 """
 
 import dataclasses
-import json
 import os
 import typing
 from dataclasses import dataclass, field
@@ -21,8 +19,8 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTConfig
 
 from l2d.config import L2DConfig
+from training.data.options import DataArguments, at_least, mapping, one_of
 
-FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
 METHODS = ("l2d", "lora_sft", "full_sft")
 L2D_SETTINGS = (
     "variant", "diffusion_dim", "noise_std", "input_width", "conditioning_width", "frequency_width", "min_noise",
@@ -116,72 +114,25 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
-    """Where the examples come from and which columns hold what."""
+class CommandArguments:
+    """What only the command does, and a trainer that is made in Python does not."""
 
-    dataset: str | None = field(
-        default=None,
-        metadata={"help": "Hub name, or a local .json, .jsonl, .parquet or .csv file, or a folder (save_to_disk too)."},
+    dry_run: bool = field(
+        default=False,
+        metadata={"help": "Build everything without weights, print parameters, memory, examples and schedule, stop."},
     )
-    dataset_config: list[str] | None = field(
-        default=None, metadata={"help": "Configuration (subset) of the data set; several are concatenated."}
-    )
-    train_split: str = field(default="train", metadata={"help": "Split to train on; slices such as train[:1000] work."})
-    eval_dataset: str | None = field(default=None, metadata={"help": "Evaluation data; default: the same data set."})
-    eval_split: str | None = field(default=None, metadata={"help": "Split to evaluate on. Default: no evaluation."})
-    eval_holdout: int | None = field(
-        default=None, metadata={"help": "Number of training examples to set aside for evaluation instead."}
-    )
-    columns: dict[str, Any] | str | None = field(
+    dry_run_examples: int = field(default=2, metadata={"help": "Examples that a dry run prints."})
+    dry_run_json: str | None = field(
         default=None,
         metadata={
-            "help": "What prompt and completion (or messages, or text) are made of: a column's name, or a text with "
-            "columns in braces, e.g. {prompt: 'Question: {question}\\nAnswer:', completion: ' {answer}'}."
+            "help": "File for a dry run to write every example to: its text, its targets, or why it is left out."
         },
     )
-    exclude: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Rows to leave out: values by column, e.g. {category: [editing, planning]}."}
-    )
-    unroll: bool = field(
-        default=False,
-        metadata={"help": "Make an example of every assistant turn, with the conversation before it as its prompt."},
-    )
-    expected_examples: list[int] | None = field(
-        default=None, metadata={"help": "Numbers of training and evaluation examples that should result; printed."}
-    )
-    guidance_column: list[str] | None = field(
-        default=None,
-        metadata={"help": "Column that holds each example's class; of several, the first one that guidance_map knows. "
-                  "The column subset holds the name in dataset_config."},
-    )  # fmt: skip
-    guidance_map: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Class for each value of guidance_column; values left out have no class."}
-    )
-    guidance_class: str | None = field(default=None, metadata={"help": "One class for all examples."})
 
     def __post_init__(self) -> None:
-        self.columns = mapping("columns", self.columns)
-        self.guidance_map = mapping("guidance_map", self.guidance_map)
-        self.exclude = mapping("exclude", self.exclude)
-        if isinstance(self.guidance_column, str):
-            self.guidance_column = [self.guidance_column]
-        if self.expected_examples is not None and len(self.expected_examples) > 2:
-            raise ValueError(f"expected_examples={self.expected_examples} must be one or two numbers.")
-        if self.eval_holdout is not None:
-            at_least("eval_holdout", self.eval_holdout, 1)
-        if self.eval_holdout is not None and (self.eval_dataset or self.eval_split):
-            raise ValueError(
-                "eval_holdout sets training examples aside, and eval_dataset or eval_split name other ones: keep one."
-            )
-        if self.guidance_class is not None and self.guidance_column is not None:
-            raise ValueError("guidance_class and guidance_column both give the examples' class: keep one of them.")
-        if self.guidance_map is not None and self.guidance_column is None:
-            raise ValueError("guidance_map maps the values of guidance_column, which is not set: set it.")
-
-    @property
-    def has_eval(self) -> bool:
-        """Whether any evaluation data are named."""
-        return bool(self.eval_dataset or self.eval_split or self.eval_holdout)
+        at_least("dry_run_examples", self.dry_run_examples, 0)
+        if self.dry_run_json is not None and not self.dry_run:
+            raise ValueError("dry_run_json would be ignored: set dry_run: true too, or leave it out.")
 
 
 @dataclass
@@ -259,10 +210,6 @@ class L2DTrainingConfig(SFTConfig):
     total_batch_size: int | None = field(
         default=None,
         metadata={"help": "Examples per optimizer step over all processes; gradient_accumulation_steps follows."},
-    )
-    dry_run: bool = field(
-        default=False,
-        metadata={"help": "Build everything without weights, print parameters, memory, examples and schedule, stop."},
     )
     chat_template_date: str | None = field(
         default=None, metadata={"help": "Date that a chat template which names one is to say, e.g. 26 Jul 2024."}
@@ -374,56 +321,17 @@ class L2DTrainingConfig(SFTConfig):
         self.gradient_accumulation_steps = self.total_batch_size // at_once
 
 
-def one_of(name: str, value: Any, allowed: tuple[str, ...]) -> None:
-    """Raise `ValueError` unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} is not known: choose one of {', '.join(allowed)}.")
-
-
-def at_least(name: str, value: Any, low: int) -> None:
-    """Raise `ValueError` unless `value` is a whole number of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {low}.")
-
-
-def named(name: str, value: str | None) -> str:
-    """`value`, which must be given; raises `ValueError` if it is not."""
-    if value is None:
-        raise ValueError(f"{name} is not set: give a folder, a file or a hub name.")
-    return value
-
-
-def check_file(name: str, source: str | None) -> None:
-    """Raise `ValueError` if `source` names a data file that is not there or empty."""
-    if source is None or os.path.splitext(source)[1] not in FILE_TYPES:
-        return
-    if not os.path.isfile(source):
-        raise ValueError(f"{name}={source!r} does not exist: give a file, a folder or a hub name.")
-    if os.path.getsize(source) == 0:
-        raise ValueError(f"{name}={source!r} is empty: there is nothing to train on.")
-
-
-def mapping(name: str, value: Any) -> dict[str, Any] | None:
-    """A dictionary from a recipe, or from JSON on the command line; `ValueError` for anything else."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError:
-            value = [value]
-    if value is not None and not isinstance(value, dict):
-        raise ValueError(f"{name}={value!r} must be a mapping: YAML in a recipe, JSON on the command line.")
-    return value
+OPTIONS = (ModelArguments, DataArguments, L2DTrainingConfig, CommandArguments)
 
 
 def option_types() -> dict[str, Any]:
     """Name and type hint of every option that a recipe may set."""
-    classes = (ModelArguments, DataArguments, L2DTrainingConfig)
-    hints = [(dataclasses.fields(cls), typing.get_type_hints(cls)) for cls in classes]
+    hints = [(dataclasses.fields(cls), typing.get_type_hints(cls)) for cls in OPTIONS]
     return {f.name: types[f.name] for fields, types in hints for f in fields if f.init}
 
 
 def unset_by_null() -> set[str]:
     """Names of the options that null leaves at their default: it is the default, or nothing that their type allows."""
     nullable = {name for name, hint in option_types().items() if type(None) in typing.get_args(hint)}
-    fields = [f for cls in (ModelArguments, DataArguments, L2DTrainingConfig) for f in dataclasses.fields(cls)]
+    fields = [f for cls in OPTIONS for f in dataclasses.fields(cls)]
     return {f.name for f in fields if f.default is None or f.name not in nullable}

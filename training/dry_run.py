@@ -3,27 +3,36 @@
 - `dry_run`: builds the model on the meta device, reads the data, prints, and stops
 - `estimate_memory`, `estimate_flops`: per device, from shapes alone
 - `coloured`: a decoded example with its targets marked
+- `write_examples`: all of them, for programs
 
 Estimates count what dominates: weights, gradients and AdamW's two moments, activations kept for the backward pass,
 keys and values of the main path, and one chunk of logits. Attention's own operations and buffers of communication are
 left out.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
+import datasets
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from l2d.network.cross_entropy import chunk_rows
 from training.checks import longest_example
-from training.config import L2DTrainingConfig, named
+from training.config import L2DTrainingConfig
 from training.console import say
-from training.data.loading import IGNORED, Unavailable
+from training.data.options import named
+from training.data.ready import encode, keep
+from training.data.tokenizer import base_of, generation_config, load_tokenizer
+from training.data.tokenizing import IGNORED, runs_of, target_texts, tokenize
+from training.data.values import Unavailable
 from training.draws import window_length
 from training.microbatches import default_evaluations, layer_bytes
 from training.recipe import Recipe
@@ -31,6 +40,7 @@ from training.recipe import Recipe
 ASSUMED_LENGTH, ASSUMED_RESPONSE = 700, 0.5  # mean tokens per example and share of targets, where the data are not here
 FLOPS_PER_S = 0.4 * 989e12  # 40 % of an H100's bfloat16 peak
 GIB = 2**30
+STREAMED = 1000  # examples of a stream that are read, and of others that are averaged over
 _STATE = "trained weights, gradients, AdamW"
 _GREEN, _GREY, _END = "\033[1;32m", "\033[90m", "\033[0m"
 
@@ -59,7 +69,7 @@ class Shape:
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Print parameters, memory, three examples and the schedule. Raises `ValueError` as a real run would."""
+    """Print parameters, memory, some examples and the schedule. Raises `ValueError` as a real run would."""
     model = build_on_meta(recipe)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters()) - trained
@@ -116,39 +126,64 @@ def build_on_meta(recipe: Recipe) -> PreTrainedModel:
 
 
 def read_data(recipe: Recipe) -> Any:
-    """The encoded training examples, after printing three of them; `None`, with a note, if they are not at hand."""
-    from training.data.loading import encode, load_examples, load_tokenizer
+    """The encoded training examples, after printing some of them; `None`, with a note, if they are not at hand."""
+    from training.data.loading import load_examples
 
-    model, training = recipe.model, recipe.training
-    limit = longest_example(base_configuration(recipe), model, training)
+    model, data, training, command = recipe.model, recipe.data, recipe.training, recipe.command
+    config = base_configuration(recipe)
+    limit = longest_example(config, model.base, training.max_length)
     try:
         tokenizer = load_tokenizer(model, training)
-        train, _ = load_examples(recipe.data, model.guidance_classes, training.seed, training.dataset_num_proc)
+        train, evaluation = load_examples(data, model.guidance_classes, training.seed, training.dataset_num_proc)
     except Unavailable as error:
+        if command.dry_run_json is not None:
+            raise
         say(f"examples are not shown: {' '.join(str(error).split())[:200]}")
         return None
-    encoded, summary = encode(train, tokenizer, training, limit, "train")
+    base = base_of(config, generation_config(str(model.base)))
+    if evaluation is not None:
+        say(encode(evaluation, tokenizer, training, limit, "eval", base)[1])
+    if data.streaming:
+        train = datasets.Dataset.from_list(list(itertools.islice(train, STREAMED)), features=train.features)
+        say(f"train: streamed, of which the first {len(train):,} examples are read here")
+    tokenized = tokenize(train, tokenizer, training, limit, "train", base)
+    if command.dry_run_json is not None:
+        write_examples(command.dry_run_json, tokenized, tokenizer)
+    encoded, summary = keep(tokenized, training, limit, "train")
     say(summary)
-    for number in range(min(3, len(encoded))):
-        say(f"--- example {number}: targets are green\n{coloured(encoded[number], tokenizer)}")
+    for number in range(min(command.dry_run_examples, len(encoded))):
+        say(f"--- example {number + 1}: targets are green\n{coloured(encoded[number], tokenizer)}")
     return encoded
+
+
+def write_examples(path: str, tokenized: datasets.Dataset, tokenizer: Any) -> None:
+    """Write every example, in order: number in the file, text, texts of the targets, and why it is left out or null."""
+    with writable(path), open(path, "w", encoding="utf-8") as file:
+        file.write('{"examples": [')
+        for place, row in enumerate(tokenized):
+            text, targets = target_texts(row, tokenizer)
+            line = {"number": row["number"], "text": text, "targets": targets, "left_out": row["left_out"]}
+            file.write((",\n" if place else "\n") + json.dumps(line, ensure_ascii=False))
+        file.write("\n]}\n")
+
+
+@contextlib.contextmanager
+def writable(path: str) -> Iterator[None]:
+    """Raise `ValueError` where `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"dry_run_json={path!r} cannot be written ({error.strerror}): name another file.") from error
 
 
 def coloured(example: dict[str, Any], tokenizer: Any) -> str:
     """The decoded example, what is trained on in bold green and what is not in grey."""
-    parts, marked = [], [place > 0 and label != IGNORED for place, label in enumerate(example["labels"])]
-    start = 0
-    for place in range(1, len(marked) + 1):
-        if place == len(marked) or marked[place] != marked[start]:
-            text = tokenizer.decode(example["input_ids"][start:place])
-            parts.append(f"{_GREEN if marked[start] else _GREY}{text}{_END}")
-            start = place
-    return "".join(parts)
+    return "".join(f"{_GREEN if trained else _GREY}{text}{_END}" for text, trained in runs_of(example, tokenizer))
 
 
 def describe(encoded: Any) -> tuple[int, int, float]:
     """Number of examples, their mean length and their share of targets, the latter from up to 1,000 of them."""
-    sample = encoded.select(range(min(len(encoded), 1000)))
+    sample = encoded.select(range(min(len(encoded), STREAMED)))
     tokens = sum(len(row) for row in sample["labels"])
     targets = sum(label != IGNORED for row in sample["labels"] for label in row[1:])
     return len(encoded), max(round(tokens / len(sample)), 1), targets / tokens

@@ -1,7 +1,7 @@
 """Reads a recipe: one YAML file, with options of the command line on top.
 
 - `read_recipe`: command line -> checked `Recipe`
-- `Recipe`: the three groups of settings and the names of those that were set
+- `Recipe`: the groups of settings and the names of those that were set
 
 A recipe may begin with `extends: FILE` (or a list of files), relative to itself, and then says only what differs.
 
@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 if TYPE_CHECKING:
-    from training.config import DataArguments, L2DTrainingConfig, ModelArguments
+    from training.config import CommandArguments, L2DTrainingConfig, ModelArguments
+    from training.data.options import DataArguments
 
 _FILES = {"base_config", "chat_template_path"}  # options whose files may be named relative to the recipe
 REQUIRED = {"base": "hub name or folder", "dataset": "hub name, file or folder", "output_dir": "folder to write to"}
@@ -37,6 +38,7 @@ class Recipe:
     model: "ModelArguments"
     data: "DataArguments"
     training: "L2DTrainingConfig"
+    command: "CommandArguments"
     settings: dict[str, Any]
 
 
@@ -55,7 +57,7 @@ def read_recipe(arguments: list[str]) -> Recipe:
     from trl import TrlParser
 
     from training.checks import check_recipe
-    from training.config import DataArguments, L2DTrainingConfig, ModelArguments, option_types, unset_by_null
+    from training.config import OPTIONS, option_types, unset_by_null
 
     class Parser(TrlParser):
         def error(self, message: str) -> typing.NoReturn:
@@ -68,12 +70,12 @@ def read_recipe(arguments: list[str]) -> Recipe:
     settings = {name: value for name, value in settings.items() if value is not None or name not in unset}
     for name, value in settings.items():
         settings[name] = _fitted(name, value, hints[name])
-    parser = Parser((ModelArguments, DataArguments, L2DTrainingConfig), allow_abbrev=False, prog="training.train")
+    parser = Parser(OPTIONS, allow_abbrev=False, prog="training.train")
     parser.set_defaults_with_config(**settings)
     if not rest or not {"-h", "--help"} & set(rest):
         for flag in (word for word in rest if word.startswith("--")):
             _check_known(re.sub("^no_", "", _name_of(flag)), hints)
-    model, data, training, stray = parser.parse_args_and_config(rest, return_remaining_strings=True)
+    model, data, training, command, stray = parser.parse_args_and_config(rest, return_remaining_strings=True)
     if stray:
         raise ValueError(f"{stray[0]!r} belongs to no option: leave it out (usage: {USAGE})")
     given = set(settings)
@@ -82,11 +84,11 @@ def read_recipe(arguments: list[str]) -> Recipe:
             name = _name_of(word)
             name = name if name in hints else name.removeprefix("no_")
             given.add(name)
-            value = next(getattr(part, name) for part in (model, data, training) if hasattr(part, name))
+            value = next(getattr(part, name) for part in (model, data, training, command) if hasattr(part, name))
             settings[name] = value.value if isinstance(value, Enum) else value
     settings.pop("hub_token", None)  # what was set is saved beside the model
-    check_recipe(model, data, training, given)
-    return Recipe(model, data, training, settings)
+    check_recipe(model, data, training, command, given)
+    return Recipe(model, data, training, command, settings)
 
 
 def _split_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -200,6 +202,7 @@ def _fitted(name: str, value: Any, hint: Any) -> Any:
         value = [value]
     if isinstance(value, list):
         (inner,) = [typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is list] or [()]
+        inner = tuple(typing.get_origin(kind) or kind for kind in inner)
         if inner and not all(type(entry) in inner for entry in value):
             allowed = " or ".join(kind.__name__ for kind in inner)
             raise ValueError(f"{name}={value!r} in the recipe must be a list of type {allowed}.")

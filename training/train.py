@@ -30,8 +30,6 @@ from training.checkpointing.resume import (
     check_output_dir,
     check_same_model,
     choose_checkpoint,
-    clear_output_dir,
-    clear_unfinished,
     saved_step,
 )
 from training.console import PROCESSES, RANK, end, say
@@ -47,6 +45,7 @@ class Job:
     train: Any
     evaluation: Any
     checkpoint: str | None
+    limit: int  # of an example, in tokens
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -55,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         with no_collection():
             recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
-        if recipe.training.dry_run:
+        if recipe.command.dry_run:
             from training.dry_run import dry_run
 
             dry_run(recipe)
@@ -64,9 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
         trainer = build_trainer(job)
     except (ImportError, OSError, ValueError) as error:
         end(error, 2)
+    from training.data.values import DataError
+
     try:
         run(trainer, job)
-    except Interrupted as error:
+    except (Interrupted, DataError) as error:  # the latter where examples are read while training
         end(error, 1)
 
 
@@ -82,25 +83,32 @@ def no_collection() -> Iterator[None]:
 
 def prepare(recipe: Recipe) -> Job:
     """Check the folders, read and encode the data. Raises `ValueError`."""
-    from training.config import named
+    from training.data.options import named
 
     model, data, training = recipe.model, recipe.data, recipe.training
     base = named("base", model.base)
     check_output_dir(training.output_dir, training.resume_from_checkpoint, training.overwrite_output_dir, base)
-    checkpoint, why = choose_checkpoint(training.resume_from_checkpoint, training.output_dir, PROCESSES)
-    say(why)
-    limit = length_limit(recipe)
+    checkpoint, _ = choose_checkpoint(training.resume_from_checkpoint, training.output_dir, PROCESSES)
+    config = base_config(recipe)
 
-    from training.data.loading import encode, load_examples, load_tokenizer
+    from training.checks import longest_example
+    from training.data.loading import load_examples
+    from training.data.ready import encode, stream
+    from training.data.tokenizer import base_of, generation_config, load_tokenizer
 
+    limit = longest_example(config, base, training.max_length)
     with training.main_process_first(desc="preparing data"):
         tokenizer = load_tokenizer(model, training)
+        facts = base_of(config, generation_config(base))
         train, evaluation = load_examples(data, model.guidance_classes, training.seed, training.dataset_num_proc)
-        train, summary = encode(train, tokenizer, training, limit, "train")
-        say(summary)
         if evaluation is not None:
-            evaluation, summary = encode(evaluation, tokenizer, training, limit, "eval")
+            evaluation, summary = encode(evaluation, tokenizer, training, limit, "eval", facts)
             say(summary)
+        if data.streaming:
+            train = stream(train, tokenizer, training, limit, "train", facts)
+            return Job(recipe, tokenizer, train, evaluation, checkpoint, limit)
+        train, summary = encode(train, tokenizer, training, limit, "train", facts)
+        say(summary)
     say_expected(data, train, evaluation)
     at_once = training.per_device_train_batch_size * training.world_size
     if training.dataloader_drop_last and not training.packing and len(train) < at_once:
@@ -108,11 +116,7 @@ def prepare(recipe: Recipe) -> Job:
             f"dataloader_drop_last leaves nothing of {len(train)} examples, fewer than the {at_once} of a batch: leave "
             "it out, or lower per_device_train_batch_size."
         )
-    # The examples are encoded and of the right length: the trainer is to take them as they are.
-    training.assistant_only_loss, training.chat_template_path = False, None
-    training.max_length = limit if training.packing else None
-    training.eval_packing = False if training.packing else None
-    return Job(recipe, tokenizer, train, evaluation, checkpoint)
+    return Job(recipe, tokenizer, train, evaluation, checkpoint, limit)
 
 
 def say_expected(data: Any, train: Any, evaluation: Any) -> None:
@@ -123,11 +127,9 @@ def say_expected(data: Any, train: Any, evaluation: Any) -> None:
             say(f"{name}: {len(part):,} examples, {same}")
 
 
-def length_limit(recipe: Recipe) -> int:
-    """The longest example in tokens, with the base's configuration. Raises `ValueError`."""
+def base_config(recipe: Recipe) -> Any:
+    """The base's configuration. Raises `ValueError`."""
     from transformers import AutoConfig
-
-    from training.checks import longest_example
 
     model, training = recipe.model, recipe.training
     try:
@@ -138,7 +140,7 @@ def length_limit(recipe: Recipe) -> int:
         raise ValueError(f"base={model.base!r} is neither a model's folder nor a model on the hub: {error}") from error
     if config.model_type == "l2d":
         raise ValueError(f"base={model.base!r} is an L2D checkpoint: name the model that it was trained on.")
-    return longest_example(config, model, training)
+    return config
 
 
 def build_trainer(job: Job) -> Any:
@@ -147,7 +149,7 @@ def build_trainer(job: Job) -> Any:
     from transformers import set_seed
 
     from l2d.checkpoint.loading import load_base
-    from training.config import named
+    from training.data.options import named
 
     model, training = job.recipe.model, job.recipe.training
     set_seed(training.seed)
@@ -174,12 +176,12 @@ def build_trainer(job: Job) -> Any:
     else:
         base = load_base(named("base", model.base), **options)
         from training.checkpointing.atomic import BaselineTrainer
+        from training.data.ready import for_encoded_data
 
+        common["args"] = for_encoded_data(training, job.limit)
         trainer = BaselineTrainer(model=base, peft_config=model.lora_config(), **common)
     if job.checkpoint is not None:
         check_same_model(job.checkpoint, trainer.model)
-    if RANK == 0:
-        (clear_output_dir if training.overwrite_output_dir else clear_unfinished)(training.output_dir)
     return trainer
 
 
@@ -189,7 +191,7 @@ def run(trainer: Any, job: Job) -> None:
     every = sum(p.numel() for p in trainer.model.parameters())
     say(f"{job.recipe.model.method}: {trained:,} trained parameters, {every - trained:,} frozen")
     with writing(job.recipe.training.output_dir):  # checkpoints, and what loggers write on the way
-        metrics = trainer.train(resume_from_checkpoint=job.checkpoint).metrics
+        metrics = trainer.train().metrics
     if trainer.stop.stopped:
         say(
             f"stopped by SIGTERM after step {trainer.state.global_step} of {trainer.state.max_steps}, which is saved; "

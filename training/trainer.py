@@ -9,6 +9,7 @@ Legend: B rows, S positions, Q targets per row, K draws, d diffusion dimension, 
 
 import contextlib
 import dataclasses
+import functools
 import os
 from typing import Any
 
@@ -29,8 +30,10 @@ from l2d.network.diffusion_path import NoisedTargets
 from training.budget_metrics import budget_accuracy, write_samples
 from training.checkpointing.atomic import SafeCheckpoints
 from training.checkpointing.resume import check_same_model
-from training.checks import check_objective, refuse_ignored_by_l2d
+from training.checks import check_objective, longest_example, refuse_ignored_by_l2d
 from training.config import L2DTrainingConfig
+from training.data.ready import for_encoded_data, ready
+from training.data.tokenizer import base_of, prepare_tokenizer
 from training.draws import evaluation_targets, training_targets, window_length
 from training.microbatches import default_evaluations, split_targets
 from training.optimization import target_weights
@@ -39,7 +42,11 @@ from training.optimization import target_weights
 class L2DTrainer(SafeCheckpoints, SFTTrainer):
     """Trains the diffusion path of an `L2DForCausalLM`; the base stays as it is.
 
-    Takes what `SFTTrainer` takes. Raises `ValueError` for arguments that would have no effect.
+    Takes what `SFTTrainer` takes. Data sets with `prompt` and `completion`, `messages` or `text` are prepared here, as
+    the configuration says; those with `input_ids` are taken as they are. The configuration and the tokenizer that are
+    given stay unchanged: the trainer works with copies.
+
+    Raises `ValueError` for arguments that would have no effect, and for examples that cannot be trained on.
     """
 
     loss_is_scaled_for_ga = True  # compute_loss divides by the targets of the whole accumulated batch
@@ -60,6 +67,8 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         check_objective(model.config, args)
         if kwargs.get("processing_class") is None:
             raise ValueError("processing_class is missing: give the base's tokenizer.")
+        self._take_data(model, args, kwargs)
+        args = for_encoded_data(args, self._limit)
         if args.rollout_evaluations is not None or model.config.noise_free:
             model.path.vocabulary.requires_grad_(False)  # no gradient would reach it
         backend = take_compile(args)
@@ -84,6 +93,21 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
             compile_path(model, backend)
         self._sums = torch.zeros(args.time_bins, 3, dtype=torch.float64, device=args.device)
         self._batch_of_step = (-1, 0)  # step, and number of the batch within its accumulation
+
+    def _take_data(self, model: L2DForCausalLM, args: L2DTrainingConfig, kwargs: dict[str, Any]) -> None:
+        """Prepare the tokenizer and the data sets among `kwargs` as the configuration says. Raises `ValueError`."""
+        name = str(model.config.base_name_or_path or "the model's base")
+        self._limit = longest_example(model.base.config, name, args.max_length)
+        self._base = base_of(model.base.config, model.generation_config)
+        tokenizer = prepare_tokenizer(kwargs["processing_class"], args, name)
+        formatting = kwargs.pop("formatting_func", None)
+        self._ready = functools.partial(
+            ready, tokenizer=tokenizer, training=args, limit=self._limit, base=self._base, formatting=formatting
+        )
+        with args.main_process_first(desc="preparing data"):
+            for name in ("train_dataset", "eval_dataset"):
+                kwargs[name] = self._ready(kwargs.get(name), name=name.removesuffix("_dataset"))
+        kwargs["processing_class"] = tokenizer
 
     # ---- loss ----------------------------------------------------------------------------------------------------
 
@@ -175,6 +199,8 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
         """Evaluation batches are padded, one example per row: noise belongs to an example."""
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            eval_dataset = self._ready(eval_dataset, name="eval")
         kept = self.data_collator
         if getattr(kept, "padding_free", False):
             self.data_collator = dataclasses.replace(kept, padding_free=False)

@@ -1,13 +1,17 @@
 """Data: reading, columns, tokens and labels. `python -m pytest tests/training/test_data.py`"""
 
+import json
+
 import datasets
 import pytest
 from transformers import AutoModelForCausalLM
 from trl import SFTConfig, SFTTrainer
 
 from tests.training_runs import BASELINE, SMALL, sums, write_jsonl, write_recipe
-from training.config import DataArguments, L2DTrainingConfig
-from training.data.loading import encode, load_examples
+from training.config import L2DTrainingConfig
+from training.data.loading import load_examples
+from training.data.options import DataArguments
+from training.data.ready import encode
 from training.dry_run import coloured
 from training.recipe import read_recipe
 from training.train import build_trainer, prepare
@@ -37,6 +41,11 @@ def chat(tokenizer):
 def training(tmp_path):
     """`training(**settings)`: trainer settings."""
     return lambda **settings: L2DTrainingConfig(output_dir=str(tmp_path), activation_checkpointing=False, **settings)
+
+
+def parts(examples) -> list[dict]:
+    """What the examples are made of."""
+    return [json.loads(row["example"]) for row in examples]
 
 
 def targets(tokenizer, row) -> str:
@@ -90,10 +99,10 @@ def test_sharegpt_conversations(chat, training, tmp_path, names, unroll):
     assert targets(chat, encoded[0][0]) == ("5</s>" if unroll else "5</s>9 cats</s>")
 
 
-def test_template_without_marks_is_refused(chat, training):
-    chat.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+def test_templates_that_cannot_be_followed_are_refused(chat, training):
     rows = datasets.Dataset.from_list([{"messages": TALK}])
-    with pytest.raises(ValueError, match="chat_template_path"):
+    chat.chat_template = "{% for m in messages|reverse %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(ValueError, match="turn 2 cannot be found.*chat_template_path"):
         encode(rows, chat, training(), 64, "train")
     chat.chat_template = None
     with pytest.raises(ValueError, match="has no chat template"):
@@ -103,7 +112,7 @@ def test_template_without_marks_is_refused(chat, training):
 def test_examples_without_response_are_left_out(chat, training):
     rows = datasets.Dataset.from_list([*sums(2), {"prompt": "Say nothing:", "completion": ""}])
     encoded, summary = encode(rows, chat, training(), 64, "train")
-    assert len(encoded) == 2 and "left out 1 without a response" in summary
+    assert len(encoded) == 2 and "left out 1 (no response 1)" in summary
     with pytest.raises(ValueError, match="no train example has a response"):
         encode(rows.select([2]), chat, training(), 64, "train")
     with pytest.raises(ValueError, match="no eval example has a response"):
@@ -112,10 +121,10 @@ def test_examples_without_response_are_left_out(chat, training):
 
 def test_long_examples(tokenizer, training):
     rows = datasets.Dataset.from_list([*sums(2), {"prompt": "Q", "completion": " 7" * 100}])
-    with pytest.raises(ValueError, match=r"train example 2 has \d+ tokens, more than max_length=64"):
+    with pytest.raises(ValueError, match=r"train data, example 3 has \d+ tokens, more than max_length=64"):
         encode(rows, tokenizer, training(), 64, "train")
     encoded, summary = encode(rows, tokenizer, training(too_long="drop"), 64, "train")
-    assert len(encoded) == 2 and "dropped 1 longer than 64 tokens" in summary
+    assert len(encoded) == 2 and "left out 1 (longer than max_length=64 1)" in summary
     encoded, summary = encode(rows, tokenizer, training(too_long="truncate"), 64, "train")
     assert len(encoded[2]["input_ids"]) == len(encoded[2]["labels"]) == 64 and "cut 1" in summary
 
@@ -142,21 +151,25 @@ def test_sources(tmp_path, kind):
     )
     train, evaluation = load_examples(arguments, None, seed=0)
     assert (len(train), len(evaluation)) == (4, 2)
-    assert sorted([*train["prompt"], *evaluation["prompt"]]) == [f"Q: {i}?\nA:" for i in range(6)]
-    assert {str(answer) for answer in [*train["completion"], *evaluation["completion"]]} == set("012345")
+    made = parts(train) + parts(evaluation)
+    assert sorted(example["prompt"] for example in made) == [f"Q: {i}?\nA:" for i in range(6)]
+    assert {example["completion"] for example in made} == set("012345")
+    assert sorted([*train["number"], *evaluation["number"]]) == [1, 2, 3, 4, 5, 6]
 
 
-def test_numbers_are_texts(tokenizer, training):
-    encoded, _ = encode(
-        datasets.Dataset.from_list([{"prompt": "6 * 7 =", "completion": 42}]), tokenizer, training(), 64, ""
-    )
-    assert targets(tokenizer, encoded[0]) == "42</s>"
+def test_typed_columns_are_refused(tokenizer, training):
+    """How a number of a table is written is nobody's to guess."""
+    rows = datasets.Dataset.from_list([{"prompt": "6 * 7 =", "completion": 42}])
+    with pytest.raises(ValueError, match="train data, example 1, column 'completion': holds 42 .int., which is not"):
+        encode(rows, tokenizer, training(), 64, "train")
 
 
 def test_prompts_that_end_inside_a_token(tokenizer, training):
     rows = datasets.Dataset.from_list([{"prompt": "The cat sat ", "completion": "on the mat"}])
     encoded, summary = encode(rows, tokenizer, training(), 64, "train")
-    assert targets(tokenizer, encoded[0]) == " on the mat</s>" and "1 prompts end inside a token" in summary
+    assert targets(tokenizer, encoded[0]) == "on the mat</s>" and "1 prompts end inside" in summary
+    alone = tokenizer("The cat sat ")["input_ids"]
+    assert encoded[0]["input_ids"][: len(alone)] == alone
 
 
 def test_eval_file_and_slices(tmp_path):
@@ -217,7 +230,7 @@ def test_text_is_the_last_choice_unless_it_is_asked_for(chat, training, tmp_path
         assert ("plain text, of which every token but an example's first" in summary) == (found[:3] == "<s>")
     rows = datasets.Dataset.from_list([*TEXTS, {"text": ""}, {"text": None}])
     encoded, summary = encode(rows, chat, training(), 64, "train")
-    assert len(encoded) == 3 and "left out 2 without a response" in summary
+    assert len(encoded) == 3 and "left out 2 (no response 2)" in summary
     # what a dry run shows of it: all but the first token is green
     assert coloured(encoded[2], chat) == "\033[90m<s>\033[0m\033[1;32m7</s>\033[0m"
 
@@ -254,12 +267,12 @@ def test_empty_or_unusable(tmp_path):
 
 PAIR = {"prompt": "2 + 2 =", "completion": " 4"}
 REFUSED = {
-    "text for messages": ([{"messages": "hello"}], {}, {}, "messages must be lists of turns.*'hello'"),
-    "turns without roles": ([{"messages": [{"content": "a"}]}], {}, {}, "messages must be lists of turns"),
-    "text to unroll": ([{"messages": "hello"}], {"unroll": True}, {}, "messages must be lists of turns"),
+    "text for messages": ([{"messages": "hello"}], {}, {}, "example 1, column 'messages': must hold lists of.*'hello'"),
+    "turns without roles": ([{"messages": [{"content": "a"}]}], {}, {}, "must hold lists of turns.*turn 1 is"),
+    "text to unroll": ([{"messages": "hello"}], {"unroll": True}, {}, "must hold lists of turns"),
     "text and turns": ([{"prompt": TALK[:1], "completion": "5"}], {}, {}, "must both be texts or both be lists"),
     "turns and text": ([{"prompt": "a", "completion": TALK[1:2]}], {}, {}, "must both be texts or both be lists"),
-    "tools": ([{"messages": TALK, "tools": "none"}], {}, {}, "tools='none' of an example is not JSON"),
+    "tools": ([{"messages": TALK, "tools": "none"}], {}, {}, "column 'tools': 'none' is not JSON"),
     "open brace": ([PAIR], {"columns": {"prompt": "{prompt"}}, {}, "'{prompt' is no text with columns in braces"),
     "two kinds": (
         [PAIR | {"messages": TALK}], {"columns": {"messages": "messages", "prompt": "prompt"}}, {}, "keep one"
@@ -268,9 +281,9 @@ REFUSED = {
     "text of nothing": ([{"text": "a"}], {"columns": {"prompt": "", "completion": "text"}}, {}, "{text: COLUMN}"),
     "text and prompt": ([PAIR], {"columns": {"text": "prompt", "prompt": "prompt"}}, {}, "completion and text, of"),
     "half a pair": ([{"text": "a", "body": "b"}], {"columns": {"prompt": "body"}}, {}, "so that prompt and completion"),
-    "turns of a text": ([{"text": "a"}], {}, {"assistant_only_loss": True}, "plain texts: leave it out"),
-    "completions of a text": ([{"text": "a"}], {}, {"completion_only_loss": True}, "plain texts: leave it out"),
-    "text that is none": ([{"text": ["a"]}], {}, {}, "text must be texts, and an example holds"),
+    "turns of a text": ([{"text": "a"}], {}, {"assistant_only_loss": True}, "a plain text: leave it out"),
+    "completions of a text": ([{"text": "a"}], {}, {"completion_only_loss": True}, "a plain text: leave it out"),
+    "text that is none": ([{"text": ["a"]}], {}, {}, "column 'text': holds .'a'. .a list., which is not text"),
     "unrolled text": ([{"text": "a"}], {"unroll": True}, {}, "an example of every assistant turn"),
     "all too long": ([PAIR], {}, {"too_long": "drop", "max_length": 3}, "every train example is longer than"),
 }  # fmt: skip

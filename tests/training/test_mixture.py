@@ -1,13 +1,17 @@
 """The SmolTalk mixture, on made-up conversations of its schema. `python -m pytest tests/training/test_mixture.py`"""
 
+import json
+
 import datasets
 import pytest
 import yaml
 
 from tests.training_runs import REPOSITORY, SMALL, train_here, write_recipe
-from training.config import DataArguments, L2DTrainingConfig
-from training.data import loading as data_module
-from training.data.loading import encode, load_examples
+from training.config import L2DTrainingConfig
+from training.data import tokenizing
+from training.data.loading import load_examples
+from training.data.options import DataArguments
+from training.data.ready import encode
 
 SHARED = REPOSITORY / "training" / "recipes"
 CLASSES = ["math", "coding", "general_qa"]
@@ -69,13 +73,17 @@ def training(tmp_path):
 
 def test_every_turn_is_an_example(smoltalk, tokenizer, training):
     """Excluded categories are gone, rows without one stay; the prompt is all that came before."""
-    train, evaluation = load_examples(paper(smoltalk), CLASSES, 0)
+    examples, evaluation = load_examples(paper(smoltalk), CLASSES, 0)
+    assert [row["left_out"] for row in examples if row["left_out"]] == [
+        "excluded by category: editing", "excluded by category: role-playing"
+    ]  # fmt: skip
+    train = [json.loads(row["example"]) for row in examples if row["left_out"] is None]
     assert len(train) == 3 * 4 + 4 * 2 + 5 * 3 and len(evaluation) == 3 + 2 + 3
     prompts = [[turn["content"] for turn in row["prompt"]] for row in train]
     assert not any("editing" in text or "role-playing" in text for texts in prompts for text in texts)
     hermes = [texts for texts in prompts if "hermes 1?" in texts]
     assert hermes[0] == ["Be brief.", "hermes 0?", "answer 0", "hermes 1?"] and len(hermes) == 4
-    encoded, _ = encode(train, tokenizer, training(), 512, "train")
+    encoded, _ = encode(examples, tokenizer, training(), 512, "train")
     for row, source in zip(encoded, train, strict=True):
         text = tokenizer.decode([label for label in row["labels"] if label != -100])
         assert text == source["completion"][0]["content"] + "</s>"
@@ -87,8 +95,8 @@ def test_classes_of_the_paper(smoltalk):
     """By subset; by category where the subset has many; no class where the category has none."""
     train, _ = load_examples(paper(smoltalk), CLASSES, 0)
     found = {}
-    for row in train:
-        name = row["prompt"][-1]["content"].split()[0]
+    for row in train.filter(lambda row: row["left_out"] is None):
+        name = json.loads(row["example"])["prompt"][-1]["content"].split()[0]
         found.setdefault(name, set()).add(row["guidance_class"])
     assert found == {
         "metamathqa-50k": {0}, "numina-cot-100k": {0}, "math": {0}, "self-oss-instruct": {1}, "coding": {1},
@@ -103,9 +111,7 @@ def test_preprocessing_is_cached_and_the_same_in_parallel(smoltalk, tokenizer, t
 
     first, calls = prepared(None), []
     assert prepared(2)[:] == first[:]
-    encode_example = data_module._encode_example
-    monkeypatch.setattr(data_module, "_encode_pair", lambda *args: calls.append(args) or 1 / 0)
-    assert data_module._encode_example is encode_example
+    monkeypatch.setattr(tokenizing, "render_pair", lambda *args: calls.append(args) or 1 / 0)
     assert prepared(None)[:] == first[:] and not calls
 
 
@@ -120,7 +126,7 @@ def test_whole_recipe(smoltalk, base_dir, tmp_path, capsys):
     }  # fmt: skip
     train_here(write_recipe(tmp_path / "recipe.yaml", **settings))
     printed = capsys.readouterr().out
-    assert "longer than 40 tokens" in printed and "35 were expected" in printed and "9 were expected" in printed
+    assert "longer than max_length=40" in printed and "35 were expected" in printed and "9 were expected" in printed
 
 
 def test_date_is_fixed_in_the_template(base_dir, tmp_path, training):
@@ -128,7 +134,7 @@ def test_date_is_fixed_in_the_template(base_dir, tmp_path, training):
     from transformers import AutoTokenizer
 
     from training.config import ModelArguments
-    from training.data.loading import load_tokenizer
+    from training.data.tokenizer import load_tokenizer
 
     template = tmp_path / "dated.jinja"
     template.write_text(
@@ -146,7 +152,7 @@ def test_date_is_fixed_in_the_template(base_dir, tmp_path, training):
 
 
 def test_refused(smoltalk):
-    with pytest.raises(ValueError, match="exclude names 'kind'"):
+    with pytest.raises(ValueError, match="exclude='kind' is not a column"):
         load_examples(paper(smoltalk, exclude={"kind": ["x"]}), CLASSES, 0)
     with pytest.raises(ValueError, match="guidance_column='kind'"):
         load_examples(paper(smoltalk, guidance_column=["kind"]), CLASSES, 0)

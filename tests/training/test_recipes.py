@@ -8,7 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from tests.training_runs import REPOSITORY, SMALL, sums, train_here, write_jsonl, write_recipe
-from training.data.loading import load_tokenizer
+from training.data.tokenizer import load_tokenizer
 from training.dry_run import Shape, estimate_flops, estimate_memory
 from training.microbatches import default_evaluations, layer_bytes
 from training.recipe import read_recipe
@@ -106,11 +106,11 @@ def test_another_tokenizer(tmp_path, base_dir, tokenizer):
 
 
 def test_examples_with_their_mask(dry, tmp_path, base_dir):
-    """Three of them, decoded, targets in another colour; the schedule counts the real examples; nothing is written."""
+    """Two of them, decoded, targets in another colour; the schedule counts the real examples; nothing is written."""
     data = write_jsonl(tmp_path / "data.jsonl", sums(20))
     settings = {**SMALL, "base": base_dir, "dataset": data, "output_dir": tmp_path / "out", "max_steps": None}
     printed = dry(write_recipe(tmp_path / "recipe.yaml", **settings, num_train_epochs=2))
-    assert printed.count("targets are green") == 3 and "schedule: 10 steps of 4 examples" in printed
+    assert printed.count("targets are green") == 2 and "schedule: 10 steps of 4 examples" in printed
     assert "\033[90m<s>Question: 0 and 0?\nAnswer:\033[0m\033[1;32m 0</s>\033[0m" in printed
     assert not (tmp_path / "out").exists()
 

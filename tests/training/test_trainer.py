@@ -13,7 +13,7 @@ from l2d.network.diffusion_path import NoisedTargets, PathInputs
 from tests.conftest import randomise_path
 from tests.training_runs import same_bits, sums
 from training.config import L2DTrainingConfig
-from training.data.loading import encode
+from training.data.ready import encode
 from training.draws import keyed_generator
 from training.microbatches import split_targets
 from training.trainer import (

@@ -23,9 +23,17 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import rotate_checkpoints
 
-from training.checkpointing.checksums import write_checksums
 from training.checkpointing.disk_errors import Interrupted, writing
-from training.checkpointing.resume import UNFINISHED, check_sharding_of, choose_checkpoint
+from training.checkpointing.resume import (
+    UNFINISHED,
+    check_output_dir,
+    check_sharding_of,
+    choose_checkpoint,
+    clear_output_dir,
+    clear_unfinished,
+    write_checksums,
+)
+from training.console import say
 from training.optimization import Optimization
 
 
@@ -34,6 +42,7 @@ class SafeCheckpoints(Optimization):
 
     resumed_from: str | None = None
     began_at = 0  # step
+    _wrote = False  # to output_dir
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -45,18 +54,40 @@ class SafeCheckpoints(Optimization):
         """Train, from the beginning or from a complete checkpoint of a run that was launched alike.
 
         Args:
-            resume_from_checkpoint: a folder, or true for the newest in `output_dir`; kwargs: of `Trainer.train`.
+            resume_from_checkpoint: a folder, true for the newest in `output_dir`, or "auto" for the newest if there is
+                one; default: what the configuration says.
+            kwargs: of `Trainer.train`.
 
-        Raises `ValueError` if there is none to go on from exactly, `Interrupted` for one of another sharding.
+        Raises `ValueError` if there is none to go on from exactly, or `output_dir` holds something that is neither
+        continued nor to be overwritten, `Interrupted` for a checkpoint of another sharding.
         """
-        checkpoint = resume_from_checkpoint or None
-        if checkpoint is True:
-            checkpoint, _ = choose_checkpoint(True, self.args.output_dir, self.args.world_size)
+        setting = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
+        folder, overwrite = self.args.output_dir, getattr(self.args, "overwrite_output_dir", False)
+        if not self._wrote:  # what is there is not of this trainer
+            check_output_dir(folder, setting, overwrite, str(self._base_name()))
+        checkpoint, why = choose_checkpoint(setting, folder, self.args.world_size)
+        say(why)
         if checkpoint:
             sharding = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else "no sharding"
             check_sharding_of(checkpoint, sharding)
-        self.resumed_from = checkpoint
+        if self.args.should_save:
+            (clear_output_dir if overwrite and not self._wrote else clear_unfinished)(folder)
+        self.accelerator.wait_for_everyone()
+        self.resumed_from, self._wrote = checkpoint, True
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+
+    def _base_name(self) -> str | None:
+        return getattr(self.accelerator.unwrap_model(self.model).config, "base_name_or_path", None)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The optimizer; `Interrupted` in one sentence where its options cannot be followed."""
+        with _followed(self.args, "optim", "optim_args", "optim_target_modules"):
+            return super().create_optimizer(*args, **kwargs)
+
+    def create_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """The schedule of the learning rate; `Interrupted` in one sentence where its options cannot be followed."""
+        with _followed(self.args, "lr_scheduler_type", "lr_scheduler_kwargs"):
+            return super().create_scheduler(*args, **kwargs)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """An epoch, unless all steps were made before: a run may be killed between its last checkpoint and its end."""
@@ -191,6 +222,15 @@ def _readable(checkpoint: str | None) -> Iterator[None]:
             f"resume_from_checkpoint={checkpoint!r} holds files that are damaged or not of this program, and are not "
             "loaded: choose another checkpoint, or auto after moving this one away."
         ) from error
+
+
+@contextlib.contextmanager
+def _followed(args: TrainingArguments, *names: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # of any kind: optimizers and schedules are packages of others
+        given = ", ".join(f"{name}={getattr(value := getattr(args, name), 'value', value)}" for name in names)
+        raise Interrupted(f"{given} cannot be followed: {str(error).rstrip('.')}; correct these options.") from error
 
 
 class _Beginning(TrainerCallback):

@@ -6,13 +6,15 @@
 - `check_same_model`: a run goes on with the model that it began with
 - `saved_step`: how far the run came whose results are in a folder
 - `check_output_dir`, `clear_output_dir`: nothing is overwritten without being asked
+- `write_checksums`, `changed_files`: damage is seen before a run resumes from a checkpoint
 
 A checkpoint is complete when weights, optimizer, scheduler, random states of every process and the trainer's state are
-there and as they were saved. Ours appear complete (see `saving`) with checksums; those that were copied in part, or
+there and as they were saved. Ours appear complete (see `atomic`) with checksums; those that were copied in part, or
 written by another trainer that was killed, would resume silently wrong.
 """
 
 import glob
+import hashlib
 import json
 import os
 import re
@@ -22,7 +24,6 @@ from collections.abc import Callable
 from typing import Any
 
 from l2d.cli.parser import check_folder
-from training.checkpointing.checksums import changed_files
 from training.checkpointing.disk_errors import Interrupted
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
@@ -35,6 +36,7 @@ _OF_THE_PATH = (
 )  # what the trained weights of an L2D model belong to, besides the base  # fmt: skip
 _OF_ADAPTERS = {"lora_rank": "r", "lora_alpha": "lora_alpha"}
 _LEFT_BEHIND = ("runs", "README.md", "recipe.yaml")  # what a run leaves that was killed before its first checkpoint
+CHECKSUMS = "checksums.json"  # of a checkpoint's files
 _RESULTS = ("all_results.json", "train_results.json", "eval_results.json", "trainer_state.json")
 
 
@@ -235,3 +237,49 @@ def clear_unfinished(output_dir: str) -> None:
     for name in _listing(output_dir):
         if name.startswith(UNFINISHED + "checkpoint-"):
             shutil.rmtree(os.path.join(output_dir, name))
+
+
+# ---- checksums ---------------------------------------------------------------------------------------------------
+
+
+def write_checksums(folder: str) -> None:
+    """Bring all files below `folder` to the disk and note their SHA-256 in `checksums.json`."""
+    found = {}
+    for place, _, names in os.walk(folder):
+        for name in sorted(names):
+            path = os.path.join(place, name)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            found[os.path.relpath(path, folder)] = _checksum(path)
+    with open(os.path.join(folder, CHECKSUMS), "w", encoding="utf-8") as file:
+        json.dump(found, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def changed_files(folder: str) -> list[str]:
+    """Names of files that are missing or differ from what was noted; none where nothing was noted."""
+    path = os.path.join(folder, CHECKSUMS)
+    if not os.path.isfile(path):
+        return []
+    try:
+        with open(path, encoding="utf-8") as file:
+            noted = json.load(file)
+        return [name for name, checksum in noted.items() if not _fits(os.path.join(folder, name), checksum)]
+    except (ValueError, AttributeError, TypeError):
+        return [CHECKSUMS]
+
+
+def _checksum(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _fits(path: str, noted: str) -> bool:
+    try:
+        return _checksum(path) == noted
+    except OSError:
+        return False
