@@ -3,13 +3,17 @@
 Run: `python -m pytest tests/test_settings.py`
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 
+from l2d.checkpoint.settings import CheckpointSettings
+from l2d.config import L2DConfig
 from l2d.sampler_config import SamplerConfig, unusual
 from l2d.settings import check_settings, declared, one_of, optional, positive, truth, whole
 from tests.conftest import REPOSITORY
@@ -121,9 +125,29 @@ def test_values_that_are_refused(kind, value):
         kind.check("x", value)
 
 
+def test_recipes_and_resuming_follow_the_declarations_of_a_checkpoint(tmp_path):
+    """Defaults and help of recipe options are the checkpoint's; all settings of the weights are compared."""
+    from training.checkpointing.resume import check_same_model
+    from training.config import L2D_SETTINGS, ModelArguments
+
+    known = declared(CheckpointSettings)
+    options = {field.name: field for field in dataclasses.fields(ModelArguments)}
+    for name in set(L2D_SETTINGS) - {"lora_rank", "lora_alpha"}:
+        assert options[name].default == known[name].default
+        assert options[name].metadata["help"].lower() == known[name].help.lower() + "."
+    assert {"noise_std", "carried_state", "sampler"} < set(L2D_SETTINGS)
+    L2DConfig().save_pretrained(tmp_path)
+    other = {"variant": "full", "guidance_classes": ["math"], "carried_state": True, "noise_free": True}
+    for name in (name for name, one in known.items() if one.of_the_weights):
+        changed = other[name] if name in other else 2 * (known[name].default or 0.25)
+        now = L2DConfig(**{name: changed})
+        with pytest.raises(ValueError, match=f"was trained with another {name}: set what it was"):
+            check_same_model(str(tmp_path), SimpleNamespace(config=now))
+
+
 def test_every_declaration_is_whole():
-    for name, one in declared(SamplerConfig).items():
-        assert one.help and one.kind.allowed and one.kind.check(name, one.default) == one.default
+    for one in [*declared(SamplerConfig).values(), *declared(CheckpointSettings).values()]:
+        assert one.help and one.kind.allowed and one.check(one.default) in (one.default, {})
     sampler = SamplerConfig()
     check_settings(sampler)
     assert sampler == SamplerConfig()

@@ -21,14 +21,11 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from l2d.checkpoint.hub import looks_local
 from l2d.config import L2DConfig
 from training.checkpointing.resume import NO_RESUME
-from training.config import CommandArguments, L2DTrainingConfig, ModelArguments
+from training.config import L2D_SETTINGS, CommandArguments, L2DTrainingConfig, ModelArguments
 from training.console import RANK
 from training.data.options import DataArguments, check_file, mapping, one_of
 
-_PATH_ONLY = {
-    "variant", "diffusion_dim", "noise_std", "input_width", "conditioning_width", "frequency_width", "min_noise",
-    "guidance_classes", "carried_state", "noise_free", "sampler",
-}  # fmt: skip
+_PATH_ONLY = set(L2D_SETTINGS) - {"base_revision", "lora_rank", "lora_alpha"}
 L2D_ONLY = _PATH_ONLY | {
     "guidance_column", "guidance_class", "guidance_map",
     "draws", "max_evaluations_per_pass", "time_power", "corruption_rate", "corruption_base_share",

@@ -18,14 +18,18 @@ import torch
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTConfig
 
+from l2d.checkpoint.settings import CheckpointSettings
 from l2d.config import L2DConfig
+from l2d.settings import declared
 from training.data.options import DataArguments, at_least, mapping, one_of
 
 METHODS = ("l2d", "lora_sft", "full_sft")
-L2D_SETTINGS = (
-    "variant", "diffusion_dim", "noise_std", "input_width", "conditioning_width", "frequency_width", "min_noise",
-    "guidance_classes", "carried_state", "noise_free", "sampler", "base_revision", "lora_rank", "lora_alpha",
-)  # what ModelArguments hands to L2DConfig  # fmt: skip
+
+
+def of_checkpoint(name: str) -> Any:
+    """A field with the default and the help that `CheckpointSettings` declares."""
+    one = declared(CheckpointSettings)[name]
+    return field(default=one.default, metadata={"help": f"{one.help[0].upper()}{one.help[1:]}."})
 
 
 @dataclass
@@ -34,7 +38,7 @@ class ModelArguments:
 
     method: str = field(default="l2d", metadata={"help": "l2d, lora_sft or full_sft."})
     base: str | None = field(default=None, metadata={"help": "Hub name or folder of the pre-trained causal LM."})
-    base_revision: str | None = field(default=None, metadata={"help": "Revision of the base on the hub."})
+    base_revision: str | None = of_checkpoint("base_revision")
     tokenizer: str | None = field(
         default=None,
         metadata={"help": "Hub name or folder of the tokenizer, where it is not the base's own (same vocabulary)."},
@@ -51,7 +55,7 @@ class ModelArguments:
         },
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2."})
-    variant: str = field(default="lora", metadata={"help": "Trained part of the path's projections: lora or full."})
+    variant: str = of_checkpoint("variant")
     lora_rank: int = field(default=32, metadata={"help": "Rank, for variant lora and for lora_sft."})
     lora_alpha: float | None = field(
         default=None, metadata={"help": "Deltas are scaled by lora_alpha / lora_rank. Default: 32, lora_sft: 64."}
@@ -59,26 +63,16 @@ class ModelArguments:
     lora_target_modules: list[str] | None = field(
         default=None, metadata={"help": "Modules that lora_sft adapts. Default: every linear layer."}
     )
-    diffusion_dim: int = field(default=256, metadata={"help": "Dimension in which tokens are noised."})
-    noise_std: float = field(default=64.0, metadata={"help": "Standard deviation of the noise at t = 0."})
-    input_width: int = field(default=256, metadata={"help": "Hidden width of the projection of the noised token."})
-    conditioning_width: int = field(default=256, metadata={"help": "Width of the time embedding."})
-    frequency_width: int = field(default=256, metadata={"help": "Number of sinusoidal features of the time."})
-    min_noise: float = field(default=0.0, metadata={"help": "Training times are drawn from [0, 1 - min_noise]."})
-    guidance_classes: list[str] | None = field(
-        default=None, metadata={"help": "Names of the classes for classifier-free guidance."}
-    )
-    carried_state: bool = field(
-        default=False,
-        metadata={"help": "Hand the path's last hidden state to its next evaluation; needs rollout_evaluations."},
-    )
-    noise_free: bool = field(
-        default=False,
-        metadata={"help": "Control: the same path without noise, evaluated once (diffusion_budget=2,solver=euler)."},
-    )
-    sampler: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "Inference defaults to store with the checkpoint, e.g. {budget: 15}."}
-    )
+    diffusion_dim: int = of_checkpoint("diffusion_dim")
+    noise_std: float = of_checkpoint("noise_std")
+    input_width: int = of_checkpoint("input_width")
+    conditioning_width: int = of_checkpoint("conditioning_width")
+    frequency_width: int = of_checkpoint("frequency_width")
+    min_noise: float = of_checkpoint("min_noise")
+    guidance_classes: list[str] | None = of_checkpoint("guidance_classes")
+    carried_state: bool = of_checkpoint("carried_state")
+    noise_free: bool = of_checkpoint("noise_free")
+    sampler: dict[str, Any] | str | None = of_checkpoint("sampler")
 
     def __post_init__(self) -> None:
         one_of("method", self.method, METHODS)
@@ -111,6 +105,14 @@ class ModelArguments:
     def l2d_config(self) -> L2DConfig:
         """The configuration of the model to be trained; raises `ValueError` for impossible values."""
         return L2DConfig(base_name_or_path=self.base, **{name: getattr(self, name) for name in L2D_SETTINGS})
+
+
+L2D_SETTINGS = tuple(
+    f.name
+    for f in dataclasses.fields(ModelArguments)
+    if f.name in declared(CheckpointSettings).keys() - {"base_config"}
+)
+"""What `ModelArguments` hands to `L2DConfig`."""
 
 
 @dataclass

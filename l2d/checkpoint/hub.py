@@ -93,7 +93,7 @@ def _is_folder(name: str, revision: str | None) -> bool:
             )
         return True
     if looks_local(name) or os.path.exists(name):
-        raise ValueError(f"pretrained={name!r} is not a folder: {_FOLDER}.")
+        raise ValueError(f"pretrained={name!r} is not a directory: {_FOLDER}.")
     return False
 
 

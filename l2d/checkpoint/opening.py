@@ -111,9 +111,7 @@ def read_config_file(name: str | os.PathLike, revision: str | None = None, **hub
 def _read(name: str, folder: str) -> dict[str, Any]:
     file = Path(folder) / "config.json"
     if not file.is_file():
-        raise ValueError(
-            f"pretrained={name!r} holds no config.json and is not an L2D checkpoint: give the folder of one."
-        )
+        raise ValueError(f"pretrained={name!r} holds no config.json: give the folder of an L2D checkpoint.")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         kind = content["model_type"]
@@ -147,5 +145,5 @@ def check_base(base: str | os.PathLike) -> None:
     """Raise `ValueError` for what is written as a path and is not a directory."""
     if looks_local(base) and not Path(base).is_dir():
         raise ValueError(
-            f"base={os.fspath(base)!r} is not a directory: give the directory or the hub name of the base model."
+            f"base={os.fspath(base)!r} is not a directory: give the folder or the hub name of the base model."
         )

@@ -26,7 +26,7 @@ def run(given: argparse.Namespace) -> None:
     """Write `README.md`, `budget_curve.png` and `budget_results.json` into the folder. Raises `ValueError`."""
     folder = Path(given.folder)
     if not folder.is_dir():
-        raise ValueError(f"pretrained={given.folder!r} is not a directory: give the directory of an L2D checkpoint.")
+        raise ValueError(f"pretrained={given.folder!r} is not a directory: give the folder of an L2D checkpoint.")
     config = read_config_file(folder)
     from l2d.card.results import curves, read_results
     from l2d.card.text import RESULTS, write_card

@@ -331,7 +331,7 @@ def refusal(way, capsys) -> str:
     [
         (NOWHERE, SENTENCE),
         ("nowhere", SENTENCE),
-        ("./nowhere", "pretrained='./nowhere' is not a folder: give the folder of an L2D checkpoint."),
+        ("./nowhere", "pretrained='./nowhere' is not a directory: give the folder of an L2D checkpoint."),
         ("a name", "pretrained='a name' is neither a folder nor a name on the hub"),
     ],
 )

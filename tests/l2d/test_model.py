@@ -172,7 +172,7 @@ def test_truncated_files_foreign_folders_and_foreign_bases_are_refused(l2d_dir, 
     cases = [
         (dict(name=tmp_path / "l2d"), "damaged"),
         (dict(name=base_dir), "not an L2D checkpoint"),
-        (dict(name=tmp_path / "nothing"), "is not a folder: give the folder of an L2D checkpoint"),
+        (dict(name=tmp_path / "nothing"), "is not a directory: give the folder of an L2D checkpoint"),
         (dict(name=l2d_dir, base=tmp_path / "nothing"), "base"),
         (dict(name=l2d_dir, base=l2d_dir), "itself an L2D checkpoint"),
         (dict(name=l2d_dir, base=make_base("llama", seed=9)), "not the base"),

@@ -23,17 +23,18 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from l2d.checkpoint.settings import CheckpointSettings
 from l2d.cli.parser import check_folder
+from l2d.settings import declared
 from training.checkpointing.disk_errors import Interrupted
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
 _OPTIMIZERS = {"optimizer.pt": "no sharding", "optimizer.bin": "FSDP", "global_step*": "DeepSpeed"}
 UNFINISHED = "unfinished-"  # before the name of a checkpoint that is being written
 NO_RESUME = (None, False, "false", "False")
-_OF_THE_PATH = (
-    "variant", "lora_rank", "lora_alpha", "diffusion_dim", "noise_std", "input_width", "conditioning_width",
-    "frequency_width", "min_noise", "guidance_classes", "carried_state", "noise_free",
-)  # what the trained weights of an L2D model belong to, besides the base  # fmt: skip
+_OF_THE_PATH = [name for name, one in declared(CheckpointSettings).items() if one.of_the_weights]
 _OF_ADAPTERS = {"lora_rank": "r", "lora_alpha": "lora_alpha"}
 _LEFT_BEHIND = ("runs", "README.md", "recipe.yaml")  # what a run leaves that was killed before its first checkpoint
 CHECKSUMS = "checksums.json"  # of a checkpoint's files
@@ -148,16 +149,11 @@ def _whole_json(path: str) -> bool:
 
 
 def _whole_safetensors(path: str) -> bool:
-    with open(path, "rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        if size > os.path.getsize(path):
-            return False
-        try:
-            header = json.loads(file.read(size))
-        except ValueError:
-            return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return os.path.getsize(path) == 8 + size + max(ends, default=0)
+    try:
+        with safe_open(path, "pt"):  # checks header and length
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 def check_same_model(checkpoint: str, model: Any) -> None:
