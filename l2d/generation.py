@@ -41,7 +41,8 @@ def generate(
 
     Args:
         model: the `L2DForCausalLM` that owns `paths`, whose `generate` of transformers prepares the arguments.
-        inputs (or `input_ids`): (B, L) prompts, left-padded; `attention_mask` (B, L) marks the padding.
+        inputs (or `input_ids`): (B, L) prompts, left-padded; `attention_mask` (B, L) marks the padding. Without prompts
+            one row begins with the start token, as in transformers.
         request_keys: identity of each row for its noise; default: its prompt, and how often it occurred before.
         return_record: return `(result, DecodeRecord)`.
         noise: (steps, B, d) start noise, already scaled, in place of the requests' own.
@@ -56,10 +57,12 @@ def generate(
     refuse(kwargs, UNUSED_SETTINGS)  # those of a `generation_config` are checked in the loop, once it is complete
     if inputs is None:
         inputs = kwargs.pop("input_ids", None)
-    if not isinstance(inputs, torch.Tensor) or inputs.dim() != 2 or inputs.shape[1] == 0:
-        raise ValueError("input_ids must be a tensor of shape (rows, length) with at least one token per row.")
     mask = kwargs.get("attention_mask")
-    if mask is not None and mask.shape != inputs.shape:
+    if inputs is None and mask is None:
+        pass  # an empty prompt, as pipelines hand it in: transformers begins with the start token
+    elif not isinstance(inputs, torch.Tensor) or inputs.dim() != 2 or inputs.shape[1] == 0:
+        raise ValueError("input_ids must be a tensor of shape (rows, length) with at least one token per row.")
+    elif mask is not None and mask.shape != inputs.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}, and input_ids {tuple(inputs.shape)}: they must be the same."
         )

@@ -27,13 +27,15 @@ _SITES_PER_SOLVE = 256
 class ScoreOutput:
     """Per position (B, S), zero where nothing was scored.
 
-    logprobs float32 (natural logarithm); greedy bool: the token is the most likely one; nfe_requested, nfe_computed,
-    passes int64: evaluations requested, evaluations computed, batched passes (summed over the draws); capped: number of
-    solves that reached `max_evaluations`.
+    logprobs float32 (natural logarithm); greedy bool: the token is the most likely one; best int64 and best_logprobs:
+    the most likely token; nfe_requested, nfe_computed, passes int64: evaluations requested, evaluations computed,
+    batched passes (summed over the draws); capped: number of solves that reached `max_evaluations`.
     """
 
     logprobs: torch.Tensor
     greedy: torch.Tensor
+    best: torch.Tensor
+    best_logprobs: torch.Tensor
     nfe_requested: torch.Tensor
     nfe_computed: torch.Tensor
     passes: torch.Tensor
@@ -72,6 +74,8 @@ def score(
     output = ScoreOutput(
         logprobs=torch.zeros(shape, device=input_ids.device),
         greedy=torch.zeros(shape, dtype=torch.bool, device=input_ids.device),
+        best=count.clone(),
+        best_logprobs=torch.zeros(shape, device=input_ids.device),
         nfe_requested=count,
         nfe_computed=count.clone(),
         passes=count.clone(),
@@ -142,4 +146,7 @@ def _score_sites(
         total = torch.logaddexp(total, logprobs(draw))
     total -= math.log(draws)
     output.logprobs[rows, positions] = total.gather(-1, tokens[:, None]).squeeze(-1)
-    output.greedy[rows, positions] = total.argmax(-1) == tokens
+    best = total.argmax(-1)
+    output.greedy[rows, positions] = best == tokens
+    output.best[rows, positions] = best
+    output.best_logprobs[rows, positions] = total.gather(-1, best[:, None]).squeeze(-1)

@@ -12,6 +12,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     SynthIDTextWatermarkingConfig,
+    pipeline,
 )
 
 from l2d import L2DForCausalLM
@@ -75,6 +76,18 @@ def test_arguments_without_effect_or_of_another_shape_are_refused(model, given, 
 def test_prompts_are_rows_of_token_ids(model, inputs):
     with pytest.raises(ValueError, match="input_ids must be a tensor"):
         model.generate(inputs, max_new_tokens=2)
+
+
+def test_an_empty_prompt_begins_with_the_start_token(model, tokenizer):
+    """As in transformers, whose pipelines hand in no tokens at all for an empty text."""
+    begun = torch.tensor([[model.config.bos_token_id]])
+    assert torch.equal(model.generate(max_new_tokens=4), model.generate(begun, max_new_tokens=4))
+    pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
+    for text in ("", "1 + 1 ="):
+        (answer,) = pipe(text, max_new_tokens=4, do_sample=False, sampler={"budget": 3}, add_special_tokens=False)
+        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
+        tokens = model.generate(ids.long() if text else begun, max_new_tokens=4, sampler={"budget": 3})
+        assert answer["generated_text"] == tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
 def test_keys_of_rows_serve_all_their_copies(model):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
@@ -33,16 +34,16 @@ LONG = {"max_tokens": 3000, "extra_body": {"diffusion_budget": 127, "generation_
 class Server:
     """`python -m l2d serve` in a process of its own."""
 
-    def __init__(self, folder: Path, *options: str):
+    def __init__(self, folder: Path, budget: int = 7):
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "-m", "l2d", "serve", str(folder), "--port", "0", "--budget", "7", *options]
+        command = [sys.executable, "-m", "l2d", "serve", str(folder), "--port", "0", "--budget", str(budget)]
         self.name = str(folder)
         self.process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
         )
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert "T = 7, midpoint." in line, line
+        assert f"T = {budget}, midpoint." in line, line
         self.url = line.split(" at ")[1].split(": T")[0]
         self.client = openai.OpenAI(base_url=self.url, api_key="none", max_retries=0, timeout=120)
 
@@ -66,7 +67,15 @@ def folder(make_l2d, base_dir) -> Path:
 def server(folder) -> Iterator[Server]:
     started = Server(folder)
     yield started
-    started.process.send_signal(signal.SIGKILL)
+    started.process.kill()
+    started.process.wait()
+
+
+@pytest.fixture(scope="module")
+def base_server(folder) -> Iterator[Server]:
+    started = Server(folder, budget=1)
+    yield started
+    started.process.kill()
     started.process.wait()
 
 
@@ -150,6 +159,15 @@ def test_a_generation_config_is_followed(server, session):
     assert len(sampled) == 3
 
 
+def test_transformers_chat_is_a_client(server):
+    command = [str(Path(sys.executable).parent / "transformers"), "chat", server.name, server.url]
+    done = subprocess.run(
+        [*command, "max_new_tokens=5", "do_sample=False"], input=f"{QUESTION}\n!exit\n", capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0 and "5 tokens in" in done.stdout, done.stdout + done.stderr
+
+
 def test_streams_say_the_same(server):
     whole = server.chat()
     events = list(server.chat(stream=True, stream_options={"include_usage": True}))
@@ -180,6 +198,27 @@ def test_prompts_as_text_tokens_and_lists(server, session):
     assert server.text(tokens).choices[0].text == server.text([tokens]).choices[0].text == one
     assert [choice.text for choice in several.choices] == [one, server.text("1 + 1 =").choices[0].text]
     assert several.usage.nfe_requested == 7 * several.usage.completion_tokens
+
+
+def test_prompts_are_scored_by_echo(server, session):
+    """By the definition: what `score` gives for the same tokens, and one generated token behind them."""
+    ask = {"echo": True, "logprobs": 1, "extra_body": {"diffusion_budget": 15}}
+    for prompt in (QUESTION, session.encode(QUESTION)):
+        (choice,) = server.text(prompt, max_tokens=0, **ask).choices
+        ids = torch.tensor([session.encode(QUESTION)])
+        expected = session.model.score(ids, sampler={"budget": 15})
+        assert choice.logprobs.token_logprobs[0] is None and choice.text == session.tokenizer.decode(ids[0])
+        assert choice.logprobs.token_logprobs[1:] == pytest.approx(expected.logprobs[0, 1:].tolist(), abs=1e-4)
+        pairs = zip(choice.logprobs.token_logprobs[1:], choice.logprobs.top_logprobs[1:], strict=True)
+        greedy = [value == max(top.values()) for value, top in pairs]
+        assert greedy == expected.greedy[0, 1:].tolist()
+    both = server.text([QUESTION, "2 + 3"], max_tokens=1, **ask)
+    assert [choice.index for choice in both.choices] == [0, 1] and both.usage.completion_tokens == 2
+    assert both.choices[0].logprobs.token_logprobs[1:-1] == pytest.approx(choice.logprobs.token_logprobs[1:], abs=1e-4)
+    assert both.usage.nfe_requested == 15 * (both.usage.total_tokens - 2 + 2)
+    for wrong in ({"max_tokens": 5}, {"logprobs": 3}, {"echo": False}, {"stream": True}):
+        with pytest.raises(openai.BadRequestError, match="echo scores prompts: set echo=true, logprobs=1 and max_tok"):
+            server.text(**{**ask, "max_tokens": 1, **wrong})
 
 
 def test_stop_strings_are_cut(server):
@@ -251,7 +290,7 @@ def test_wrong_input_is_refused(server):
         server.client.post("/audio/transcriptions", body={}, cast_to=dict)
 
 
-# ---- several clients, and the end --------------------------------------------------------------------------------
+# ---- several clients --------------------------------------------------------------------------------------------
 
 
 def test_requests_at_once_are_all_answered(server):
@@ -276,21 +315,6 @@ def test_a_client_that_goes_away_stops_its_generation(server, stream):
     start = time.monotonic()
     assert server.chat(timeout=30).usage.completion_tokens > 0
     assert time.monotonic() - start < 30
-
-
-def test_sigterm_finishes_what_runs(folder):
-    server = Server(folder)
-    with ThreadPoolExecutor(2) as pool:
-        whole = pool.submit(server.chat, max_tokens=40, extra_body={"diffusion_budget": 63})
-        events = server.text(max_tokens=40, stream=True, extra_body={"diffusion_budget": 63})
-        first = next(iter(events))
-        server.process.terminate()
-        pieces = [first, *events]
-        assert pieces[-1].choices[0].finish_reason is not None and pieces[-1].usage.completion_tokens > 1
-        assert whole.result().choices[0].finish_reason is not None
-    assert server.process.wait(timeout=60) in (0, -signal.SIGTERM)
-    with pytest.raises(openai.APIConnectionError):
-        server.chat()
 
 
 def test_a_port_in_use_is_refused_before_loading(folder, capsys):
@@ -329,3 +353,34 @@ def test_lm_eval_gets_the_answers_of_its_own_class(server, folder, form):
         remote |= {"tokenized_requests": False, "tokenizer_backend": "huggingface"}
     found = evaluate(kind, remote, "l2d_test_generate", batch_size=3 if form == "batches" else 1, **chat)
     assert found == expected and len({tuple(answer) for answer in found}) > 1
+
+
+def test_lm_eval_scores_through_the_server(base_server, folder):
+    """At T = 1 as its own class does; above, only the noise is another one."""
+    ours = {"pretrained": str(folder), "diffusion_budget": 1, "device": "cpu"}
+    remote = {"model": str(folder), "base_url": f"{base_server.url}/completions", "add_bos_token": True}
+    expected, found = (
+        [answer for answers in evaluate(*call, "l2d_test_choice") for answer in answers]
+        for call in (("l2d", ours), ("local-completions", {**remote, "tokenizer_backend": "huggingface"}))
+    )
+    assert [value for value, _ in found] == pytest.approx([value for value, _ in expected], abs=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected] and len(found) == 30
+
+
+# ---- the end -----------------------------------------------------------------------------------------------------
+
+
+def test_sigterm_finishes_what_runs(base_server):
+    """The last test of that server."""
+    server = base_server
+    with ThreadPoolExecutor(2) as pool:
+        whole = pool.submit(server.chat, max_tokens=40, extra_body={"diffusion_budget": 63})
+        events = server.text(max_tokens=40, stream=True, extra_body={"diffusion_budget": 63})
+        first = next(iter(events))
+        server.process.terminate()
+        pieces = [first, *events]
+        assert pieces[-1].choices[0].finish_reason is not None and pieces[-1].usage.completion_tokens > 1
+        assert whole.result().choices[0].finish_reason is not None
+    assert server.process.wait(timeout=60) in (0, -signal.SIGTERM)
+    with pytest.raises(openai.APIConnectionError):
+        server.chat()

@@ -1,7 +1,8 @@
 """Transformers' handlers of the three endpoints, for one request to an L2D checkpoint each.
 
 - `ChatHandler`, `TextHandler`, `ResponsesHandler`: `/v1/chat/completions`, `/v1/completions`, `/v1/responses`
-- `OneModel`: the model manager of a server with one model; `Turns`: generation, one request after the other
+- `OneModel`, `OneQueue`: the model manager of a server with one model;
+  `Turns`: generation, one request after the other
 """
 
 import json
@@ -18,6 +19,7 @@ from transformers.cli.serving.response import ResponseHandler
 from transformers.cli.serving.utils import BaseHandler, GenerateManager, GenerationState
 
 from l2d.cli.serving.request import Request, check_fields
+from l2d.cli.serving.scoring import score_prompt
 from l2d.cli.session import Session
 
 
@@ -157,6 +159,8 @@ class TextHandler(_Handler, CompletionHandler):
         """Answer one prompt, or every prompt of a list as a choice of its own."""
         name, request, tokenizer = self._resolve_model(body)
         prompts = _prompts(body["prompt"])
+        if body.get("echo") or body.get("logprobs"):
+            return await self._scored(body, prompts, name)
         config = self._build_generation_config(body, request.generation_config)
         turns = self.generation_state.get_manager(name)
         common = (config, turns, body.get("suffix"))
@@ -169,12 +173,21 @@ class TextHandler(_Handler, CompletionHandler):
             inputs = self._inputs(prompt)
             response = await self._non_streaming(request_id, request, tokenizer, name, inputs, *common)
             answers.append(json.loads(bytes(response.body)))
-        content = answers[0]
-        for number, answer in enumerate(answers[1:], start=1):
-            content["choices"].append({**answer["choices"][0], "index": number})
-            for count, value in answer["usage"].items():
-                content["usage"][count] += value
-        return JSONResponse(content)
+        return JSONResponse(_joined(answers))
+
+    async def _scored(self, body: dict, prompts: list[str | list[int]], name: str) -> JSONResponse:
+        """The prompts themselves with the log-probability of each token, and at most one token more."""
+        more = body.get("max_tokens")
+        if not body.get("echo") or body.get("logprobs") not in (0, 1) or more not in (0, 1) or body.get("stream"):
+            raise ValueError("echo scores prompts: set echo=true, logprobs=1 and max_tokens to 0 or 1, without stream.")
+        config = self._build_generation_config({**body, "max_tokens": 1}, self.request.generation_config)
+        turns, answers = self.generation_state.get_manager(name), []
+        for prompt in prompts:
+            inputs = self._inputs(prompt)
+            self.request.fit(inputs, config)
+            config.max_new_tokens = more
+            answers.append(await turns.async_submit(score_prompt, self.request, inputs["input_ids"], config, name))
+        return JSONResponse(_joined(answers))
 
     def _inputs(self, prompt: str | list[int]) -> BatchEncoding:
         session = self.request.session
@@ -184,6 +197,16 @@ class TextHandler(_Handler, CompletionHandler):
             raise ValueError(f"prompt holds tokens outside the vocabulary of {vocabulary}: give the base's own tokens.")
         ids = torch.tensor([tokens], device=session.model.device)
         return BatchEncoding({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def _joined(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    """Answers to several prompts as one, with a choice for each."""
+    content = answers[0]
+    for number, answer in enumerate(answers[1:], start=1):
+        content["choices"].append({**answer["choices"][0], "index": number})
+        for count, value in answer["usage"].items():
+            content["usage"][count] += value
+    return content
 
 
 def _prompts(prompt: Any) -> list[str | list[int]]:

@@ -23,7 +23,7 @@ from l2d.settings import declared
 HONOURED = (
     *("model", "messages", "prompt", "input", "instructions", "suffix", "tools", "stream", "seed", "stop"),
     *("temperature", "top_p", "frequency_penalty", "logit_bias", "generation_config", "chat_template_kwargs"),
-    *("max_tokens", "max_completion_tokens", "max_output_tokens"),
+    *("max_tokens", "max_completion_tokens", "max_output_tokens", "echo", "logprobs"),
 )
 """Fields of the OpenAI protocol that change the answer. `stream_options` and the like say nothing of the answer."""
 _LENGTHS = ("max_completion_tokens", "max_output_tokens", "max_tokens")
@@ -111,7 +111,7 @@ class Request:
         stops = body.pop("stop", None) or []
         self.stops = [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop]
         self.longest = next((body[name] for name in _LENGTHS if body.get(name) is not None), None)
-        if self.longest is not None:
+        if self.longest is not None and not body.get("echo"):
             self.longest = session.answer_length(self.longest, 0)
         self.usual_temperature, self.usual_length = temperature, max_new_tokens
         self.cancelled = threading.Event()
