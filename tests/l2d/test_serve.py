@@ -4,6 +4,7 @@ Run: `python -m pytest tests/l2d/test_serve.py` (about 40 seconds, most of it lo
 """
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -157,12 +158,15 @@ def test_a_generation_config_is_followed(server, session):
         for n in range(3)
     }
     assert len(sampled) == 3
+    stop = text.choices[0].message.content[2:4]
+    ended = server.chat(extra_body={"generation_config": json.dumps({"stop_strings": [stop]})})
+    assert ended.choices[0].message.content == text.choices[0].message.content[:2]
 
 
 def test_transformers_chat_is_a_client(server):
     command = [str(Path(sys.executable).parent / "transformers"), "chat", server.name, server.url]
     done = subprocess.run(
-        [*command, "max_new_tokens=5", "do_sample=False"], input=f"{QUESTION}\n!exit\n", capture_output=True, text=True,
+        [*command, "max_new_tokens=5", "do_sample=False"], input=f"{QUESTION}\nn\n!exit\n", capture_output=True, text=True,
         timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "0"},  # its client calls our address the hub
     )  # fmt: skip
     assert done.returncode == 0 and "5 tokens in" in done.stdout, done.stdout + done.stderr
@@ -262,6 +266,10 @@ WRONG = [
     ({"n": 2}, "n=2 cannot be followed by this server: leave it out."),
     ({"generation_config": "{"}, "generation_config must be the JSON text of a mapping"),
     ({"generation_config": '{"num_beams": 3}'}, "num_beams cannot be used"),
+    (
+        {"generation_config": '{"num_return_sequences": 3, "do_sample": true}'},
+        "num_return_sequences=3 cannot be followed: leave it out.",
+    ),
     ({"model": "another"}, "model='another' is not served here"),
 ]
 

@@ -128,9 +128,15 @@ class Request:
             temperature = self.usual_temperature
         if temperature is not None:
             config.update(**decoding_options(temperature, self.usual_length))
+        if (config.num_return_sequences or 1) > 1 and body.get("generation_config") is not None:
+            raise ValueError(f"num_return_sequences={config.num_return_sequences} cannot be followed: leave it out.")
         for name, value in self.session.ending().items():
-            if body.get("generation_config") is None or getattr(config, name) is None:
+            free = name in ("eos_token_id", "pad_token_id") and body.get("generation_config") is not None
+            if name != "tokenizer" and not (free and getattr(config, name) is not None):
                 setattr(config, name, value)
+        ends = config.stop_strings or []
+        self.stops += [ends] if isinstance(ends, str) else ends
+        config.stop_strings = None  # `TextStop` ends the answer there, and the text is cut
         if body.get("generation_config") is not None and self.longest is None and config.max_new_tokens is not None:
             self.longest = self.session.answer_length(config.max_new_tokens, 0)
         refuse(vars(config), UNUSED_SETTINGS)
