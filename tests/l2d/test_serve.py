@@ -165,10 +165,11 @@ def test_a_generation_config_is_followed(server, session):
 
 def test_transformers_chat_is_a_client(server):
     command = [str(Path(sys.executable).parent / "transformers"), "chat", server.name, server.url]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0"}  # to its client our address is the hub
+    told, options = f"{QUESTION}\nn\n!exit\n", ["max_new_tokens=5", "do_sample=False"]
     done = subprocess.run(
-        [*command, "max_new_tokens=5", "do_sample=False"], input=f"{QUESTION}\nn\n!exit\n", capture_output=True, text=True,
-        timeout=120, env={**os.environ, "HF_HUB_OFFLINE": "0"},  # its client calls our address the hub
-    )  # fmt: skip
+        [*command, *options], input=told, capture_output=True, text=True, timeout=120, env=environment
+    )
     assert done.returncode == 0 and "5 tokens in" in done.stdout, done.stdout + done.stderr
 
 
