@@ -209,6 +209,13 @@ class L2DTrainingConfig(SFTConfig):
     too_long: str = field(
         default="error", metadata={"help": "Examples longer than max_length: error, drop or truncate."}
     )
+    count_end_token: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the end-of-sequence token after the last response, and what a template writes behind it, "
+            "count towards max_length. In the release they do not."
+        },
+    )
     total_batch_size: int | None = field(
         default=None,
         metadata={"help": "Examples per optimizer step over all processes; gradient_accumulation_steps follows."},
@@ -275,6 +282,8 @@ class L2DTrainingConfig(SFTConfig):
 
     def _check_release_options(self) -> None:
         one_of("loss_average", self.loss_average, ("token", "example"))
+        if not self.count_end_token and (self.too_long == "truncate" or self.packing):
+            raise ValueError("count_end_token=False lets rows be longer than max_length: not with truncate or packing.")
         one_of("warmup_shape", self.warmup_shape, ("linear", "logarithmic"))
         if self.loss_average == "example" and (self.packing or self.padding_free):
             raise ValueError(

@@ -332,3 +332,35 @@ def test_completions_alone_if_both_are_said(chat, training):
     assert targets(chat, encode(rows, chat, settings, 64, "train")[0][0]) == "9 cats</s>"
     every = encode(rows, chat, training(assistant_only_loss=False), 64, "train")[0][0]
     assert every["labels"] == every["input_ids"]
+
+
+@pytest.mark.parametrize("too_long", ["drop", "error"])
+def test_the_end_token_counts_or_not(tokenizer, training, too_long):
+    """As in the release, prompt and response alone are measured; what is trained on stays the same."""
+    rows = datasets.Dataset.from_list(sums(1))
+    whole, _ = encode(rows, tokenizer, training(), 64, "train")
+    length = len(whole[0]["input_ids"])
+    assert whole[0]["input_ids"][-1] == tokenizer.eos_token_id
+    fits, _ = encode(rows, tokenizer, training(too_long=too_long, count_end_token=False), length - 1, "train")
+    assert fits[:] == whole[:]
+    for settings, limit in (({}, length - 1), ({"count_end_token": False}, length - 2)):
+        with pytest.raises(ValueError, match="longer than|more than"):
+            encode(rows, tokenizer, training(too_long=too_long, **settings), limit, "train")
+
+
+def test_what_follows_the_end_token_does_not_count_either(chat, training):
+    """A template may write more behind the last end token of a conversation."""
+    chat.chat_template = TEMPLATE + " over and out"
+    rows = datasets.Dataset.from_list([{"messages": TALK}])
+    whole, _ = encode(rows, chat, training(), 256, "train")
+    end = max(place for place, token in enumerate(whole[0]["input_ids"]) if token == chat.eos_token_id)
+    assert end < len(whole[0]["input_ids"]) - 1
+    encode(rows, chat, training(count_end_token=False), end, "train")
+    with pytest.raises(ValueError, match="more than max_length"):
+        encode(rows, chat, training(count_end_token=False), end - 1, "train")
+
+
+@pytest.mark.parametrize("settings", [{"too_long": "truncate"}, {"packing": True, "max_length": 64}])
+def test_rows_that_must_not_be_longer(training, settings):
+    with pytest.raises(ValueError, match="count_end_token=False"):
+        training(count_end_token=False, **settings)

@@ -60,7 +60,14 @@ def tokenize(
     options = {
         "tokenizer": tokenizer,
         "settings": _Settings(
-            training.assistant_only_loss, training.completion_only_loss, training.too_long, limit, base, name, _VERSION
+            training.assistant_only_loss,
+            training.completion_only_loss,
+            training.too_long,
+            limit,
+            training.count_end_token,
+            base,
+            name,
+            _VERSION,
         ),
     }
     classes = [column for column in examples.column_names if column == "guidance_class"]
@@ -90,6 +97,7 @@ class _Settings:
     completion_only: bool | None
     too_long: str
     limit: int
+    count_end: bool
     base: Base
     name: str
     version: int
@@ -107,6 +115,8 @@ def _tokenized(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, settings
     except ValueError as error:
         raise DataError(f"{row['source']}, example {row['number']}: {str(error).rstrip('.')}.") from error
     length, reason = len(tokens), None
+    if not settings.count_end:
+        length = _length_without_end(labels, {tokenizer.eos_token_id, *settings.base.ends})
     if length > settings.limit:
         if settings.too_long == "error":
             raise DataError(
@@ -126,6 +136,11 @@ def _tokenized(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, settings
     notes += ["skipped"] * example.get("skipped", 0)
     counts = {"length": length, "targets": targets}
     return {"input_ids": tokens, "labels": labels, "left_out": reason, "notes": notes, **counts}
+
+
+def _length_without_end(labels: list[int], ends: set[int]) -> int:
+    """Tokens up to the last target that is not an end-of-sequence token."""
+    return max((place + 1 for place, label in enumerate(labels) if label != IGNORED and label not in ends), default=0)
 
 
 def _check_loss(settings: _Settings, example: dict[str, Any]) -> None:
