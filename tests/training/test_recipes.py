@@ -78,6 +78,7 @@ def test_recipes_follow_the_release(base, kind):
     assert (training.loss_average, training.per_device_train_batch_size) == (("example", 1) if large else ("token", 4))
     assert (training.warmup_shape, training.warmup_steps, training.max_grad_norm) == ("logarithmic", 100, 1.0)
     assert training.weight_decay_exempt == ["bias", "ln", "LayerNorm"]
+    assert training.count_end_token is False and training.too_long == "drop"
     assert (training.eval_steps, training.load_best_model_at_end, training.metric_for_best_model) == (
         2000,
         True,
