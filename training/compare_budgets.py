@@ -90,14 +90,14 @@ def measure(
     model: "L2DForCausalLM",
     ids: "torch.Tensor",
     mask: "torch.Tensor",
-    wanted: "torch.Tensor",
+    is_target: "torch.Tensor",
     sampler: dict[str, Any],
     batch_size: int = 32,
 ) -> Measurement:
     """Score the answers of right-padded rows.
 
     Args:
-        ids, mask, wanted: (E, S), tokens, which of them are no padding, and which are targets.
+        ids, mask, is_target: (E, S), tokens, which of them are no padding, and which are targets.
         sampler: changes to the checkpoint's sampler settings.
         batch_size: rows at a time; changes nothing but memory and speed.
 
@@ -105,14 +105,14 @@ def measure(
     """
     import torch
 
-    settings, counts = model.sampler(sampler), wanted.sum(1).double().cpu()
+    settings, counts = model.sampler(sampler), is_target.sum(1).double().cpu()
     if not bool((counts > 0).all()):
-        raise ValueError("wanted marks no target in some row: leave out examples without an answer.")
+        raise ValueError("is_target marks no target in some row: leave out examples without an answer.")
     right, nll_sums = torch.zeros_like(counts), torch.zeros_like(counts)
     for start in range(0, len(ids), batch_size):
         rows = slice(start, start + batch_size)
         width = int(mask[rows].sum(1).max())
-        targets = wanted[rows, :width].bool()
+        targets = is_target[rows, :width].bool()
         scored = model.score(ids[rows, :width], mask[rows, :width], continuation_mask=targets, sampler=settings)
         right[rows] = (scored.greedy & targets).sum(1).double().cpu()
         nll_sums[rows] = -scored.logprobs.double().masked_fill(~targets, 0).sum(1).cpu()
@@ -123,7 +123,7 @@ def best_single_evaluation(
     model: "L2DForCausalLM",
     ids: "torch.Tensor",
     mask: "torch.Tensor",
-    wanted: "torch.Tensor",
+    is_target: "torch.Tensor",
     times: Sequence[float] = TIMES,
     batch_size: int = 32,
 ) -> tuple[Measurement, list[Measurement]]:
@@ -131,7 +131,7 @@ def best_single_evaluation(
 
     Arguments as for `measure`; the time is `Measurement.sampler.final_time`. Use data that were not trained on.
     """
-    measurements = [measure(model, ids, mask, wanted, single_evaluation(time), batch_size) for time in times]
+    measurements = [measure(model, ids, mask, is_target, single_evaluation(time), batch_size) for time in times]
     return choose_best(measurements), measurements
 
 
@@ -167,7 +167,7 @@ def comparison(budget: Measurement, single: Measurement) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is asked for, checked: the checkpoint, and the sampler settings of the single evaluations and of the
+    """What was asked for, checked: the checkpoint, and the sampler settings of the single evaluations and of the
     budgets."""
 
     checkpoint: Checkpoint
@@ -177,20 +177,20 @@ class _Plan:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command; user errors end with one line on standard error and exit status 2."""
-    given = _parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     try:
-        plan = _check(given)
-        ids, mask, wanted = _read_data(given, plan.checkpoint)
-        session = load_session(plan.checkpoint, dtype=given.dtype, device=given.device)
+        plan = _check(options)
+        ids, mask, is_target = _read_data(options, plan.checkpoint)
+        session = load_session(plan.checkpoint, dtype=options.dtype, device=options.device)
     except (ValueError, OSError) as error:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
-    ids, mask, wanted = (part.to(session.model.device) for part in (ids, mask, wanted))
+    ids, mask, is_target = (part.to(session.model.device) for part in (ids, mask, is_target))
     singles, budgets = (
-        [_told(measure(session.model, ids, mask, wanted, sampler, given.batch_size)) for sampler in part]
+        [_told(measure(session.model, ids, mask, is_target, sampler, options.batch_size)) for sampler in part]
         for part in (plan.singles, plan.budgets)
     )
-    report(given, plan.checkpoint, singles, budgets)
+    report(options, plan.checkpoint, singles, budgets)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -216,20 +216,20 @@ def _joined(values: Sequence[float]) -> str:
     return ",".join(f"{value:g}" for value in values)
 
 
-def _check(given: argparse.Namespace) -> _Plan:
+def _check(options: argparse.Namespace) -> _Plan:
     """Everything that can be refused without data and weights. Raises `ValueError`."""
     for name in ("limit", "batch_size"):
-        value = getattr(given, name)
+        value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} must be a whole number of at least 1.")
-    if given.json is not None and not Path(given.json).absolute().parent.is_dir():
-        raise ValueError(f"json={given.json!r} is in a folder that does not exist: make it, or name another file.")
-    checkpoint = open_checkpoint(given.checkpoint, given.revision, given.base)
+    if options.json is not None and not Path(options.json).absolute().parent.is_dir():
+        raise ValueError(f"json={options.json!r} is in a folder that does not exist: make it, or name another file.")
+    checkpoint = open_checkpoint(options.checkpoint, options.revision, options.base)
     noise_free = checkpoint.settings.noise_free
-    times = _numbers("times", given.times, float, (1.0,) if noise_free else TIMES)
-    budgets = _numbers("budgets", given.budgets, int, (1,) if noise_free else BUDGETS)
-    singles, asked = [single_evaluation(time) for time in times], [{"budget": budget} for budget in budgets]
-    for sampler in [*singles, *asked]:
+    times = _numbers("times", options.times, float, (1.0,) if noise_free else TIMES)
+    budgets = _numbers("budgets", options.budgets, int, (1,) if noise_free else BUDGETS)
+    singles, budget_samplers = [single_evaluation(time) for time in times], [{"budget": budget} for budget in budgets]
+    for sampler in [*singles, *budget_samplers]:
         settings = checkpoint.sampler(**sampler)
         if settings.adaptive and not settings.is_base:
             raise ValueError(
@@ -237,7 +237,7 @@ def _check(given: argparse.Namespace) -> _Plan:
                 "stores: give budgets=1, or store another solver in its config.json."
             )
     checkpoint.check_files()
-    return _Plan(checkpoint, singles, asked)
+    return _Plan(checkpoint, singles, budget_samplers)
 
 
 def _numbers(name: str, text: str | None, kind: type, default: Sequence[float]) -> list[Any]:
@@ -257,7 +257,7 @@ def _numbers(name: str, text: str | None, kind: type, default: Sequence[float]) 
 
 
 def _read_data(
-    given: argparse.Namespace, checkpoint: Checkpoint
+    options: argparse.Namespace, checkpoint: Checkpoint
 ) -> tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]:
     """Tokens, mask and targets (E, S) of the examples. Raises `ValueError`."""
     import torch
@@ -271,15 +271,15 @@ def _read_data(
 
     recipe = _recipe(checkpoint.folder)
     data = DataArguments(
-        dataset=given.data,
-        dataset_config=[given.dataset_config] if given.dataset_config else None,
-        train_split=given.split,
-        columns=given.columns if given.columns is not None else recipe.get("columns"),
+        dataset=options.data,
+        dataset_config=[options.dataset_config] if options.dataset_config else None,
+        train_split=options.split,
+        columns=options.columns if options.columns is not None else recipe.get("columns"),
         unroll=recipe.get("unroll", False),
     )
     examples = load_split("data", data)
-    if given.limit is not None:
-        examples = examples.select(range(min(given.limit, len(examples))))
+    if options.limit is not None:
+        examples = examples.select(range(min(options.limit, len(examples))))
     training = L2DTrainingConfig(output_dir="unused", report_to="none", too_long="drop", bf16=False)
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer.eos_token_id is None:
@@ -296,27 +296,27 @@ def _recipe(folder: str) -> dict[str, Any]:
     import yaml
 
     file = Path(folder) / "recipe.yaml"
-    found = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
-    return found if isinstance(found, dict) else {}
+    recipe = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else None
+    return recipe if isinstance(recipe, dict) else {}
 
 
-def _told(found: Measurement) -> Measurement:
+def _told(measurement: Measurement) -> Measurement:
     """Progress, where someone is looking."""
     if sys.stderr.isatty():
-        print(_name(found), f"exact match {found.exact_match.value:.3f}", file=sys.stderr)
-    return found
+        print(_name(measurement), f"exact match {measurement.exact_match.value:.3f}", file=sys.stderr)
+    return measurement
 
 
 # ---- the report --------------------------------------------------------------------------------------------------
 
 
 def report(
-    given: argparse.Namespace,
+    options: argparse.Namespace,
     checkpoint: Checkpoint,
     singles: list[Measurement],
     budgets: list[Measurement],
 ) -> None:
-    """Print table, best time, arguments and verdict, and write them to `given.json` where that is asked for."""
+    """Print table, best time, arguments and verdict, and write them to `options.json` if that is set."""
     best, largest = choose_best(singles), budgets[-1]
     arguments = model_args(checkpoint, best.sampler)
     sentence = comparison(largest, best)
@@ -326,13 +326,13 @@ def report(
     print(sentence)
     if len(singles) > 1:
         print("The time was chosen on these data: judge both on other data before you believe the difference.")
-    if given.json is None:
+    if options.json is None:
         return
     content = {
         "checkpoint": checkpoint.name,
         "revision": checkpoint.revision,
         "commit": checkpoint.commit,
-        "data": given.data,
+        "data": options.data,
         "examples": len(best.counts),
         "targets": int(best.counts.sum()),
         "best_time": best.sampler.final_time,
@@ -342,9 +342,9 @@ def report(
         "single_evaluations": [one.record() for one in singles],
         "budgets": [one.record() for one in budgets],
     }
-    draft = f"{given.json}.partial"
+    draft = f"{options.json}.partial"
     Path(draft).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, given.json)
+    os.replace(draft, options.json)
 
 
 def model_args(checkpoint: Checkpoint, sampler: SamplerConfig) -> str:
@@ -367,7 +367,7 @@ def table(measurements: list[Measurement], best: Measurement) -> str:
     for one in measurements:
         cells = [shown(estimate, 4) for estimate in (one.exact_match, one.accuracy, one.nll)]
         lines.append([_name(one), *cells, "best" if one is best else shown(compare(one, best), 4, signed=True)])
-    widths = [max(len(line[place]) for line in lines) for place in range(len(lines[0]))]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 

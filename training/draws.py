@@ -50,8 +50,8 @@ def training_targets(
         corrupt(noised, args.corruption_rate, args.corruption_base_share, options)
     if args.rollout_evaluations is not None:
         evaluations, window = args.rollout_evaluations, window_length(args)
-        place = torch.randint(evaluations - window + 1, (), generator=keyed_generator(*key, evaluations))
-        noised.unscored = int(place)
+        start = torch.randint(evaluations - window + 1, (), generator=keyed_generator(*key, evaluations))
+        noised.unscored = int(start)
         offsets = torch.rand((noised.unscored + window, *shape), **options)
         noised.time = _rollout_times(offsets, evaluations, config)
     return noised

@@ -82,7 +82,7 @@ def test_figures_by_hand(model):
     whole = (scored.greedy | ~wanted).all(1).double()
     assert found.exact_match.value == pytest.approx(whole.mean().item(), abs=1e-9)
     assert found.exact_match.stderr == pytest.approx((whole.std() / len(whole) ** 0.5).item(), abs=1e-9)
-    with pytest.raises(ValueError, match="wanted marks no target in some row"):
+    with pytest.raises(ValueError, match="is_target marks no target in some row"):
         measure(model, ids, mask, wanted & (torch.arange(len(ids)) > 0)[:, None], {"budget": 7})
 
 

@@ -38,8 +38,8 @@ def draw(tasks: dict[str, TaskScores], path: Path) -> None:
     for axes in panels[-1]:
         axes.set_xlabel("budget T: evaluations per token (open marks: one evaluation at its best time)")
         axes.xaxis.label.set_size(8)
-    found = [panels[row][0].get_legend_handles_labels() for row in range(len(tasks))]
-    named = {label: handle for handles, labels in found for handle, label in zip(handles, labels, strict=True)}
+    legends = [panels[row][0].get_legend_handles_labels() for row in range(len(tasks))]
+    named = {label: handle for handles, labels in legends for handle, label in zip(handles, labels, strict=True)}
     figure.legend(list(named.values()), list(named), loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -55,15 +55,15 @@ def _panel(axes: Axes, task: TaskScores, decoding: str) -> None:
     for number, (method, color) in enumerate(zip(curves, cycle(COLORS), strict=False)):
         shift = 1.03 ** (number - (len(curves) - 1) / 2)
         keys = [(method, "single"), *((method, f"T{budget}") for budget in BUDGETS)]
-        places = [budget * shift for budget in (2, *BUDGETS)]
+        positions = [budget * shift for budget in (2, *BUDGETS)]
         estimates = [score(task, key, decoding).problems for key in keys]
         look: Any = {"capsize": 3, "markersize": 4, "elinewidth": 1, "color": color}
         values, bars = [one.value for one in estimates], [_reach(one) for one in estimates]
-        axes.errorbar(places[1:], values[1:], bars[1:], fmt="o-", label=title(method), **look)
-        axes.errorbar(places[:1], values[:1], bars[:1], fmt="o", markerfacecolor="white", **look)
-        for key, place in zip(keys, places, strict=True):
+        axes.errorbar(positions[1:], values[1:], bars[1:], fmt="o-", label=title(method), **look)
+        axes.errorbar(positions[:1], values[:1], bars[:1], fmt="o", markerfacecolor="white", **look)
+        for key, position in zip(keys, positions, strict=True):
             seeds = [outcomes.mean() for outcomes in task.outcomes[key][decoding].values()]
-            axes.plot([place] * len(seeds), seeds, ".", color=color, markersize=3, alpha=0.6)
+            axes.plot([position] * len(seeds), seeds, ".", color=color, markersize=3, alpha=0.6)
     axes.set_xscale("log", base=2)
     axes.set_xticks([2, *BUDGETS], ["one", *map(str, BUDGETS)])
     axes.minorticks_off()

@@ -39,5 +39,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "data":
         write_data(sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:]))
     else:
-        wanted = float(sys.argv[6]) if len(sys.argv) > 6 else None
-        train_base(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]), Path(sys.argv[5]), wanted)
+        target = float(sys.argv[6]) if len(sys.argv) > 6 else None
+        train_base(sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]), Path(sys.argv[5]), target)

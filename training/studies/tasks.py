@@ -117,12 +117,12 @@ def machine_rows(count: int) -> dict[str, list[Row]]:
 def _held_out(table: dict[str, dict[str, str]], part: str, draw: random.Random, size: int) -> list[Row]:
     """Different problems, few of depth two, of which there are few, and equally many of every other depth."""
     shallow = size // SHALLOW
-    found: dict[str, Row] = {}
-    while len(found) < size:
-        number = len(found) - shallow
+    rows: dict[str, Row] = {}
+    while len(rows) < size:
+        number = len(rows) - shallow
         row = _machine_row(table, part, draw, 2 if number < 0 else 3 + number % (DEEPEST - 2))
-        found[row["prompt"]] = row
-    return list(found.values())
+        rows[row["prompt"]] = row
+    return list(rows.values())
 
 
 def _machine_row(table: dict[str, dict[str, str]], part: str, draw: random.Random, depth: int) -> Row:
