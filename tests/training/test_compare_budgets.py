@@ -195,7 +195,7 @@ def test_noise_free_paths_have_one_evaluation(make_l2d, base_dir, tmp_path, caps
         (["--json", "absent/file.json"], "json='absent/file.json' is in a folder that does not exist"),
         (["--data", "absent.jsonl"], "data='absent.jsonl' does not exist"),
         (["--columns", "[1]"], "columns="),
-        (["--columns", '{"prompt": "question"}'], "columns refers to 'question', which is not in the data"),
+        (["--columns", '{"prompt": "question"}'], "columns refers to 'question', and the dataset has the columns"),
     ],
 )
 def test_refused_before_weights_are_loaded(l2d_dir, tmp_path, monkeypatch, capsys, changes, sentence):
