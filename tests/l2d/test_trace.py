@@ -101,7 +101,7 @@ def test_users_mistakes_are_one_line(l2d_dir, capsys, arguments, words):
 
 
 def test_a_folder_without_a_checkpoint(base_dir, tmp_path, capsys):
-    for folder, words in ((base_dir, "not an L2D checkpoint"), (tmp_path, "no readable config.json")):
+    for folder, words in ((base_dir, "not an L2D checkpoint"), (tmp_path, "holds no config.json")):
         with pytest.raises(SystemExit):
             main(["trace", str(folder), "--prompt", "x"])
         assert words in capsys.readouterr().err
