@@ -13,7 +13,7 @@ from typing import Any
 from lm_eval_ext.arguments import SAMPLER_ARGUMENTS, SEARCH, UsageError
 
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # names of one setting
-_USUAL = (*SAMPLER_ARGUMENTS, SEARCH, "until", "do_sample", "temperature", *_LENGTHS)
+_USUAL = (*SAMPLER_ARGUMENTS, SEARCH, "until", "do_sample", "temperature", "skip_special_tokens", *_LENGTHS)
 _OURS = (
     *("input_ids", "inputs", "attention_mask", "sampler", "request_keys", "noise", "return_record", "pad_token_id"),
     *("stopping_criteria", "logits_processor", "streamer", "return_dict_in_generate", "generation_config"),

@@ -30,13 +30,15 @@ from l2d.integrity import fingerprint
 from l2d.sampler_config import SamplerConfig
 from l2d.settings import declared
 from lm_eval_ext.argument_table import help_text
-from lm_eval_ext.arguments import AUTO, one_line, parse_arguments
+from lm_eval_ext.arguments import AUTO, one_line, parse_arguments, sampler_changes
 from lm_eval_ext.harness import compute_files
 from lm_eval_ext.harness.preflight import check_device, take_opened
 from lm_eval_ext.harness.response_cache import claim_cache
+from lm_eval_ext.released.options import sampler_defaults
 from lm_eval_ext.requests.compute_record import RunInfo, RunRecord, Source, sources
 from lm_eval_ext.requests.generate_until import AnswersGeneration
-from lm_eval_ext.requests.jobs import GenerationJob, resolve_guidance
+from lm_eval_ext.requests.guidance import class_of_task
+from lm_eval_ext.requests.jobs import GenerationJob
 from lm_eval_ext.requests.loglikelihood import AnswersScoring, ScoringRequest
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
             raise SystemExit(0)
         self.settings = parse_arguments(take_opened({"pretrained": pretrained, **arguments}))
         self.sampler = self.settings.sampler
+        self.chosen = sampler_changes(arguments)  # what no task's default replaces
         self.run_record = RunRecord()
         self._padded: list[Instance] = []  # requests that the harness repeats to even out the processes
         harness = dict(self.settings.harness)
@@ -168,11 +171,23 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
 
     def _guidance(self, source: Source) -> str | int | None:
         """Guidance class of a request, as far as it depends on the task."""
+        return self._by_task(source).get("guidance_class")
+
+    def _by_task(self, source: Source) -> dict[str, Any]:
+        """Sampler settings of a request that depend on its task: those that neither model args nor its generation
+        kwargs set, and the class of `guidance_class=auto`, without which a task is not guided.
+        """
         kwargs = source.instance.args[1] if source.instance.request_type == "generate_until" else {}
-        if kwargs.get("guidance_class", self.sampler.guidance_class) != AUTO:
-            return None
-        sampler = self.sampler.replace(guidance_class=AUTO)
-        return resolve_guidance(sampler, source, self.model.config.guidance_classes).guidance_class
+        task = source.instance.task_name
+        chosen = {
+            name: value for name, value in sampler_defaults(task).items() if name not in {**self.chosen, **kwargs}
+        }
+        classes = self.model.config.guidance_classes
+        if classes and kwargs.get("guidance_class", self.sampler.guidance_class) == AUTO:
+            chosen["guidance_class"] = class_of_task(task, source.instance.doc, classes)
+            if chosen["guidance_class"] is None:
+                chosen["guidance_scale"] = 1.0
+        return chosen
 
     # ---- batch size ----------------------------------------------------------------------------------------------
 

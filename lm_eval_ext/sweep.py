@@ -4,6 +4,9 @@
     tasks: [gsm8k, humaneval_instruct]
     base: true                              # also the base, which is budget 1
     model_args: {pretrained: CHECKPOINT}    # of every setting
+    points:                                 # settings by name: model args beside those above
+      best_of_8: {token_search: best_of_8}
+    trajectory: true                        # also the trajectory of model_args, ended at each of its time levels
     grid:                                   # model args with several values: all combinations
       diffusion_budget: [3, 7, 15]
       guidance_scale: [1.0, 1.5]
@@ -25,7 +28,6 @@ import contextlib
 import dataclasses
 import gc
 import io
-import itertools
 import json
 import os
 import shutil
@@ -39,11 +41,12 @@ import yaml
 
 from l2d.cli.files import write_files
 from l2d.cli.parser import Parser, check_folder
-from lm_eval_ext.arguments import BUDGET, SAMPLER_ARGUMENTS, SEARCH, UsageError, parse_arguments
+from lm_eval_ext.arguments import SAMPLER_ARGUMENTS, SEARCH, UsageError, parse_arguments
 from lm_eval_ext.harness.preflight import check_checkpoint
-from lm_eval_ext.sweep_controls import Point, read_controls
+from lm_eval_ext.sweep_controls import read_controls
+from lm_eval_ext.sweep_points import read_points
 
-KEYS = ("output", "tasks", "base", "model_args", "grid", "controls", "run")
+KEYS = ("output", "tasks", "base", "model_args", "points", "trajectory", "grid", "controls", "run")
 OWN_OPTIONS = ("model", "model_args", "tasks", "output_path")
 PARTIAL = ".partial"
 
@@ -108,14 +111,11 @@ def read_plan(file: str | Path) -> Plan:
     if not isinstance(tasks, list) or not tasks or not all(isinstance(task, str) and task for task in tasks):
         raise UsageError(f"tasks={tasks!r} must be a list of names of tasks.")
     shared, grid, run = (_mapping(content, name) for name in ("model_args", "grid", "run"))
-    for name, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise UsageError(f"grid: {name}={values!r} must be a list of values.")
     for name in run:
         if name in OWN_OPTIONS:
             raise UsageError(f"run: {name!r} is set by the sweep itself; leave it out.")
     _check_gen_kwargs(run.get("gen_kwargs"))
-    points = [*_points(shared, grid, content.get("base", False)), *read_controls(_mapping(content, "controls"), shared)]
+    points = [*read_points(content, shared, grid), *read_controls(_mapping(content, "controls"), shared)]
     _check_points([point.model_args for point in points if point.model == "l2d"])
     run = {"log_samples": True, **run}
     settings = [
@@ -144,19 +144,6 @@ def _check_gen_kwargs(given: Any) -> None:
             raise UsageError(
                 f"run: gen_kwargs sets {name!r} for every setting, the base included: put it under model_args or grid."
             )
-
-
-def _points(shared: dict[str, Any], grid: dict[str, list], base: Any) -> Iterator[Point]:
-    """The base and every combination in the grid."""
-    if not isinstance(base, bool):
-        raise UsageError(f"base={base!r} must be true or false.")
-    if base:
-        unguided = {name: value for name, value in shared.items() if not name.startswith("guidance_")}
-        yield Point("base", {**unguided, BUDGET: 1})
-    for values in itertools.product(*grid.values()) if grid or not base else ():
-        chosen = dict(zip(grid, values, strict=True))
-        name = ",".join(f"{name}={str(value).replace('/', '_')}" for name, value in chosen.items())
-        yield Point(name or "default", {**shared, **chosen})
 
 
 def _mapping(content: dict[str, Any], name: str) -> dict[str, Any]:

@@ -140,6 +140,20 @@ CASES = [
     _train("--resume_from_checkpoint true", "resume_from_checkpoint=True", "needs a complete checkpoint"),
     # lm_eval --model l2d
     _eval("seed=1", "'pretrained' is missing", "give --model_args pretrained=FOLDER", alone=True),
+    _eval("pretrained=l2d", "--apply_chat_template", "the protocol has no other form", more="--tasks l2d_released"),
+    _eval(
+        "pretrained=l2d",
+        "l2d_released_humaneval",
+        "confirm with --confirm_run_unsafe_code",
+        more="--tasks l2d_released --apply_chat_template",
+    ),
+    _eval(
+        "pretrained=l2d",
+        "'openai/gsm8k' cannot be read",
+        "connect to a hub",
+        alone=True,
+        more="--tasks l2d_released_gsm8k --apply_chat_template",
+    ),
     _eval("pretrained=nowhere", "pretrained='nowhere'", "give the folder of an L2D checkpoint", alone=True),
     _eval("pretrained=used", "pretrained='used'", "give the folder of an L2D checkpoint"),
     _eval("pretrained=base", "pretrained='base'", "evaluate it with --model hf"),

@@ -25,7 +25,8 @@ from tests.environments import CONSTRAINTS, REPOSITORY, Environment, torch_pin
 
 INSIDE = (
     "l2d_lm_eval.pth", "l2d/trace.html", "lm_eval_ext/leaderboard/page.html", "lm_eval_ext/leaderboard/page.css",
-    "lm_eval_ext/leaderboard/page.js", "lm_eval_ext/tasks/paper/l2d_paper.yaml",
+    "lm_eval_ext/leaderboard/page.js", "lm_eval_ext/tasks/released/l2d_released.yaml",
+    "lm_eval_ext/released/templates/base_llama.jinja", "lm_eval_ext/sweeps/released-llama-3.2-1b.yaml",
     "lm_eval_ext/tasks/demo/l2d_demo_products.yaml", "training/recipes/gsm8k_lora.yaml", "training/recipes/README.md",
     "training/recipes/shared/paper.yaml", "training/recipes/shared/llama-3.2-1b.json",
     "training/accelerate_configs/single.yaml", "training/accelerate_configs/slurm.sh",
@@ -83,7 +84,7 @@ STEPS = [
     ),
     Step("python -m lm_eval_ext args", "diffusion_budget"),
     Step("python -m lm_eval_ext --model l2d --model_args help", "diffusion_budget"),
-    Step("lm_eval ls tasks", "l2d_paper"),
+    Step("lm_eval ls tasks", "l2d_released"),
     Step(
         "lm_eval --model l2d --model_args pretrained=model,diffusion_budget=3 --tasks smoke --include_path . "
         "--device cpu --output_path results/l2d --log_samples",

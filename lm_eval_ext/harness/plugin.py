@@ -102,11 +102,19 @@ def check_calls() -> None:
 
     @functools.wraps(evaluate)
     def simple_evaluate(*args, **kwargs):
-        given = dict(zip(("model", "model_args"), args, strict=False)) | kwargs
+        given = dict(zip(("model", "model_args", "tasks"), args, strict=False)) | kwargs
         if isinstance(given.get("model"), str):
             from lm_eval_ext.harness.preflight import refuse_checkpoint
 
             refuse_checkpoint(given["model"], given.get("model_args") or {})
+        if any("l2d_released" in str(task) for task in given.get("tasks") or ()):
+            from lm_eval_ext.released.preflight import allows_code, check_run, released_benchmarks
+
+            if allows_code():
+                kwargs["confirm_run_unsafe_code"] = given["confirm_run_unsafe_code"] = True
+            benchmarks = released_benchmarks(given["tasks"])
+            if benchmarks:
+                check_run(given.get("model"), given.get("model_args"), benchmarks, given)
         return evaluate(*args, **kwargs)
 
     vars(simple_evaluate)["checks_l2d"] = True

@@ -19,6 +19,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 from l2d.sampling.stop_strings import TextStop, after_last
 from lm_eval_ext.arguments import AUTO, SEARCH, UsageError, one_line
 from lm_eval_ext.generation_names import check_beams
+from lm_eval_ext.harness.special_tokens import whole_text
 from lm_eval_ext.requests.compute_record import QUANTITIES, Source
 from lm_eval_ext.requests.jobs import (
     Claim,
@@ -42,7 +43,7 @@ class AnswersGeneration(HFLM):
         """Generate for every (prompt, kwargs) until a stop string, an end token or `max_gen_toks`."""
         found = self._sources(requests)
         self._check_cached_repeats(found)
-        jobs = make_jobs(found, self._parse_generation, self._guidance, self._encode_prompt, self._gather_claims())
+        jobs = make_jobs(found, self._parse_generation, self._by_task, self._encode_prompt, self._gather_claims())
         texts = [""] * len(jobs)
         wanted = [job for job in jobs if not job.source.padding]
         self._record_samplers(wanted)
@@ -60,7 +61,7 @@ class AnswersGeneration(HFLM):
         usual = {**self.sampler.to_dict(), SEARCH: self.settings.token_search}
         for job in {(job.source.instance.task_name, id(job.settings)): job for job in jobs}.values():
             used = {**job.settings.sampler.to_dict(), SEARCH: job.settings.search}
-            if self._guidance(job.source) is not None:  # chosen by task
+            if self._guidance(job.source) is not None:
                 used["guidance_class"] = AUTO
             if job.source.instance.task_name is not None:
                 changes = {name: value for name, value in used.items() if value != usual[name]}
@@ -91,12 +92,10 @@ class AnswersGeneration(HFLM):
 
     def _parse_generation(self, gen_kwargs: dict[str, Any], source: Source) -> GenerationSettings:
         eos = self.tok_decode(self.eot_token_id, skip_special_tokens=False)
-        classes = self.model.config.guidance_classes
-        chosen = self._guidance(source)
-        if chosen is not None:
-            gen_kwargs = {**gen_kwargs, "guidance_class": chosen}
-        arguments = (classes, self.max_gen_toks, eos, self.settings.token_search)
-        settings = parse_generation(gen_kwargs, self.sampler, *arguments)
+        arguments = (self.model.config.guidance_classes, self.max_gen_toks, eos, self.settings.token_search)
+        by_task = self._by_task(source)
+        own = {name: value for name, value in gen_kwargs.items() if name not in by_task}
+        settings = parse_generation(own, self.sampler.replace(**by_task), *arguments)
         try:
             self.model.config.check_sampler(settings.sampler)
         except ValueError as error:
@@ -129,7 +128,7 @@ class AnswersGeneration(HFLM):
             self.run_record.capped_tokens += sum(answer.capped for answer in answers)
             spent = time.perf_counter() - start
             self.run_record.add_batch([job.source for job in batch], *costs, seconds=spent, answers=counts)
-        return [self._text(answer.tokens, settings.stops) for answer in answers]
+        return [self._text(answer.tokens, settings) for answer in answers]
 
     def _answers(self, batch: list[GenerationJob], settings: GenerationSettings) -> list[Candidate]:
         if settings.search is None:
@@ -198,12 +197,11 @@ class AnswersGeneration(HFLM):
         ends = ends if isinstance(ends, list) else [ends]
         return sorted({end for end in [*ends, self.eot_token_id] if end is not None})
 
-    def _text(self, tokens: list[int], stops: list[str]) -> str:
+    def _text(self, tokens: list[int], settings: GenerationSettings) -> str:
         """Text of generated tokens, cut at the first stop string."""
         think_end = self.think_end_token
-        if isinstance(think_end, int):
-            answer = after_last(tokens, think_end)
-            text = self.tok_decode(tokens if answer is None else answer).lstrip()
-        else:
-            text = self.tok_decode(tokens)
-        return postprocess_generated_text(text, stops, think_end if isinstance(think_end, str) else None)
+        answer = after_last(tokens, think_end) if isinstance(think_end, int) else None
+        tokens = tokens if answer is None else answer
+        text = whole_text(self.tokenizer, tokens) if settings.special_tokens else self.tok_decode(tokens)
+        text = text.lstrip() if isinstance(think_end, int) else text
+        return postprocess_generated_text(text, settings.stops, think_end if isinstance(think_end, str) else None)

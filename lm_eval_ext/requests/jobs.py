@@ -17,10 +17,10 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling.noise import request_key
-from lm_eval_ext.arguments import AUTO, SAMPLER_ARGUMENTS, SEARCH, UsageError, sampler_changes, token_search
+from lm_eval_ext.arguments import SAMPLER_ARGUMENTS, SEARCH, UsageError, sampler_changes, token_search
 from lm_eval_ext.generation_names import check_settings
+from lm_eval_ext.harness.special_tokens import SETTING
 from lm_eval_ext.requests.compute_record import Source
-from lm_eval_ext.requests.guidance import class_of_task
 
 Claim = tuple[str, tuple]
 """(digest of a prompt and its kwargs, place of the request among all that share it)"""
@@ -29,13 +29,14 @@ Claim = tuple[str, tuple]
 @dataclasses.dataclass(frozen=True)
 class GenerationSettings:
     """Validated generation kwargs: sampler, stop strings (the end-of-sequence text included), the most tokens to
-    generate, what else goes to `generate`, and the search over tokens."""
+    generate, what else goes to `generate`, the search over tokens, and whether special tokens stay in the text."""
 
     sampler: SamplerConfig
     stops: list[str]
     max_tokens: int
     options: dict[str, Any]
     search: str | None = None
+    special_tokens: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,9 @@ def parse_generation(
     max_tokens = kwargs.pop("max_gen_toks")
     if max_tokens < 1:
         raise UsageError(f"max_gen_toks={max_tokens} must be at least 1.")
+    skipped = kwargs.pop(SETTING, True)
+    if not isinstance(skipped, bool):
+        raise UsageError(f"{SETTING}={skipped!r} must be true or false.")
     temperature = kwargs.pop("temperature", 0.0)
     if kwargs["do_sample"]:
         if temperature <= 0:
@@ -92,14 +96,7 @@ def parse_generation(
     options = {name: value for name, value in kwargs.items() if name not in SAMPLER_ARGUMENTS}
     if search is not None and search.startswith("beam") and options != {"do_sample": False}:
         raise UsageError(f"{SEARCH}={search} takes no {_named(options)}: leave it out, or use best_of_N.")
-    return GenerationSettings(sampler, [stop for stop in stops if stop], max_tokens, options, search)
-
-
-def resolve_guidance(sampler: SamplerConfig, source: Source, classes: list[str] | None) -> SamplerConfig:
-    """`sampler` with `guidance_class=auto` replaced by the class of the request's task."""
-    if sampler.guidance_class != AUTO or not classes:
-        return sampler
-    return sampler.replace(guidance_class=class_of_task(source.instance.task_name, source.instance.doc, classes))
+    return GenerationSettings(sampler, [stop for stop in stops if stop], max_tokens, options, search, not skipped)
 
 
 def make_jobs(

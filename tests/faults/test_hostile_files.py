@@ -195,14 +195,15 @@ def test_code_benchmarks_need_the_confirmation_of_the_harness(nursery, l2d_dir, 
 
 @pytest.mark.parametrize("task", ["humaneval", "mbpp"])
 def test_the_code_benchmarks_are_marked_as_unsafe(task):
-    """The harness's own and those of the paper's protocol."""
+    """The harness's own and those of the released protocol."""
     import lm_eval
+    from lm_eval.tasks._yaml_loader import load_yaml
 
     theirs = (Path(lm_eval.__file__).parent / "tasks" / task / f"{task}.yaml").read_text()
     assert re.search(r"^unsafe_code: true", theirs, re.M)
-    paper = REPOSITORY / "lm_eval_ext" / "tasks" / "paper"
-    ours = [(paper / f"l2d_paper_{task}{ending}.yaml").read_text() for ending in ("", "_greedy")]
-    assert re.search(r"^unsafe_code: true", ours[0], re.M) and f"include: l2d_paper_{task}.yaml" in ours[1]
+    for ending in ("", "_greedy"):
+        file = REPOSITORY / "lm_eval_ext" / "tasks" / "released" / f"l2d_released_{task}{ending}.yaml"
+        assert load_yaml(file, resolve_func=False)["unsafe_code"] is True
 
 
 def test_our_own_code_calls_no_loader_that_runs_pickles():
@@ -218,6 +219,7 @@ def test_our_own_code_calls_no_loader_that_runs_pickles():
                 or "torch.load(" in line
                 and "weights_only=True" not in line
                 or re.search(r"(?<!\.)\b(eval|exec)\(", line)
+                and file.name != "runner.py"  # it runs the programs of code benchmarks, which is what it is for
             ):
                 found.append(f"{file.name}:{number}: {line.strip()}")
     assert not found

@@ -46,7 +46,7 @@ def test_our_tasks_are_found_by_name_without_include_path():
         "from lm_eval.tasks import TaskManager\n"
         "from tests.integration.harness import TASKS\n"
         "known = TaskManager(include_path=str(TASKS)).all_tasks\n"
-        "print(*(name in known for name in ('l2d_paper', 'l2d_demo_products', 'gsm8k', 'l2d_test_choice')))\n"
+        "print(*(name in known for name in ('l2d_released', 'l2d_demo_products', 'gsm8k', 'l2d_test_choice')))\n"
         "print(len(TaskManager(include_defaults=False).all_tasks))\n"
     )
     assert lines == ["True True True True", "0"]
