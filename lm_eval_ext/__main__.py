@@ -7,15 +7,15 @@ It needs no installed hook, so it also works where the package is only on `PYTHO
 import itertools
 import sys
 
-from lm_eval_ext.harness import plugin as bridge
+from lm_eval_ext.harness import plugin
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run lm-eval's command line with `arguments`, by default those of this process."""
     if arguments is not None:
         sys.argv = ["lm_eval_ext", *arguments]
-    asked = any(pair == ("--model_args", "help") for pair in itertools.pairwise(sys.argv))
-    if asked or sys.argv[1:2] == ["args"]:
+    help_wanted = any(pair == ("--model_args", "help") for pair in itertools.pairwise(sys.argv))
+    if help_wanted or sys.argv[1:2] == ["args"]:
         from lm_eval_ext.argument_table import help_text, markdown
 
         print(markdown() if "--markdown" in sys.argv else help_text())
@@ -23,14 +23,14 @@ def main(arguments: list[str] | None = None) -> None:
     from lm_eval._cli import HarnessCLI
     from lm_eval.utils import setup_logging
 
-    bridge.install()
+    plugin.install()
     setup_logging()
     cli = HarnessCLI()
     try:
-        given = cli.parse_args()
+        options = cli.parse_args()
     except ValueError as error:  # the harness's own parser lets broken JSON through
         sys.exit(f"l2d: {' '.join(str(error).split())}")
-    cli.execute(given)
+    cli.execute(options)
 
 
 if __name__ == "__main__":

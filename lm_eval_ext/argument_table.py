@@ -23,7 +23,7 @@ def help_text() -> str:
     for name, allowed, default, meaning, per_task in rows():
         lines.append(f"{name}{'*' if per_task else ''}  [{allowed}; default {default}]")
         lines += textwrap.wrap(meaning, 96, initial_indent="    ", subsequent_indent="    ")
-    lines += ["", "A checkpoint's own sampler settings take the place of these defaults."]
+    lines += ["", "A checkpoint's own sampler settings replace these defaults."]
     return "\n".join(lines)
 
 

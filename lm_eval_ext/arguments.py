@@ -35,7 +35,7 @@ SEARCH = "token_search"
 
 
 class UsageError(SystemExit, ValueError):
-    """A `ValueError` about what the user asked for.
+    """A `ValueError` about a user's input.
 
     The harness catches nothing, so that a plain `ValueError` would bury its sentence under a traceback through the
     harness's frames. As a `SystemExit` an uncaught one prints its sentence alone and exits with status 1; code that
@@ -70,7 +70,7 @@ class Settings:
         sampler: settings of every solve; a request's generation kwargs may change them. Its `guidance_class` may be
             `AUTO`.
         token_search: `"best_of_N"`, `"beam_N"` or `None`.
-        harness: arguments of the harness's own model class, only those that were given.
+        harness: arguments of the harness's own model class, only those that the user sets.
     """
 
     checkpoint: Checkpoint | None
@@ -165,36 +165,36 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
     """Validate model args as the harness hands them over (numbers may arrive as floats, words as strings).
 
     `pretrained` may be an open checkpoint, too. Of one on the hub only its `config.json` is fetched. Raises
-    `UsageError` for unknown names, ill-typed values, a checkpoint that is not there or none of ours, and sampler
-    settings that are impossible in themselves or for this checkpoint.
+    `UsageError` for unknown names, ill-typed values, a checkpoint that does not exist or is not an L2D checkpoint, and
+    sampler settings that are impossible in themselves or for this checkpoint.
     """
     for name in arguments:
         if name in REMOVED:
             raise UsageError(REMOVED[name])
         if name not in ARGUMENTS:
             raise UsageError(f"model argument {name!r} is not known: {_nearest(name, ARGUMENTS)}")
-    given = {name: value for name, value in arguments.items() if value is not None}
+    values = {name: value for name, value in arguments.items() if value is not None}
     changes = sampler_changes(arguments, keep_none=("guidance_class",))
     with one_line():
-        harness = {name: ARGUMENTS[name].check(given[name]) for name in HARNESS_ARGUMENTS if name in given}
-        search = token_search(given.get(SEARCH))
+        harness = {name: ARGUMENTS[name].check(values[name]) for name in HARNESS_ARGUMENTS if name in values}
+        search = token_search(values.get(SEARCH))
         SamplerConfig().replace(**changes)  # what is impossible anywhere is said before the folder is looked at
-        checkpoint = _checkpoint(given)
-        model: Any = given["pretrained"] if checkpoint is None else None
+        checkpoint = _checkpoint(values)
+        model: Any = values["pretrained"] if checkpoint is None else None
         config = model.config if checkpoint is None else checkpoint.settings
         sampler = fitted(config.default_sampler(**changes), config)
     return Settings(checkpoint, model, sampler, search, harness)
 
 
-def _checkpoint(given: dict[str, Any]) -> Checkpoint | None:
+def _checkpoint(values: dict[str, Any]) -> Checkpoint | None:
     """The checkpoint that model args name, opened; `None` for a model. Raises `ValueError`."""
-    pretrained = given.get("pretrained")
+    pretrained = values.get("pretrained")
     if pretrained is None:
         raise UsageError(
             "model argument 'pretrained' is missing: give --model_args pretrained=FOLDER of a checkpoint, or its name "
             "on the hub."
         )
-    others = {name: str(ARGUMENTS[name].check(given[name])) for name in ("revision", "base") if name in given}
+    others = {name: str(ARGUMENTS[name].check(values[name])) for name in ("revision", "base") if name in values}
     if isinstance(pretrained, (str, Path)):
         opened = open_checkpoint(pretrained, **others)
         check_base(opened.base or "")
@@ -204,7 +204,7 @@ def _checkpoint(given: dict[str, Any]) -> Checkpoint | None:
     what = "a checkpoint that is open" if isinstance(pretrained, Checkpoint) else "a model that is loaded"
     for name, value in others.items():
         if value != getattr(pretrained, name, None):
-            raise UsageError(f"{name}={value!r} means nothing for {what} already: leave it out.")
+            raise UsageError(f"{name}={value!r} does not apply to {what} already: leave it out.")
     return pretrained if isinstance(pretrained, Checkpoint) else None
 
 

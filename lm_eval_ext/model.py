@@ -43,7 +43,7 @@ from lm_eval_ext.requests.loglikelihood import AnswersScoring, ScoringRequest
 
 logger = logging.getLogger(__name__)
 
-PROBED_PLACES = 8
+PROBED_POSITIONS = 8
 """Scored tokens per row when a batch size is tried."""
 _PLACEMENT = ("device", "batch_size", "max_batch_size", "parallelize", "max_memory_per_gpu", "max_cpu_memory")
 PERFORMANCE_ONLY = (*_PLACEMENT, *(name for name, one in declared(SamplerConfig).items() if not one.changes_answers))
@@ -60,7 +60,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         pretrained: folder or hub name of the checkpoint, or an `L2DForCausalLM` (then give `tokenizer`, too).
         arguments: all others by name; `lm_eval_ext.arguments.ARGUMENTS` lists them.
 
-    Raises `UsageError` (a `ValueError` that needs no traceback) for everything that the user can mend.
+    Raises `UsageError` (a `ValueError` that needs no traceback) for everything that the user can correct.
     """
 
     def __init__(self, pretrained: str | L2DForCausalLM | None = None, **arguments: Any):
@@ -120,7 +120,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         add_bos_token: bool | None = None,
         **ignored: Any,
     ) -> None:
-        """The checkpoint's own tokenizer where it has one, else the base's; or the one that was given."""
+        """The checkpoint's own tokenizer where it has one, else the base's; or the one named by `tokenizer`."""
         if tokenizer is not None and not isinstance(tokenizer, str):
             self.tokenizer = tokenizer
             return
@@ -157,7 +157,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
 
     @property
     def max_length(self) -> int:
-        """Longest input in tokens: as given, else what the base takes."""
+        """Longest input in tokens: `max_length`, else what the base takes."""
         return self._max_length or resolve_max_length(
             self.model.base.config, self.tokenizer, default=self._DEFAULT_MAX_LENGTH
         )
@@ -165,9 +165,9 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
     # ---- requests -----------------------------------------------------------------------------------------------
 
     def _sources(self, requests: list[Instance]) -> list[Source]:
-        found = sources(requests)
-        self._padded += [source.instance for source in found if source.padding]
-        return found
+        listed = sources(requests)
+        self._padded += [source.instance for source in listed if source.padding]
+        return listed
 
     def _guidance(self, source: Source) -> str | int | None:
         """Guidance class of a request, as far as it depends on the task."""
@@ -206,18 +206,18 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         return [dataclasses.replace(longest, tokens=tokens, settings=settings)] * size
 
     def _detect_batch_size(self, requests: list[ScoringRequest] | None = None, pos: int = 0) -> int:
-        """Batch size that fits the request at `pos`, or windows of full length where no requests are given."""
+        """Batch size that fits the request at `pos`, or windows of full length without requests."""
         tokens = requests[pos][1] + requests[pos][2] if requests else [0] * (self.max_length + 1)
         tokens = tokens[-(self.max_length + 1) :]
 
         def attempt(size: int) -> None:
             if self.sampler.is_base:
                 self._model_call(torch.tensor([tokens[:-1]] * size, device=self.device)).log_softmax(-1)
-            else:  # a few places show the peak: the diffusion path works through any number of them in portions
-                places = max(1, min(PROBED_PLACES, len(tokens) - 1))
+            else:  # a few positions show the peak: the diffusion path evaluates any number of them in parts
+                count = max(1, min(PROBED_POSITIONS, len(tokens) - 1))
                 guided = self.sampler.guidance_class == AUTO
                 sampler = self.sampler.replace(guidance_class=0) if guided else self.sampler
-                self._score([(None, tokens[:-places], tokens[-places:])] * size, sampler, None)
+                self._score([(None, tokens[:-count], tokens[-count:])] * size, sampler, None)
 
         return self._largest_batch(attempt, len(requests) if requests else self.max_batch_size)
 
@@ -241,7 +241,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
     def barrier(self) -> None:
         """Wait for the other processes, and collect what they spent: every process comes here after its requests.
 
-        The harness made up the numbers of requests with copies: their answers, which it has stored by now, are dropped.
+        The harness pads the lists of requests with copies: their answers, which it has stored by now, are dropped.
         """
         super().barrier()
         for instance in self._padded:

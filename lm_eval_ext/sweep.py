@@ -136,9 +136,10 @@ def _check_points(points: list[dict[str, Any]]) -> None:
         check_checkpoint(settings)
 
 
-def _check_gen_kwargs(given: Any) -> None:
-    """Raise `UsageError` for generation kwargs that would take the place of what the settings differ in."""
-    names = given if isinstance(given, dict) else [part.partition("=")[0].strip() for part in _joined(given).split(",")]
+def _check_gen_kwargs(kwargs: Any) -> None:
+    """Raise `UsageError` for generation kwargs that would override what the settings differ in."""
+    words = kwargs if isinstance(kwargs, dict) else _joined(kwargs).split(",")
+    names = [str(word).partition("=")[0].strip() for word in words]
     for name in names:
         if name in SAMPLER_ARGUMENTS or name == SEARCH:
             raise UsageError(
@@ -166,7 +167,9 @@ def run_plan(plan: Plan) -> list[Setting]:
     try:
         plan.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"output={str(plan.output)!r} cannot be made ({error.strerror}): name another.") from error
+        raise UsageError(
+            f"output={str(plan.output)!r} cannot be created ({error.strerror}): name another folder."
+        ) from error
     pending = [setting for setting in plan.settings if not _complete(plan, setting)]
     print(f"{len(plan.settings)} settings, {len(plan.settings) - len(pending)} of them complete", flush=True)
     failed = []
@@ -194,7 +197,7 @@ def _check_options(plan: Plan) -> None:
     """Let the harness's own command line look at the options, before anything runs."""
     from lm_eval._cli import HarnessCLI
 
-    given, said = sys.argv, io.StringIO()
+    argv, said = sys.argv, io.StringIO()
     try:
         sys.argv = ["lm_eval", *plan.settings[0].command(plan.output)]
         with contextlib.redirect_stderr(said):
@@ -202,7 +205,7 @@ def _check_options(plan: Plan) -> None:
     except SystemExit as error:
         raise UsageError(f"run: {said.getvalue().strip().splitlines()[-1]}.") from error
     finally:
-        sys.argv = given
+        sys.argv = argv
 
 
 def _complete(plan: Plan, setting: Setting) -> bool:
@@ -210,12 +213,12 @@ def _complete(plan: Plan, setting: Setting) -> bool:
     if not folder.is_dir():
         return False
     try:
-        held = json.loads((folder / "setting.json").read_text(encoding="utf-8"))
+        recorded = json.loads((folder / "setting.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{str(folder)!r} was not made by a sweep: give another output folder.") from error
-    held = {"model": "l2d", **held} if isinstance(held, dict) else held  # older sweeps knew no other
-    if held != json.loads(json.dumps(dataclasses.asdict(setting))):
-        raise UsageError(f"{str(folder)!r} was made with other settings: give another output folder, or remove it.")
+        raise UsageError(f"{str(folder)!r} was not written by a sweep: give another output folder.") from error
+    recorded = {"model": "l2d", **recorded} if isinstance(recorded, dict) else recorded  # older sweeps knew no other
+    if recorded != json.loads(json.dumps(dataclasses.asdict(setting))):
+        raise UsageError(f"{str(folder)!r} was written with other settings: give another output folder, or remove it.")
     return True
 
 
@@ -226,12 +229,12 @@ def _run(plan: Plan, setting: Setting) -> None:
     partial = folder.with_name(folder.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    given = sys.argv
+    argv = sys.argv
     try:
         with (partial / "log.txt").open("w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
             lm_eval(setting.command(partial))
     finally:
-        sys.argv = given
+        sys.argv = argv
         gc.collect()  # the model, before the next one is loaded
     if not list(partial.glob("**/results_*.json")):
         raise RuntimeError("lm_eval wrote no results")
@@ -250,7 +253,7 @@ def _write(folder: Path, name: str, text: str) -> None:
 
 
 def table(plan: Plan) -> str:
-    """Scores of all complete settings, and the evaluations that a token asked for and needed."""
+    """Scores of all complete settings, and a token's evaluations, requested and computed."""
     lines = ["| task | setting | metric | score | standard error | NFE requested / token | NFE computed / token |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for setting in plan.settings:

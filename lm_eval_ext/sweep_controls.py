@@ -3,10 +3,9 @@
 - `Point`: a model and how it is sampled, with a name
 - `read_controls`: the key `controls` of a sweep's file -> points
 
-`one_evaluation` evaluates the path once, at the times given or at the best one of a file that
-`training.compare_budgets`
-wrote; `noise_free` is the folder of a checkpoint trained with `noise_free`, `finetuned` one or more folders of
-plain models. What the harness itself takes (dtype, device, ...) is that of the sweep.
+`one_evaluation` evaluates the path once, at the times listed or at the best one of a file that
+`training.compare_budgets` wrote; `noise_free` is the folder of a checkpoint trained with `noise_free`, `finetuned` one
+or more folders of plain models. What the harness itself takes (dtype, device, ...) is that of the sweep.
 """
 
 import dataclasses
@@ -68,7 +67,7 @@ def read_controls(controls: dict[str, Any], shared: dict[str, Any]) -> list[Poin
     names = [point.name for point in points]
     for name in names:
         if names.count(name) > 1:
-            raise UsageError(f"controls: {name!r} is there twice: give folders of different names, and times once.")
+            raise UsageError(f"controls: {name!r} is listed twice: give folders of different names, and times once.")
     return points
 
 
@@ -79,13 +78,13 @@ def _times(value: Any) -> list[float]:
             value = [json.loads(Path(value).read_text(encoding="utf-8"))["best_time"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(
-                f"controls: one_evaluation={value!r} is no file with a best_time: give one that "
+                f"controls: one_evaluation={value!r} is not a file with a best_time: give one that "
                 "python -m training.compare_budgets --json FILE wrote, or a list of times."
             ) from error
     value = value if isinstance(value, list) else [value]
     try:
         if not value:
-            raise ValueError("no time is given.")
+            raise ValueError("the list is empty.")
         return [SamplerConfig(solver="euler", budget=2, final_time=time).final_time for time in value]
     except ValueError as error:
         raise UsageError(f"controls: one_evaluation={value!r} must be times above 0 and up to 1: {error}") from error

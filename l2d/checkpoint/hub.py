@@ -54,15 +54,15 @@ def checkpoint_folder(
         return folder
     from huggingface_hub import constants, snapshot_download
 
-    # Releases before 2 ask the hub what a commit holds even if it is not to be asked.
+    # Releases before 2 ask the hub what a commit holds, offline or not.
     offline = {"local_files_only": True} if constants.HF_HUB_OFFLINE else {}
-    place = f"{subfolder}/" if subfolder else ""
-    wanted = [*(f"{place}{kind}" for kind in _KINDS), f"{place}*.jinja", f"{place}recipe.yaml"]
-    unwanted = [*(f"{place}*/{kind}" for kind in _KINDS), f"{place}trainer_state.json"]
+    prefix = f"{subfolder}/" if subfolder else ""
+    patterns = [*(f"{prefix}{kind}" for kind in _KINDS), f"{prefix}*.jinja", f"{prefix}recipe.yaml"]
+    ignored = [*(f"{prefix}*/{kind}" for kind in _KINDS), f"{prefix}trainer_state.json"]
     commit = commit_of(folder)
     with _one_sentence(name, revision, access):
         snapshot = snapshot_download(
-            name, revision=commit or revision, allow_patterns=wanted, ignore_patterns=unwanted, **access | offline
+            name, revision=commit or revision, allow_patterns=patterns, ignore_patterns=ignored, **access | offline
         )
     folder = os.path.join(snapshot, subfolder) if subfolder else snapshot
     if not any(Path(folder).glob("*.safetensors")):
@@ -89,7 +89,8 @@ def _is_folder(name: str, revision: str | None) -> bool:
     if os.path.isdir(name):
         if revision is not None:
             raise ValueError(
-                f"revision={revision!r} means nothing for the folder {name!r}: leave it out, or give a name on the hub."
+                f"revision={revision!r} does not apply to the directory {name!r}: leave it out, or give a name on the "
+                "hub."
             )
         return True
     if looks_local(name) or os.path.exists(name):
@@ -108,7 +109,7 @@ def _one_sentence(name: str, revision: str | None, access: dict[str, Any]) -> It
         yield
     except errors.HFValidationError as error:
         raise ValueError(
-            f"pretrained={name!r} is neither a folder nor a name on the hub: {_FOLDER}, or its OWNER/NAME."
+            f"pretrained={name!r} is neither a directory nor a name on the hub: {_FOLDER}, or its OWNER/NAME."
         ) from error
     except errors.GatedRepoError as error:
         raise ValueError(
@@ -116,7 +117,7 @@ def _one_sentence(name: str, revision: str | None, access: dict[str, Any]) -> It
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise ValueError(
-            f"{shown} is not a folder, and the hub shows no model of that name: {_FOLDER}, correct the name, or run "
+            f"{shown} is not a directory, and the hub shows no model of that name: {_FOLDER}, correct the name, or run "
             "hf auth login if it is private."
         ) from error
     except errors.RevisionNotFoundError as error:
@@ -124,10 +125,10 @@ def _one_sentence(name: str, revision: str | None, access: dict[str, Any]) -> It
     except errors.LocalEntryNotFoundError as error:
         cached_only = "local_files_only" if access.get("local_files_only") else "HF_HUB_OFFLINE"
         offline = constants.HF_HUB_OFFLINE or access.get("local_files_only")
-        why = f"and {cached_only} forbids to fetch it" if offline else "and the hub cannot be reached"
+        why = f"and {cached_only} forbids fetching it" if offline else "and the hub cannot be reached"
         raise ValueError(
-            f"{shown} is neither a folder nor whole in the hub's cache, {why}: {_FOLDER}, or fetch it once with access "
-            "to the hub."
+            f"{shown} is neither a directory nor complete in the hub's cache, {why}: {_FOLDER}, or fetch it once with "
+            "access to the hub."
         ) from error
     except errors.EntryNotFoundError as error:
         raise ValueError(f"{shown} is not an L2D checkpoint: it holds no config.json on the hub.") from error

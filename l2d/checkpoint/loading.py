@@ -64,7 +64,6 @@ def describe_base(config: L2DConfig, base: PreTrainedModel) -> None:
 def load_base(name: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     """Load a base by folder or hub name; `dtype` defaults to the one it is stored in."""
     kwargs.setdefault("dtype", "auto")
-    given = os.fspath(name)
     try:
         known = {key: value for key, value in kwargs.items() if key in (*_HUB_ARGUMENTS, "trust_remote_code")}
         model_type = AutoConfig.from_pretrained(name, **known).model_type
@@ -76,9 +75,9 @@ def load_base(name: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
     except (ImportError, OSError, ValueError, SafetensorError, UnpicklingError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
-            f"base={given!r} could not be loaded ({reason}); give a folder or hub name of the base model."
+            f"base={os.fspath(name)!r} could not be loaded ({reason}); give a folder or hub name of the base model."
         ) from error
-    raise ValueError(f"base={given!r} is itself an L2D checkpoint; name the model that it was trained on.")
+    raise ValueError(f"base={os.fspath(name)!r} is itself an L2D checkpoint; name the model that it was trained on.")
 
 
 def in_dtype(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -88,7 +87,7 @@ def in_dtype(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     `ValueError` for a quantized base.
     """
     if any(p.dtype not in _PLAIN for p in base.parameters()):
-        raise ValueError(f"dtype={dtype} cannot be given to a quantized base: leave dtype out.")
+        raise ValueError(f"dtype={dtype} cannot be applied to a quantized base: leave dtype out.")
     places = getattr(base, "hf_device_map", None) or {"": next(base.parameters()).device}
     copy = type(base).from_pretrained(
         None, config=deepcopy(base.config), state_dict=base.state_dict(), dtype=dtype, device_map=places

@@ -42,7 +42,7 @@ class Checkpoint:
 
     @property
     def commit(self) -> str | None:
-        """The commit on the hub, `None` for a folder elsewhere."""
+        """The commit on the hub, `None` for other folders."""
         return commit_of(self.config_folder)
 
     @cached_property
@@ -84,7 +84,7 @@ def open_checkpoint(
     """Open `checkpoint`, a folder or (at `revision`) a name on the hub; one that is open is returned as it is.
 
     Args:
-        base: another place of its base.
+        base: folder or hub name of its base, in place of the recorded one.
         hub: `subfolder` and arguments of `huggingface_hub`, see `l2d.checkpoint.hub`.
 
     Raises `ValueError` if it is not there, is another model's, or has settings that are impossible.
@@ -129,7 +129,7 @@ def _read(name: str, folder: str) -> dict[str, Any]:
 
 
 def base_location(name: str, recorded: str | None, base: str | os.PathLike | None = None) -> str:
-    """Where the base of checkpoint `name` is: `base`, the `recorded` place, or a folder beside the checkpoint."""
+    """Where the base of checkpoint `name` is: `base`, else as `recorded`, else the folder of that name beside it."""
     location = os.fspath(base or recorded or "")
     if not location:
         raise ValueError(f"pretrained={name!r} does not record where its base is: pass base=FOLDER_OR_NAME.")

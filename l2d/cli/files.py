@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 def write_files(folder: str | os.PathLike, texts: Mapping[str, str], argument: str) -> None:
-    """Write `texts` by file name into `folder`, which is made; earlier files stay until all new ones are complete.
+    """Write `texts` by file name into `folder`, which is created; earlier files stay until all new ones are complete.
 
-    Raises `ValueError` that names `argument`, what the user gave the place by, where the system refuses.
+    Raises `ValueError` that names `argument`, which the folder comes from, where the system refuses.
     """
     folder = Path(folder)
     partial = {name: folder / f".{name}.partial" for name in texts}
@@ -31,5 +31,6 @@ def write_files(folder: str | os.PathLike, texts: Mapping[str, str], argument: s
                 path.unlink()
         reason = "it is a file" if folder.is_file() else error.strerror
         raise ValueError(
-            f"{argument}: {str(folder)!r} cannot be written ({reason}), nothing was: make room or name another place."
+            f"{argument}: {str(folder)!r} cannot be written ({reason}), so nothing was: make room, or name another "
+            "folder."
         ) from error

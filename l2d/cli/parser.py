@@ -33,14 +33,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_folder(argument: str, folder: str | os.PathLike) -> None:
-    """Raise `ValueError` unless `folder`, the value of `argument`, can be made or written to; nothing is made here."""
-    place = Path(folder).absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise ValueError(f"{argument}={os.fspath(folder)!r} cannot be made: {str(place)!r} is a file; give a folder.")
-    if not os.access(place, os.W_OK | os.X_OK):
+    """Raise `ValueError` unless `folder`, the value of `argument`, can be created or written to; creates nothing."""
+    parent = Path(folder).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ValueError(
+            f"{argument}={os.fspath(folder)!r} cannot be created: {str(parent)!r} is a file; give a folder."
+        )
+    if not os.access(parent, os.W_OK | os.X_OK):
         raise ValueError(
             f"{argument}={os.fspath(folder)!r} cannot be written to: choose another folder, or change the permissions "
-            f"of {str(place)!r}."
+            f"of {str(parent)!r}."
         )

@@ -31,16 +31,16 @@ class Session:
     def encode(self, text: str) -> list[int]:
         """Tokens of a prompt; a start token is added unless the text begins with it. At least one token.
 
-        Raises `ValueError` where there is none, and for text that is no Unicode.
+        Raises `ValueError` where there is none, and for text that is not Unicode.
         """
         check_text("prompt", text)
         begins = self.tokenizer.bos_token is not None and text.startswith(self.tokenizer.bos_token)
         tokens = self.tokenizer(text, **({"add_special_tokens": False} if begins else {}))["input_ids"]
         fallback = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        found = tokens or [token for token in fallback if token is not None][:1]
-        if not found:
+        tokens = tokens or [token for token in fallback if token is not None][:1]
+        if not tokens:
             raise ValueError("prompt is empty, and the tokenizer has no token to start from: give some text.")
-        return found
+        return tokens
 
     def conversation_text(self, messages: list[dict[str, str]]) -> str:
         """The chat template's text of a conversation, ready for the model's turn.
@@ -54,8 +54,8 @@ class Session:
     def end_tokens(self) -> list[int]:
         """All tokens that end an answer: the tokenizer's and those of the base's generation settings."""
         others = self.model.generation_config.eos_token_id if self.model.generation_config is not None else None
-        found = [self.tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])]
-        return list(dict.fromkeys(token for token in found if token is not None))
+        ends = [self.tokenizer.eos_token_id, *(others if isinstance(others, list) else [others])]
+        return list(dict.fromkeys(token for token in ends if token is not None))
 
     def ending(self) -> dict[str, Any]:
         """End and padding tokens as arguments of `generate`, and that one answer is wanted, as token ids."""
@@ -66,27 +66,27 @@ class Session:
     @property
     def longest(self) -> int:
         """Most tokens that the base takes, prompt and answer together."""
-        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return found or min(self.tokenizer.model_max_length, 1 << 20)
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return longest or min(self.tokenizer.model_max_length, 1 << 20)
 
-    def answer_length(self, given: int | None, usual: int) -> int:
-        """Most tokens of an answer: `given`, else `usual`, but then at most half of what the base takes.
+    def answer_length(self, requested: int | None, usual: int) -> int:
+        """Most tokens of an answer: `requested`, else `usual`, but then at most half of what the base takes.
 
         Raises `ValueError` where no room is left for a prompt.
         """
-        _check_answer_length(given, self.longest)
-        return given or min(usual, self.longest // 2)
+        _check_answer_length(requested, self.longest)
+        return requested or min(usual, self.longest // 2)
 
     def pieces(self, tokens: list[int]) -> list[str]:
         """Text that each of `tokens` adds to those before it; a character of several tokens belongs to its last one."""
         texts, start, known = [], 0, ""
-        for place in range(len(tokens)):
-            text = self.tokenizer.decode(tokens[start : place + 1], skip_special_tokens=False)
-            if text.endswith("\ufffd") and place + 1 < len(tokens):
+        for index in range(len(tokens)):
+            text = self.tokenizer.decode(tokens[start : index + 1], skip_special_tokens=False)
+            if text.endswith("\ufffd") and index + 1 < len(tokens):
                 texts.append("")
                 continue
             texts.append(text[len(known) :])
-            start, known = place, self.tokenizer.decode(tokens[place : place + 1], skip_special_tokens=False)
+            start, known = index, self.tokenizer.decode(tokens[index : index + 1], skip_special_tokens=False)
         return texts
 
     def token_text(self, token: int) -> str:
@@ -119,13 +119,13 @@ def load_session(
     from l2d.checkpoint.loading import load_tokenizer
     from l2d.modeling import L2DForCausalLM
 
-    place = _device(device)
+    target = _device(device)
     tokenizer = load_tokenizer(checkpoint)
     if template and tokenizer.chat_template is None:
         raise ValueError("the tokenizer of this checkpoint has no chat template: use --plain, or trace without --chat.")
     options = {} if dtype is None else {"dtype": getattr(torch, dtype)}
     model = L2DForCausalLM.from_pretrained(checkpoint, **options).eval()
-    return Session(model.to(place), tokenizer)
+    return Session(model.to(target), tokenizer)
 
 
 def _device(name: str | None) -> Any:
@@ -136,7 +136,7 @@ def _device(name: str | None) -> Any:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        raise ValueError(f"device={name!r} is not there: use cpu, or cuda on a machine with a GPU.") from error
+        raise ValueError(f"device={name!r} is not available: use cpu, or cuda on a machine with a GPU.") from error
     return device
 
 
@@ -144,7 +144,7 @@ def _device(name: str | None) -> Any:
 
 
 def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
-    """What `trace` and `chat` share; settings that are not given stay as the checkpoint has them."""
+    """What `trace` and `chat` share; settings that are left out stay as the checkpoint has them."""
     parser.add_argument("folder", metavar="DIR", help="folder or hub name of an L2D checkpoint")
     parser.add_argument("--revision", help="branch, tag or commit of a checkpoint on the hub")
     parser.add_argument("--base", help="name or folder of the base, where it is not where it was")
@@ -168,28 +168,28 @@ def _typed(one: Setting) -> Callable[[str], Any]:
     return read
 
 
-def open_from(given: argparse.Namespace) -> Checkpoint:
+def open_from(options: argparse.Namespace) -> Checkpoint:
     """Open the checkpoint that a command line names, and look at all of its settings. Raises `ValueError`."""
-    checkpoint = open_checkpoint(given.folder, given.revision, given.base)
-    checkpoint.sampler(**sampler_from(given))
-    decoding_options(given.temperature, 1)
-    _check_answer_length(given.max_new_tokens, checkpoint.settings.longest or sys.maxsize)
+    checkpoint = open_checkpoint(options.folder, options.revision, options.base)
+    checkpoint.sampler(**sampler_from(options))
+    decoding_options(options.temperature, 1)
+    _check_answer_length(options.max_new_tokens, checkpoint.settings.longest or sys.maxsize)
     return checkpoint
 
 
-def session_from(given: argparse.Namespace, template: bool = False) -> Session:
+def session_from(options: argparse.Namespace, template: bool = False) -> Session:
     """Load the checkpoint that a command line names, after `open_from`. Raises `ValueError`."""
-    return load_session(open_from(given), given.dtype, given.device, template)
+    return load_session(open_from(options), options.dtype, options.device, template)
 
 
-def sampler_from(given: argparse.Namespace) -> dict[str, Any]:
-    """The sampler settings that were given."""
-    return {name: value for name in declared(SamplerConfig) if (value := getattr(given, name)) is not None}
+def sampler_from(options: argparse.Namespace) -> dict[str, Any]:
+    """The sampler settings that a command line names."""
+    return {name: value for name in declared(SamplerConfig) if (value := getattr(options, name)) is not None}
 
 
-def _check_answer_length(given: int | None, longest: int) -> None:
-    if given is not None and not 1 <= given < longest:
-        raise ValueError(f"max_new_tokens={given} must be at least 1 and below the base's {longest} tokens.")
+def _check_answer_length(requested: int | None, longest: int) -> None:
+    if requested is not None and not 1 <= requested < longest:
+        raise ValueError(f"max_new_tokens={requested} must be at least 1 and below the base's {longest} tokens.")
 
 
 def decoding_options(temperature: float, max_new_tokens: int) -> dict[str, Any]:

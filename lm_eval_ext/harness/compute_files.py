@@ -70,8 +70,8 @@ def _check(file: Path, whole: Callable[[str], Any]) -> None:
     except (OSError, ValueError) as error:
         file.unlink(missing_ok=True)
         raise UsageError(
-            f"--output_path: {str(file)!r} could not be written to its end, so these results are lost: make room or "
-            "name another place and run again (--use_cache FILE keeps answers that were made)."
+            f"--output_path: {str(file)!r} could not be written completely, so these results are lost: make room "
+            "or name another folder, and run again (--use_cache FILE keeps answers)."
         ) from error
 
 

@@ -2,7 +2,7 @@
 
 - `install`: puts a finder on `sys.meta_path`; called when this module is imported
 - `register`: adds the name `l2d` to the harness's registry; called after `lm_eval.models` has filled it
-- `check_early`: lets the harness check what `--model l2d` is given before it reads its tasks
+- `check_early`: lets the harness check the arguments of `--model l2d` before it reads its tasks
 - `check_calls`: lets `simple_evaluate` refuse L2D checkpoints for the harness's own model class
 - `add_tasks`: lets every `TaskManager` know our tasks; called after the harness has defined it
 
@@ -43,7 +43,7 @@ class HarnessFinder:
 
 
 def install() -> None:
-    """Put the finder first on `sys.meta_path`, unless it is there; what is imported already is mended at once."""
+    """Put the finder first on `sys.meta_path`, unless it is there; what is imported already is wrapped at once."""
     for name, function in AFTER.items():
         if name in sys.modules:
             function()
@@ -72,10 +72,10 @@ def add_tasks() -> None:
 
     @functools.wraps(init)
     def init_with_ours(self, *args, **kwargs):
-        given = kwargs.get("include_path")
-        given = list(given) if isinstance(given, (list, tuple)) else [given] if given else []
+        paths = kwargs.get("include_path")
+        paths = list(paths) if isinstance(paths, (list, tuple)) else [paths] if paths else []
         if len(args) < 2 and kwargs.get("include_defaults", True):  # the second positional one is the path
-            kwargs["include_path"] = [ours, *(path for path in given if os.path.abspath(path) != ours)]
+            kwargs["include_path"] = [ours, *(path for path in paths if os.path.abspath(path) != ours)]
         init(self, *args, **kwargs)
 
     vars(init_with_ours)["knows_l2d"] = True
@@ -102,19 +102,19 @@ def check_calls() -> None:
 
     @functools.wraps(evaluate)
     def simple_evaluate(*args, **kwargs):
-        given = dict(zip(("model", "model_args", "tasks"), args, strict=False)) | kwargs
-        if isinstance(given.get("model"), str):
+        named = dict(zip(("model", "model_args", "tasks"), args, strict=False)) | kwargs
+        if isinstance(named.get("model"), str):
             from lm_eval_ext.harness.preflight import refuse_checkpoint
 
-            refuse_checkpoint(given["model"], given.get("model_args") or {})
-        if any("l2d_released" in str(task) for task in given.get("tasks") or ()):
+            refuse_checkpoint(named["model"], named.get("model_args") or {})
+        if any("l2d_released" in str(task) for task in named.get("tasks") or ()):
             from lm_eval_ext.released.preflight import allows_code, check_run, released_benchmarks
 
             if allows_code():
-                kwargs["confirm_run_unsafe_code"] = given["confirm_run_unsafe_code"] = True
-            benchmarks = released_benchmarks(given["tasks"])
+                kwargs["confirm_run_unsafe_code"] = named["confirm_run_unsafe_code"] = True
+            benchmarks = released_benchmarks(named["tasks"])
             if benchmarks:
-                check_run(given.get("model"), given.get("model_args"), benchmarks, given)
+                check_run(named.get("model"), named.get("model_args"), benchmarks, named)
         return evaluate(*args, **kwargs)
 
     vars(simple_evaluate)["checks_l2d"] = True

@@ -1,4 +1,4 @@
-"""What `lm_eval --model l2d` asks for, checked as soon as the command line is read.
+"""The command line of `lm_eval --model l2d`, checked as soon as it is read.
 
 - `install`: wraps the harness's configuration, so that mistakes end in one line before its tasks are indexed
 - `check_checkpoint`, `check_device`: parts of it that others use, too; `take_opened`: the checkpoint that it opened
@@ -47,17 +47,18 @@ def install(configuration: Any) -> None:
     @functools.wraps(build)
     def from_cli(cls, namespace):
         ours = getattr(namespace, "model", None) == MODEL
-        asked = _one_line(build, cls, namespace) if ours else build(cls, namespace)
-        if asked.model != MODEL:
-            given = asked.model_args or {}
-            if os.path.isdir(str(given.get("pretrained"))):  # names on a hub are for `simple_evaluate`, see `bridge`
-                refuse_checkpoint(asked.model, given)
-            return asked
+        config = _one_line(build, cls, namespace) if ours else build(cls, namespace)
+        if config.model != MODEL:
+            model_args = config.model_args or {}
+            # names on a hub are checked by `simple_evaluate`, see `plugin`
+            if os.path.isdir(str(model_args.get("pretrained"))):
+                refuse_checkpoint(config.model, model_args)
+            return config
         file = getattr(namespace, "config", None)
         if namespace.device is None and "device" not in (cls.load_yaml_config(file) if file else ()):
-            asked.device = None  # the harness's own default is a GPU, whether there is one or not
-        check_command(asked)
-        return asked
+            config.device = None  # the harness's own default is a GPU, whether there is one or not
+        check_command(config)
+        return config
 
     @functools.wraps(process)
     def process_tasks(self, *args, **kwargs):
@@ -69,16 +70,16 @@ def install(configuration: Any) -> None:
     configuration.from_cli, configuration.process_tasks = classmethod(from_cli), process_tasks
 
 
-def check_command(asked: Any) -> None:
-    """Raise `UsageError` for what a run with the configuration `asked` (an `EvaluatorConfig`) would refuse later."""
-    given = dict(asked.model_args or {})
-    if "help" in given or given.get("pretrained") == "help":
+def check_command(config: Any) -> None:
+    """Raise `UsageError` for what a run with the configuration `config` (an `EvaluatorConfig`) would refuse later."""
+    model_args = dict(config.model_args or {})
+    if "help" in model_args or model_args.get("pretrained") == "help":
         return  # the model class prints it
-    options = {name: getattr(asked, name) for name in ("device", "batch_size", "max_batch_size")}
-    settings = parse_arguments({**{k: v for k, v in options.items() if v is not None}, **given})
-    if not asked.tasks:
-        raise UsageError("tasks is not set: give --tasks NAME,NAME; lm_eval ls tasks lists what there is.")
-    check_checkpoint(settings, asked.gen_kwargs)
+    options = {name: getattr(config, name) for name in ("device", "batch_size", "max_batch_size")}
+    settings = parse_arguments({**{k: v for k, v in options.items() if v is not None}, **model_args})
+    if not config.tasks:
+        raise UsageError("tasks is not set: give --tasks NAME,NAME; lm_eval ls tasks lists all.")
+    check_checkpoint(settings, config.gen_kwargs)
     _opened[:] = [settings.checkpoint] if settings.checkpoint is not None else []
     check_device(settings.harness.get("device"))
 
@@ -98,14 +99,14 @@ def refuse_checkpoint(model: str, model_args: Any) -> None:
     if not isinstance(name, str):
         return
     revision = None if revision is None or os.path.isdir(name) else str(revision)
-    access: dict[str, Any] = {"local_files_only": True}  # the hub is asked only for what the harness would ask for next
+    access: dict[str, Any] = {"local_files_only": True}  # from the hub only what the harness would fetch next
     try:
         config_folder(name, revision, **access)
     except ValueError:
         access = {}
     try:
         read_config_file(name, revision, **access)
-    except ValueError:  # not one of ours, which is as it should be
+    except ValueError:  # not an L2D checkpoint, as it should be
         return
     raise UsageError(
         f"pretrained={name!r} is an L2D checkpoint, which --model {model} would not evaluate at one budget: use "
@@ -128,7 +129,7 @@ def check_checkpoint(settings: Settings, gen_kwargs: dict[str, Any] | None = Non
 
 
 def take_opened(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Model args with the open checkpoint in the place of its name, if `check_command` opened it for this run."""
+    """Model args with the open checkpoint instead of its name, if `check_command` opened it for this run."""
     opened = _opened.pop() if _opened else None
     named = tuple(arguments.get(name) for name in ("pretrained", "revision", "base"))
     if opened is None or named != (opened.name, opened.revision, opened.base):
@@ -137,13 +138,13 @@ def take_opened(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_device(device: str | None) -> None:
-    """Raise `UsageError` for a GPU on a machine without one; torch is imported only where a GPU is asked for."""
+    """Raise `UsageError` for a GPU on a machine without one; torch is imported only for a GPU."""
     if device is None or not device.startswith("cuda"):
         return
     import torch
 
     if not torch.cuda.is_available():
-        raise UsageError(f"device={device!r} is not there: this machine shows no CUDA device; use cpu.")
+        raise UsageError(f"device={device!r} is not available: this machine has no CUDA device; use cpu.")
 
 
 def _one_line(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -24,15 +24,15 @@ def claim_cache(cache: MutableMapping[str, Any], settings: dict[str, Any]) -> No
     """
     if hasattr(cache, "decode"):
         cache.decode = _decode
-    held = cache.get(SETTINGS_KEY)
-    if held is None and next(iter(cache.keys()), None) is None:
+    recorded = cache.get(SETTINGS_KEY)
+    if recorded is None and next(iter(cache.keys()), None) is None:
         cache[SETTINGS_KEY] = json.dumps(settings, sort_keys=True)
-    elif held is None:
+    elif recorded is None:
         raise UsageError("--use_cache names a file with another model's answers: give a new file name.")
-    elif json.loads(held) != settings:
+    elif json.loads(recorded) != settings:
         raise UsageError(
-            f"--use_cache names a file whose answers were made with other settings ({_differences(held, settings)}): "
-            "give a new file name."
+            "--use_cache names a file with answers of other settings "
+            f"({_differences(recorded, settings)}): give a new file name."
         )
 
 
@@ -46,7 +46,7 @@ def _decode(stored: bytes) -> Any:
     return _PlainValues(io.BytesIO(bytes(stored))).load()
 
 
-def _differences(held: str, settings: dict[str, Any]) -> str:
-    before = json.loads(held)
+def _differences(recorded: str, settings: dict[str, Any]) -> str:
+    before = json.loads(recorded)
     names = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
     return ", ".join(f"{name}={before.get(name)!r} there, {settings.get(name)!r} here" for name in names)

@@ -2,7 +2,7 @@
 
 - `Source`, `sources`: what the harness's requests belong to, with repeats counted and its padding marked
 - `RequestCost`: one line of a compute file
-- `RunRecord`: evaluations asked and computed, and rounds, per generated or scored token; what tasks set themselves
+- `RunRecord`: evaluations requested and computed, and passes, per generated or scored token; what tasks set themselves
 - `RunInfo`: the part of the results file that tells of this package, with the costs of all requests attached
 """
 
@@ -37,12 +37,12 @@ class Source:
 def sources(instances: list[Instance]) -> list[Source]:
     """`Source` of each request, in their order."""
     seen: Counter[int] = Counter()
-    found = []
+    listed = []
     for instance in instances:
         repeat = seen[id(instance)]
         seen[id(instance)] += 1
-        found.append(Source(instance, repeat, instance.repeats is not None and repeat >= instance.repeats))
-    return found
+        listed.append(Source(instance, repeat, instance.repeats is not None and repeat >= instance.repeats))
+    return listed
 
 
 @dataclasses.dataclass

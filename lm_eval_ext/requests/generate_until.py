@@ -41,14 +41,14 @@ class AnswersGeneration(HFLM):
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Generate for every (prompt, kwargs) until a stop string, an end token or `max_gen_toks`."""
-        found = self._sources(requests)
-        self._check_cached_repeats(found)
-        jobs = make_jobs(found, self._parse_generation, self._by_task, self._encode_prompt, self._gather_claims())
+        listed = self._sources(requests)
+        self._check_cached_repeats(listed)
+        jobs = make_jobs(listed, self._parse_generation, self._by_task, self._encode_prompt, self._gather_claims())
         texts = [""] * len(jobs)
-        wanted = [job for job in jobs if not job.source.padding]
-        self._record_samplers(wanted)
+        own = [job for job in jobs if not job.source.padding]
+        self._record_samplers(own)
         progress = tqdm(total=len(jobs), disable=disable_tqdm or self.rank != 0, desc="Running generate_until requests")
-        for batch in batches(wanted, self._generation_batch_size(wanted)):
+        for batch in batches(own, self._generation_batch_size(own)):
             for job, text in zip(batch, self._generate(batch), strict=True):
                 texts[job.index] = text
                 self.cache_hook.add_partial("generate_until", (job.context, job.gen_kwargs), text)
@@ -67,9 +67,9 @@ class AnswersGeneration(HFLM):
                 changes = {name: value for name, value in used.items() if value != usual[name]}
                 self.run_record.add_sampler(job.source.instance.task_name, changes)
 
-    def _check_cached_repeats(self, found: list[Source]) -> None:
+    def _check_cached_repeats(self, listed: list[Source]) -> None:
         """The harness's cache has one answer per prompt: refuse it where a prompt is to have several."""
-        for source in found if self.cache_hook.dbdict is not None else ():
+        for source in listed if self.cache_hook.dbdict is not None else ():
             if source.repeat and not source.padding and not source.instance.args[1].get("do_sample", False):
                 raise UsageError(
                     f"--use_cache keeps one answer per prompt, and task {source.instance.task_name!r} asks for "
@@ -171,9 +171,9 @@ class AnswersGeneration(HFLM):
         sums = [0.0] * len(batch) if likelihood is None else likelihood.sums(sequences, lengths)
         answers = [row[width : width + length] for row, length in zip(sequences.tolist(), lengths, strict=True)]
         columns = zip(answers, sums, record.nfe_requested, record.nfe_computed, record.passes, strict=True)
-        found = [Candidate(*values) for values in columns]
-        found[0].capped = record.capped  # known of the batch alone
-        return found
+        candidates = [Candidate(*values) for values in columns]
+        candidates[0].capped = record.capped  # known of the batch alone
+        return candidates
 
     def _beams(self, batch: list[GenerationJob], settings: GenerationSettings, width: int) -> list[Candidate]:
         return beam_search(

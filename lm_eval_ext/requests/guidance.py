@@ -32,9 +32,9 @@ def class_of_task(task: str | None, doc: Any, classes: list[str]) -> str | None:
     benchmark = BENCHMARKS.get(benchmark_of(task) or "")
     name = benchmark.guidance(doc) if benchmark else _known_class(task or "", doc)
     if name not in classes and not (benchmark and name is None):
-        found = "no class" if name is None else f"the class {name!r}, which this model does not have,"
+        known = "no class" if name is None else f"the class {name!r}, which this model does not have,"
         raise UsageError(
-            f"guidance_class={AUTO} has {found} for task {task!r}: give guidance_class, one of: {', '.join(classes)}."
+            f"guidance_class={AUTO} has {known} for task {task!r}: give guidance_class, one of: {', '.join(classes)}."
         )
     return name
 

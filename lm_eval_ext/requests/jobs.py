@@ -23,7 +23,7 @@ from lm_eval_ext.harness.special_tokens import SETTING
 from lm_eval_ext.requests.compute_record import Source
 
 Claim = tuple[str, tuple]
-"""(digest of a prompt and its kwargs, place of the request among all that share it)"""
+"""(digest of a prompt and its kwargs, rank of the request among all that share it)"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class GenerationSettings:
 
 @dataclasses.dataclass(frozen=True)
 class GenerationJob:
-    """One request: its place among all requests, where it comes from, prompt tokens, settings, noise key."""
+    """One request: its index among all requests, where it comes from, prompt tokens, settings, noise key."""
 
     index: int
     source: Source
@@ -56,7 +56,7 @@ class GenerationJob:
 
     @property
     def gen_kwargs(self) -> dict[str, Any]:
-        """Generation kwargs as given."""
+        """Generation kwargs of the request."""
         return self.source.instance.args[1]
 
 
@@ -118,20 +118,20 @@ def make_jobs(
     """
     parsed: dict[str, GenerationSettings] = {}
     claims = [_claim(position, source) for position, source in enumerate(requests)]
-    places: dict[str, list[tuple]] = defaultdict(list)
+    ranks: dict[str, list[tuple]] = defaultdict(list)
     if gather is not None:
-        for digest, place in gather([c for c, s in zip(claims, requests, strict=True) if not s.padding]):
-            places[digest].append(place)
-        for shared in places.values():
+        for digest, rank in gather([c for c, s in zip(claims, requests, strict=True) if not s.padding]):
+            ranks[digest].append(rank)
+        for shared in ranks.values():
             shared.sort()
     jobs = []
-    for index, (source, (digest, place)) in enumerate(zip(requests, claims, strict=True)):
+    for index, (source, (digest, rank)) in enumerate(zip(requests, claims, strict=True)):
         context, gen_kwargs = source.instance.args
         name = json.dumps([gen_kwargs, group(source)], sort_keys=True, default=str)
         if name not in parsed:
             parsed[name] = parse(gen_kwargs, source)
         tokens = encode(context, parsed[name])
-        occurrence = source.repeat if gather is None else bisect.bisect_left(places[digest], place)
+        occurrence = source.repeat if gather is None else bisect.bisect_left(ranks[digest], rank)
         jobs.append(GenerationJob(index, source, tokens, parsed[name], request_key(tokens, occurrence)))
     return jobs
 
@@ -141,8 +141,8 @@ def _claim(position: int, source: Source) -> Claim:
     context, gen_kwargs = instance.args
     content = json.dumps([context, gen_kwargs], sort_keys=True, default=str)
     doc = position if instance.doc_id is None else instance.doc_id
-    place = (instance.task_name or "", doc, instance.idx, source.repeat, position)
-    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest(), place
+    rank = (instance.task_name or "", doc, instance.idx, source.repeat, position)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest(), rank
 
 
 def batches(jobs: list[GenerationJob], size: int) -> Iterator[list[GenerationJob]]:

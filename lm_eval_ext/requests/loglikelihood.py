@@ -54,37 +54,37 @@ class AnswersScoring(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each text, in windows that each score what no other does."""
-        found = self._sources(requests)
+        listed = self._sources(requests)
         if self.sampler.is_base:
             self._scored, start = None, time.perf_counter()
             answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
             counts = [len(self.tok_encode(request.args[0])) for request in requests]
-            self._record_base(found, counts, time.perf_counter() - start)
+            self._record_base(listed, counts, time.perf_counter() - start)
             return answers
         windows, self._scored = [], []
-        for source in found:
+        for source in listed:
             tokens = self.tok_encode(source.instance.args[0])
             parts = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
             cut = [(None, *make_disjoint_window(part)) for part in parts]
             windows += cut
             self._scored += [source] * len(cut)
-        totals = dict.fromkeys(map(id, found), 0.0)
+        totals = dict.fromkeys(map(id, listed), 0.0)
         owners = list(self._scored)
         for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
             totals[id(owner)] += logprob
-        for source in found:
+        for source in listed:
             self.cache_hook.add_partial("loglikelihood_rolling", source.instance.args, totals[id(source)])
-        return [totals[id(source)] for source in found]
+        return [totals[id(source)] for source in listed]
 
-    def _record_base(self, found: list[Source], counts: list[int], seconds: float) -> None:
+    def _record_base(self, listed: list[Source], counts: list[int], seconds: float) -> None:
         ones, zeros = [[1] * count for count in counts], [[0] * count for count in counts]
-        self.run_record.add_batch(found, ones, zeros, zeros, seconds)
+        self.run_record.add_batch(listed, ones, zeros, zeros, seconds)
 
     def _loglikelihood_tokens(
         self, requests: list[ScoringRequest], disable_tqdm: bool = False, override_bs: int | None = None
     ) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy) of each continuation; only continuation positions are solved."""
-        found, self._scored = self._scored, None
+        listed, self._scored = self._scored, None
         for texts, context, continuation in requests:
             if not context or not continuation:
                 raise UsageError(
@@ -94,13 +94,13 @@ class AnswersScoring(HFLM):
         if self.sampler.is_base:
             start = time.perf_counter()
             answers = super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
-            if found is not None:
+            if listed is not None:
                 counts = [len(continuation) for _, _, continuation in requests]
-                self._record_base(found, counts, time.perf_counter() - start)
+                self._record_base(listed, counts, time.perf_counter() - start)
             return answers
-        if found is None:
-            found = [Source(Instance("loglikelihood", {}, texts or ("", ""), 0), 0, False) for texts, _, _ in requests]
-        jobs = [ScoringJob(*values, self._guidance(values[1])) for values in zip(requests, found, strict=True)]
+        if listed is None:
+            listed = [Source(Instance("loglikelihood", {}, texts or ("", ""), 0), 0, False) for texts, _, _ in requests]
+        jobs = [ScoringJob(*values, self._guidance(values[1])) for values in zip(requests, listed, strict=True)]
         order = Collator(list(enumerate(jobs)), sort_fn=lambda numbered: numbered[1].order)
         size = override_bs or self.batch_size
         if size == "auto":
@@ -131,7 +131,7 @@ class AnswersScoring(HFLM):
         return answers
 
     def _score(
-        self, batch: list[ScoringRequest], sampler: SamplerConfig, found: list[Source] | None
+        self, batch: list[ScoringRequest], sampler: SamplerConfig, listed: list[Source] | None
     ) -> list[tuple[float, bool]]:
         start = time.perf_counter()
         longest = max(len(continuation) for _, _, continuation in batch)
@@ -143,26 +143,26 @@ class AnswersScoring(HFLM):
             logger.warning("Contexts are cut from the left to max_length=%d.", self.max_length)
         width = max(len(row) for row in rows)
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
-        place = torch.arange(width, device=self.device)
+        column = torch.arange(width, device=self.device)
         ends = torch.tensor([len(row) for row in rows], device=self.device)[:, None]
         counts = torch.tensor([len(continuation) for _, _, continuation in batch], device=self.device)[:, None]
-        scored = (place >= ends - counts) & (place < ends)  # (B, S)
+        scored = (column >= ends - counts) & (column < ends)  # (B, S)
         output = self.model.score(
             ids,
-            (place < ends).long(),
+            (column < ends).long(),
             continuation_mask=scored,
             sampler=sampler,
             request_keys=[_scoring_key(request) for request in batch],
         )
         totals = output.logprobs.masked_fill(~scored, 0.0).sum(-1).tolist()
         greedy = (output.greedy | ~scored).all(-1).tolist()
-        if found is not None:
+        if listed is not None:
             marks = scored.tolist()
             spent = (
                 [[v for v, m in zip(*row, strict=True) if m] for row in zip(values.tolist(), marks, strict=True)]
                 for values in (getattr(output, name) for name in QUANTITIES)
             )
-            self.run_record.add_batch(found, *spent, seconds=time.perf_counter() - start)
+            self.run_record.add_batch(listed, *spent, seconds=time.perf_counter() - start)
             self.run_record.capped_tokens += output.capped
         return list(zip(totals, greedy, strict=True))
 

@@ -3,7 +3,7 @@
 - `Candidate`: a generated text with its log-likelihood and its cost
 - `TokenLikelihood`: a logits processor of `generate` that adds up the log-likelihood of what is chosen
 - `best`: the candidate with the highest mean log-likelihood per token
-- `beam_search`: the usual beam search; every beam of a request meets the same noise
+- `beam_search`: the usual beam search; every beam of a request has the same noise
 
 The likelihood of a token is the one before temperature and filters, under the noise with which it is decided, and
 so the one that `score` gives. The mean per token keeps short answers from winning by being short.
@@ -60,7 +60,7 @@ class TokenLikelihood(LogitsProcessor):
 
     def __init__(self) -> None:
         self._last: tuple[int, torch.Tensor] | None = None  # length before the token, log-probabilities (B, V)
-        self._found: dict[int, torch.Tensor] = {}  # place of a token -> its log-likelihood (B,)
+        self._logprobs: dict[int, torch.Tensor] = {}  # position of a token -> its log-likelihood (B,)
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         """Return `scores` (B, V) unchanged; `input_ids` (B, S) ends with the tokens chosen in the step before."""
@@ -70,13 +70,13 @@ class TokenLikelihood(LogitsProcessor):
 
     def _settle(self, input_ids: torch.Tensor) -> None:
         if self._last is not None and self._last[0] == input_ids.shape[1] - 1:
-            self._found[self._last[0]] = self._last[1].gather(-1, input_ids[:, -1:]).squeeze(-1)
+            self._logprobs[self._last[0]] = self._last[1].gather(-1, input_ids[:, -1:]).squeeze(-1)
 
     def sums(self, sequences: torch.Tensor, lengths: list[int]) -> list[float]:
         """Sum of each row's first `lengths` values, given the finished `sequences` (B, S)."""
         self._settle(sequences)
-        places = [place for place in sorted(self._found) if place < sequences.shape[1]]
-        steps = torch.stack([self._found[place] for place in places], dim=1).double().tolist()  # (B, steps)
+        positions = [position for position in sorted(self._logprobs) if position < sequences.shape[1]]
+        steps = torch.stack([self._logprobs[position] for position in positions], dim=1).double().tolist()  # (B, steps)
         return [sum(row[:length]) for row, length in zip(steps, lengths, strict=True)]
 
 
@@ -96,8 +96,8 @@ class _Search:
     finished: list[Candidate] = dataclasses.field(default_factory=list)
 
     def result(self) -> Candidate:
-        found = max(self.finished, key=lambda candidate: candidate.mean_likelihood)
-        return dataclasses.replace(self.cost, tokens=found.tokens, likelihood=found.likelihood)
+        winner = max(self.finished, key=lambda candidate: candidate.mean_likelihood)
+        return dataclasses.replace(self.cost, tokens=winner.tokens, likelihood=winner.likelihood)
 
 
 @torch.no_grad()
@@ -167,11 +167,11 @@ def _extend(
     """Put one more token on a request's beams, `logprobs` (beams, V); return (beam, token) of those that go on."""
     before = torch.tensor([beam.likelihood for beam in search.live], device=logprobs.device)
     total = (before[:, None] + logprobs).flatten()
-    values, places = total.topk(min(len(total), (1 + max(1, len(ends))) * width))
+    values, indices = total.topk(min(len(total), (1 + max(1, len(ends))) * width))
     survivors: list[tuple[int, int]] = []
     beams: list[_Beam] = []
-    for rank, (value, place) in enumerate(zip(values.tolist(), places.tolist(), strict=True)):
-        beam, token = divmod(place, logprobs.shape[-1])
+    for rank, (value, index) in enumerate(zip(values.tolist(), indices.tolist(), strict=True)):
+        beam, token = divmod(index, logprobs.shape[-1])
         tokens = [*search.live[beam].tokens, token]
         if token in ends or stopped(tokens):
             if rank < width:

@@ -165,7 +165,7 @@ def test_an_evaluation_says_that_its_results_are_lost(nursery, l2d_dir, tmp_path
     words = ["run", "--model", "l2d", "--model_args", f"pretrained={l2d_dir},diffusion_budget=3", "--device", "cpu"]
     words += ["--tasks", "l2d_test_choice", "--include_path", TASKS, "--limit", "2", "--output_path", tmp_path / "out"]
     done = nursery.run(EVALUATE, *words, largest=3000)
-    refused(done, "l2d: --output_path:", "could not be written to its end", "make room")
+    refused(done, "l2d: --output_path:", "could not be written completely", "make room")
     assert not list((tmp_path / "out").rglob("results*"))
 
 

@@ -37,7 +37,7 @@ from training.compare_budgets import main as controls
 
 NAME, NOWHERE = "someone/model", "someone/else"
 NEW, OLD = "a" * 40, "0123456789" * 4
-SENTENCE = "is neither a folder nor whole in the hub's cache, and HF_HUB_OFFLINE forbids to fetch it"
+SENTENCE = "is neither a directory nor complete in the hub's cache, and HF_HUB_OFFLINE forbids fetching it"
 
 
 @pytest.fixture(scope="module")
@@ -158,10 +158,10 @@ def test_a_folder_is_itself_and_has_no_revisions(cached, versions, tmp_path, mon
     (tmp_path / NAME).symlink_to(versions[OLD])
     monkeypatch.chdir(tmp_path)
     assert checkpoint_folder(NAME) == config_folder(NAME) == NAME
-    with pytest.raises(ValueError, match="revision='v1' means nothing for the folder 'someone/model': leave it out"):
+    with pytest.raises(ValueError, match="revision='v1' does not apply to the directory 'someone/model': leave it out"):
         checkpoint_folder(NAME, "v1")
     assert L2DForCausalLM.from_pretrained(NAME, revision="v1").config.guidance_classes  # as in transformers
-    with pytest.raises(UsageError, match="revision='v1' means nothing for a model that is loaded already"):
+    with pytest.raises(UsageError, match="revision='v1' does not apply to a model that is loaded already"):
         L2DLM(L2DForCausalLM.from_pretrained(NAME), revision="v1")
 
 
@@ -332,7 +332,7 @@ def refusal(way, capsys) -> str:
         (NOWHERE, SENTENCE),
         ("nowhere", SENTENCE),
         ("./nowhere", "pretrained='./nowhere' is not a directory: give the folder of an L2D checkpoint."),
-        ("a name", "pretrained='a name' is neither a folder nor a name on the hub"),
+        ("a name", "pretrained='a name' is neither a directory nor a name on the hub"),
     ],
 )
 def test_offline_what_is_not_there_is_one_sentence(cached, capsys, number, name, sentence):
@@ -344,9 +344,9 @@ def test_offline_a_part_is_not_enough(cache, versions):
     put(cache, NEW, versions[NEW], ["config.json"])
     refer(cache, "main", NEW)
     settings = parse_arguments({"pretrained": NAME})
-    with pytest.raises(UsageError, match="no safetensors|neither a folder nor whole in the hub's cache"):
+    with pytest.raises(UsageError, match="no safetensors|neither a directory nor complete in the hub's cache"):
         check_checkpoint(settings)
-    with pytest.raises(UsageError, match="at revision='v3' is neither a folder nor whole"):
+    with pytest.raises(UsageError, match="at revision='v3' is neither a directory nor complete"):
         parse_arguments({"pretrained": NAME, "revision": "v3"})
 
 
@@ -355,7 +355,10 @@ REFUSED = [
     (errors.RepositoryNotFoundError, "the hub shows no model of that name: give the folder of an L2D checkpoint, corr"),
     (errors.RevisionNotFoundError, "at revision='v9' is not on the hub: give a branch, a tag or a whole commit hash."),
     (errors.EntryNotFoundError, "is not an L2D checkpoint: it holds no config.json on the hub."),
-    (errors.LocalEntryNotFoundError, "is neither a folder nor whole in the hub's cache, and the hub cannot be reached"),
+    (
+        errors.LocalEntryNotFoundError,
+        "is neither a directory nor complete in the hub's cache, and the hub cannot be reached",
+    ),
     (OSError, "could not be fetched (No space left): try again, or give the folder of an L2D checkpoint."),
 ]
 

@@ -75,7 +75,7 @@ def test_an_open_checkpoint_is_taken_everywhere(l2d_dir, reads, base_dir):
     model = L2DForCausalLM.from_pretrained(opened)
     assert torch.equal(model(ids).logits, L2DLM(pretrained=opened, device="cpu").model(ids).logits)
     assert reads(l2d_dir) == 1
-    with pytest.raises(UsageError, match="base='other' means nothing for a checkpoint that is open already"):
+    with pytest.raises(UsageError, match="base='other' does not apply to a checkpoint that is open already"):
         parse_arguments({"pretrained": opened, "base": "other"})
 
 

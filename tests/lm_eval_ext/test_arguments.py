@@ -88,8 +88,11 @@ def test_bad_checkpoint_folder(tmp_path, base_dir):
     for arguments, sentence in [
         ({}, "'pretrained' is missing"),
         ({"pretrained": str(tmp_path / "nowhere")}, "is not a directory: give the folder of an L2D checkpoint."),
-        ({"pretrained": "name/on-hub"}, "neither a folder nor whole in the hub's cache, and HF_HUB_OFFLINE forbids"),
-        ({"pretrained": str(base_dir), "revision": "v1"}, "revision='v1' means nothing for the folder"),
+        (
+            {"pretrained": "name/on-hub"},
+            "neither a directory nor complete in the hub's cache, and HF_HUB_OFFLINE forbids",
+        ),
+        ({"pretrained": str(base_dir), "revision": "v1"}, "revision='v1' does not apply to the directory"),
         ({"pretrained": str(tmp_path)}, "holds no config.json"),
         ({"pretrained": str(base_dir)}, "is a 'llama' model, not an L2D checkpoint: evaluate it with --model hf"),
     ]:

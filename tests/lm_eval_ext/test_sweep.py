@@ -70,7 +70,7 @@ def test_a_killed_sweep_is_completed(l2d_dir, tmp_path):
         assert f"| l2d_test_choice | {setting.name} | acc |" in whole
         assert len(list(plan.folder(setting).glob("*/compute_l2d_test_choice_*.jsonl"))) == 1
         assert "l2d_test_choice" in (plan.folder(setting) / "log.txt").read_text()
-    with pytest.raises(UsageError, match="was made with other settings: give another output folder"):
+    with pytest.raises(UsageError, match="was written with other settings: give another output folder"):
         sweep.run_plan(sweep.read_plan(write(tmp_path, l2d_dir, run={"batch_size": 4})))
 
 
@@ -117,9 +117,9 @@ def test_a_failing_setting_does_not_stop_the_others(l2d_dir, tmp_path, monkeypat
         (dict(controls={"once": 0.1}), "controls has the key 'once', which is not known: use one_evaluation"),
         (dict(controls={"one_evaluation": [0]}), "one_evaluation=[0] must be times above 0 and up to 1"),
         (dict(controls={"one_evaluation": []}), "one_evaluation=[] must be times"),
-        (dict(controls={"one_evaluation": [0.1, 0.1]}), "'one_evaluation,t=0.1' is there twice"),
-        (dict(controls={"one_evaluation": "absent.json"}), "'absent.json' is no file with a best_time"),
-        (dict(controls={"noise_free": "absent"}), "pretrained='absent' is neither a folder nor"),
+        (dict(controls={"one_evaluation": [0.1, 0.1]}), "'one_evaluation,t=0.1' is listed twice"),
+        (dict(controls={"one_evaluation": "absent.json"}), "'absent.json' is not a file with a best_time"),
+        (dict(controls={"noise_free": "absent"}), "pretrained='absent' is neither a directory nor"),
         (dict(controls={"noise_free": 3}), "noise_free=3 must be the folder"),
         (dict(controls={"finetuned": "absent"}), "finetuned='absent' holds no model's config.json"),
     ],
