@@ -321,13 +321,15 @@ class L2DTrainingConfig(SFTConfig):
         if self.total_batch_size is None:
             return
         at_least("total_batch_size", self.total_batch_size, 1)
-        at_once = self.per_device_train_batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        devices = 1 if self.use_cpu or processes > 1 else max(torch.cuda.device_count(), 1)  # of a process
+        at_once = self.per_device_train_batch_size * processes * devices
         if self.gradient_accumulation_steps != 1:
             raise ValueError("total_batch_size determines gradient_accumulation_steps: keep one of them.")
         if self.total_batch_size % at_once:
             raise ValueError(
-                f"total_batch_size={self.total_batch_size} is no multiple of the {at_once} examples that all processes "
-                "take at once: change it, or per_device_train_batch_size."
+                f"total_batch_size={self.total_batch_size} is not divisible by {at_once}, the examples that all "
+                "devices take at once: change it, or per_device_train_batch_size."
             )
         self.gradient_accumulation_steps = self.total_batch_size // at_once
 

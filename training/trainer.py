@@ -197,10 +197,14 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
 
     # ---- evaluation ----------------------------------------------------------------------------------------------
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
-        """Evaluation batches are padded, one example per row: noise belongs to an example."""
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Losses and accuracies, of `eval_dataset` too, which may be tokenized or not."""
         if eval_dataset is not None and not isinstance(eval_dataset, str):
             eval_dataset = self._ready(eval_dataset, name="eval")
+        return super().evaluate(eval_dataset, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> torch.utils.data.DataLoader:
+        """Evaluation batches are padded, one example per row: noise belongs to an example."""
         kept = self.data_collator
         if getattr(kept, "padding_free", False):
             self.data_collator = dataclasses.replace(kept, padding_free=False)

@@ -82,11 +82,12 @@ def _draw(measured: list[Measured], path: Path) -> None:
 def _header(config: L2DConfig, recipe: dict[str, Any], measured: list[Measured], title: str) -> ModelCardData:
     base, dataset = config.base_name_or_path, recipe.get("dataset")
     named = bool(base) and not os.path.isabs(str(base)) and not os.path.isdir(str(base))
-    shown = dataset if dataset and not os.path.exists(dataset) else None
+    sources = [entry["dataset"] for entry in dataset] if isinstance(dataset, list) else [dataset]
+    hosted = [source for source in sources if source and not os.path.exists(source)]  # local files have no page
     results = [
         EvalResult(
             task_type="text-generation",
-            dataset_type=str(shown or "custom") if one.task == TRAINING_TASK else one.task,
+            dataset_type=str(hosted[0] if hosted else "custom") if one.task == TRAINING_TASK else one.task,
             dataset_name=one.task,
             metric_type=one.metric.split(" (")[0].replace(" ", "_"),
             metric_name=", ".join(filter(None, (one.metric, f"T = {one.budget:g}", one.setting))),
@@ -102,7 +103,7 @@ def _header(config: L2DConfig, recipe: dict[str, Any], measured: list[Measured],
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["l2d", "diffusion", "test-time-compute"],
-        datasets=[shown] if shown else None,
+        datasets=hosted or None,
         model_name=title,
         eval_results=results or None,
         **fields,

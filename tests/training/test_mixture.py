@@ -6,12 +6,22 @@ import datasets
 import pytest
 import yaml
 
-from tests.training_runs import REPOSITORY, SMALL, train_here, write_recipe
+from tests.training_runs import (
+    REPOSITORY,
+    SMALL,
+    logged,
+    same_bits,
+    train_here,
+    weights,
+    write_jsonl,
+    write_recipe,
+)
 from training.config import L2DTrainingConfig
 from training.data import tokenizing
 from training.data.loading import load_examples
 from training.data.options import DataArguments
 from training.data.ready import encode
+from training.data.ready import stream as encode_stream
 
 SHARED = REPOSITORY / "training" / "recipes"
 CLASSES = ["math", "coding", "general_qa"]
@@ -156,3 +166,90 @@ def test_refused(smoltalk):
         load_examples(paper(smoltalk, exclude={"kind": ["x"]}), CLASSES, 0)
     with pytest.raises(ValueError, match="guidance_column='kind'"):
         load_examples(paper(smoltalk, guidance_column=["kind"]), CLASSES, 0)
+
+
+# ---- several data sets -------------------------------------------------------------------------------------------
+
+
+def pairs(path, name: str, count: int, **names):
+    """A file of `count` pairs whose answers say where they are from."""
+    q, a = names.get("q", "prompt"), names.get("a", "completion")
+    return write_jsonl(path / f"{name}.jsonl", [{q: f"{name} {i}?", a: f" {name}{i}"} for i in range(count)])
+
+
+def drawn(data: DataArguments, seed: int = 0) -> list[str]:
+    """The answers of the training examples."""
+    return [json.loads(row["example"])["completion"].strip() for row in load_examples(data, None, seed)[0]]
+
+
+def test_shares_of_several_data_sets(tmp_path, capsys):
+    """Columns of their own, exact shares, no example twice; which ones, by the seed."""
+    one, two = pairs(tmp_path, "a", 30), pairs(tmp_path, "b", 100, q="question", a="answer")
+    entries = [
+        {"dataset": str(one), "weight": 3},
+        {"dataset": str(two), "weight": 1, "columns": {"prompt": "question", "completion": "answer"}},
+    ]
+    found = drawn(DataArguments(dataset=entries))
+    assert sum(answer[0] == "a" for answer in found) == 30 and sum(answer[0] == "b" for answer in found) == 10
+    assert len(set(found)) == 40 and found == drawn(DataArguments(dataset=json.dumps(entries)))
+    assert set(found) != set(drawn(DataArguments(dataset=entries), seed=1))
+    assert f"mixture: 30 of 30 from {one} (75.0%), 10 of 100 from {two} (25.0%)" in capsys.readouterr().out
+    whole = [{name: value for name, value in entry.items() if name != "weight"} for entry in entries]
+    assert len(drawn(DataArguments(dataset=whole))) == 130
+    train, held = load_examples(DataArguments(dataset=entries, eval_holdout=8), None, 0)
+    assert (len(train), len(held)) == (32, 8)
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ([{"dataset": "a.jsonl", "weight": 0}], "entry 1: weight=0 must be a number above 0"),
+        ([{"dataset": "a.jsonl", "weight": 1}, {"dataset": "a.jsonl"}], "all or none have a weight"),
+        ([{"data": "a.jsonl"}], "entry 1: {'data': 'a.jsonl'} must be a mapping with the key dataset"),
+        ([{"dataset": "a.jsonl", "wieght": 1}], "entry 1 has the key 'wieght', which is not known"),
+        ([{"dataset": "a.jsonl", "columns": 3}], "entry 1: columns=3 must be a mapping"),
+        ([], "must be a list of data sets"),
+        ("[{", "is not a JSON list"),
+    ],
+)
+def test_mixtures_that_cannot_be_made(entries, words):
+    with pytest.raises(ValueError, match=words):
+        DataArguments(dataset=entries)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_mixture_is_resumed_exactly(tmp_path, base_dir, streaming):
+    """Shares by seed, streamed or not: a run from its checkpoint ends with the bits of an unbroken one."""
+    entries = [
+        {"dataset": str(pairs(tmp_path, "a", 20)), "weight": 1},
+        {"dataset": str(pairs(tmp_path, "b", 20)), "weight": 1},
+    ]
+    settings = {**SMALL, "base": base_dir, "output_dir": tmp_path / "out", "dataset": entries, "streaming": streaming}
+    settings |= {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    path = write_recipe(tmp_path / "recipe.yaml", **settings)
+    train_here(path)
+    whole = weights(tmp_path / "out")
+    train_here(path, "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2"))
+    assert same_bits(whole, weights(tmp_path / "out"))
+    assert not same_bits(whole, weights(tmp_path / "out" / "checkpoint-2"))
+    losses = logged(tmp_path / "out")
+    assert len(set(losses.values())) == 4
+
+
+def test_streams_read_what_files_hold(tmp_path, tokenizer, training, capsys):
+    """The same examples as without streaming; mistakes are found while they are read."""
+    path = pairs(tmp_path, "a", 12)
+    for data in (str(path), [{"dataset": str(path), "weight": 2}, {"dataset": str(path), "weight": 2}]):
+        stream, _ = load_examples(DataArguments(dataset=data, streaming=True), None, 0)
+        rows = list(encode_stream(stream, tokenizer, training(), 64, "train"))
+        answers = {tokenizer.decode([label for label in row["labels"] if label != -100]) for row in rows}
+        assert answers <= {f" a{i}</s>" for i in range(12)} and len(answers) > 6
+    assert len(rows) > 12 and "mixture: streams, on average 50.0% from" in capsys.readouterr().out
+    write_jsonl(path, [{"prompt": "a", "completion": ["b"]}])
+    stream, _ = load_examples(DataArguments(dataset=str(path), streaming=True), None, 0)
+    with pytest.raises(ValueError, match="a.jsonl, example 1, column 'completion'"):
+        list(stream)
+    with pytest.raises(ValueError, match="needs all rows, and streaming reads them later"):
+        load_examples(DataArguments(dataset=str(path), streaming=True, train_split="train[:1]"), None, 0)
+    with pytest.raises(ValueError, match="eval_holdout needs all examples"):
+        DataArguments(dataset=str(path), streaming=True, eval_holdout=1)

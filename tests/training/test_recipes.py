@@ -182,7 +182,7 @@ def test_total_batch_size(tmp_path, base_dir, monkeypatch):
     settings = {**SMALL, "base": base_dir, "dataset": data, "output_dir": tmp_path / "out", "total_batch_size": 32}
     path = write_recipe(tmp_path / "recipe.yaml", **settings)
     assert read_recipe(["--config", str(path)]).training.gradient_accumulation_steps == 8
-    with pytest.raises(ValueError, match="total_batch_size=30 is no multiple of the 4"):
+    with pytest.raises(ValueError, match="total_batch_size=30 is not divisible by 4"):
         read_recipe(["--config", str(path), "--total_batch_size", "30"])
     with pytest.raises(ValueError, match="keep one"):
         read_recipe(["--config", str(path), "--gradient_accumulation_steps", "2"])

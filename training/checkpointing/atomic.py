@@ -42,10 +42,11 @@ class SafeCheckpoints(Optimization):
 
     resumed_from: str | None = None
     began_at = 0  # step
-    _wrote = False  # to output_dir
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        folder = self.args.output_dir
+        self._own = not (os.path.isdir(folder) and os.listdir(folder))  # what will be in output_dir is of this trainer
         self.stop = StopOnSignal(self)
         self.add_callback(self.stop)
         self.add_callback(_Beginning(self))
@@ -63,7 +64,7 @@ class SafeCheckpoints(Optimization):
         """
         setting = self.args.resume_from_checkpoint if resume_from_checkpoint is None else resume_from_checkpoint
         folder, overwrite = self.args.output_dir, getattr(self.args, "overwrite_output_dir", False)
-        if not self._wrote:  # what is there is not of this trainer
+        if not self._own:
             check_output_dir(folder, setting, overwrite, str(self._base_name()))
         checkpoint, why = choose_checkpoint(setting, folder, self.args.world_size)
         say(why)
@@ -71,9 +72,9 @@ class SafeCheckpoints(Optimization):
             sharding = "FSDP" if self.is_fsdp_enabled else "DeepSpeed" if self.is_deepspeed_enabled else "no sharding"
             check_sharding_of(checkpoint, sharding)
         if self.args.should_save:
-            (clear_output_dir if overwrite and not self._wrote else clear_unfinished)(folder)
+            (clear_output_dir if overwrite and not self._own else clear_unfinished)(folder)
         self.accelerator.wait_for_everyone()
-        self.resumed_from, self._wrote = checkpoint, True
+        self.resumed_from, self._own = checkpoint, True
         return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def _base_name(self) -> str | None:

@@ -114,6 +114,11 @@ def _examples(
         unused += others
     if not parts or (not streaming and not sum(map(len, parts))):
         raise ValueError(f"{argument}={source!r}, split {split!r}, is empty: there is nothing to train on.")
+    if not streaming:
+        reasons = [reason or "" for part in parts for reason in part.unique("left_out")]
+        for name in data.exclude or ():
+            if not any(reason.startswith(f"excluded by {name}: ") for reason in reasons):
+                say(f"{argument}={source}: exclude leaves out no example by {name}")
     if unused := list(dict.fromkeys(unused)):
         say(f"{argument}={source}: not used are the columns {', '.join(unused)}")
     return datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]

@@ -56,7 +56,8 @@ def tokenize(
             f"has {base.rows} rows: give the tokenizer a padding token that it knows, or resize the base's embedding."
         )
     if "example" not in (examples.column_names or ()):
-        examples = as_examples(examples, name, training.dataset_num_proc)
+        with quietly():
+            examples = as_examples(examples, name, training.dataset_num_proc)
     options = {
         "tokenizer": tokenizer,
         "settings": _Settings(
@@ -178,15 +179,27 @@ def _tokens(
     if "messages" in example:
         every_turn = settings.assistant_only is False
         if not example["messages"] or not (every_turn or any(map(answers, example["messages"]))):
-            return [], [], ["chat"]
+            return _untrained(tokenizer, example["messages"], example)
         return _of_spans(tokenizer, render(tokenizer, example["messages"], example, every_turn), settings)
     prompt, completion = example["prompt"], example["completion"]
     if isinstance(prompt, str):
         return _of_texts(tokenizer, prompt, completion, settings.completion_only is False)
     whole = settings.completion_only is False or (settings.completion_only is None and settings.assistant_only is False)
     if not any(turn["content"] or turn.get("tool_calls") for turn in completion):
-        return [], [], ["chat"]
+        return _untrained(tokenizer, [*prompt, *completion], example)
     return _of_spans(tokenizer, render_pair(tokenizer, prompt, completion, example, whole), settings)
+
+
+def _untrained(
+    tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, Any]], example: dict[str, Any]
+) -> tuple[list[int], list[int], list[str]]:
+    """Tokens of a conversation without a response, to be shown; none where its template cannot write it."""
+    try:
+        text = render(tokenizer, turns, example, every_turn=True).text if turns else ""
+    except ValueError:
+        text = ""
+    tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return tokens, [IGNORED] * len(tokens), ["chat"]
 
 
 def _of_texts(
