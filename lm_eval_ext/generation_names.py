@@ -60,7 +60,7 @@ def check_settings(given: Mapping[str, Any]) -> None:
         try:
             refuse({name: value}, UNUSED_SETTINGS)
             if name not in _OBJECTS:
-                GenerationConfig(**{name: value})  # checks it
+                GenerationConfig(**{name: value}).get_generation_mode()  # both check it
         except (AttributeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split()).rstrip(".")
             raise UsageError(f"generation setting {name}={value!r}: {reason}.") from error

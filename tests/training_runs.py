@@ -4,6 +4,7 @@
 - `write_recipe`, `write_jsonl`, `sums`: files that a run reads
 - `train_here`, `train_in_process`, `launch_two`: in this process, in one of its own, in two with gloo
 - `INTERRUPTED`: the entry point, with a signal to itself at a chosen moment
+- `weights`, `same_bits`, `same_gradients`, `logged`: what a run left
 - `draw_by_example`: training draws that do not depend on how examples are put into batches
 """
 
@@ -14,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -160,6 +162,12 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def same_bits(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> bool:
     """Whether two checkpoints hold the same names and bits."""
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def same_gradients(one: Path, two: Path) -> None:
+    """Two runs logged the same norms of their gradients, whose scale Adam's weights do not show."""
+    norms = logged(one, "grad_norm")
+    assert norms and norms == pytest.approx(logged(two, "grad_norm"), rel=1e-4)
 
 
 def logged(folder: Path, name: str = "loss") -> dict[int, float]:

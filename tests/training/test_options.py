@@ -15,6 +15,7 @@ from tests.training_runs import (
     launch_two,
     logged,
     same_bits,
+    same_gradients,
     sums,
     train_here,
     weights,
@@ -119,6 +120,7 @@ def test_two_processes_equal_one(tmp_path, base_dir, monkeypatch, option):
     train_here(write_recipe(tmp_path / "one.yaml", **settings | whole))
     for name in ("loss", "accuracy"):
         assert logged(tmp_path / "two", name) == pytest.approx(logged(tmp_path / "one", name), abs=2e-6)
+    same_gradients(tmp_path / "two", tmp_path / "one")
     for name, tensor in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-3, atol=5e-5)
 

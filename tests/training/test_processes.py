@@ -16,6 +16,7 @@ from tests.training_runs import (
     launch_two,
     logged,
     same_bits,
+    same_gradients,
     sums,
     train_here,
     train_in_process,
@@ -68,6 +69,7 @@ def test_two_processes_equal_one(tmp_path, settings, monkeypatch):
     for name in expected:
         if "loss" in name or "accuracy" in name:
             assert found[name] == pytest.approx(expected[name], abs=2e-5), name
+    same_gradients(tmp_path / "two", tmp_path / "one")
     for name, tensor in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-3, atol=5e-5)
 

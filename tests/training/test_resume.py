@@ -5,6 +5,7 @@ import signal
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.training_runs import (
     BASELINE,
@@ -190,6 +191,39 @@ def test_noise_goes_on(tmp_path, base_dir, monkeypatch):
     train_here(path, "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-3"))
     assert len(whole) == 6 and len({tuple(noise.tolist()) for noise in whole}) == 6
     assert torch.equal(torch.stack(drawn), torch.stack(whole[3:]))
+
+
+@pytest.mark.parametrize("method", ["full_sft", "lora_sft"])
+def test_dropout_of_a_base_goes_on(tmp_path, make_base, method):
+    """Its masks are torch's random numbers: resumed without their state the run would be another one."""
+    base = make_base("llama", attention_dropout=0.5)
+    settings = {**BASELINE, "method": method, "base": base, "dataset": write_jsonl(tmp_path / "data.jsonl", sums(30))}
+    settings |= {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "output_dir": tmp_path / "out"}
+    path = write_recipe(tmp_path / "recipe.yaml", **settings)
+    train_here(path)
+    whole, losses = _trained(tmp_path / "out"), logged(tmp_path / "out")
+    train_here(path, "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-3"))
+    assert same_bits(whole, _trained(tmp_path / "out")) and losses == logged(tmp_path / "out")
+    other = {**settings, "base": make_base("llama"), "overwrite_output_dir": True}
+    train_here(write_recipe(tmp_path / "dry.yaml", **other))
+    assert losses != logged(tmp_path / "out")  # the masks matter
+
+
+def _trained(folder):
+    """Tensors of a finished model or adapter."""
+    return load_file(next(folder.glob("*model.safetensors")))
+
+
+def test_the_curve_goes_on_between_two_lines(tmp_path, base_dir):
+    """Loss, accuracy and bins of time of a line count the steps before the checkpoint, too."""
+    settings = {**SMALL, "base": base_dir, "dataset": write_jsonl(tmp_path / "data.jsonl", sums(30))}
+    settings |= {"max_steps": 6, "logging_steps": 3, "save_strategy": "steps", "save_steps": 2}
+    path, out = write_recipe(tmp_path / "recipe.yaml", output_dir=tmp_path / "out", **settings), tmp_path / "out"
+    train_here(path)
+    curves = {name: logged(out, name) for name in ("loss", "accuracy")}
+    assert all(len(curve) == 2 for curve in curves.values())
+    train_here(path, "--resume_from_checkpoint", str(out / "checkpoint-2"))
+    assert {name: logged(out, name) for name in curves} == curves
 
 
 def test_a_training_that_begins_twice_gives_the_signal_back():

@@ -1,0 +1,208 @@
+"""Mutations of statistics, scoring requests and searches (`l2d/statistics.py`, `lm_eval_ext`)."""
+
+from tests.mutations import Mutation
+
+_STATISTICS = "tests/l2d/test_statistics.py"
+_MODEL = "tests/lm_eval_ext/test_model.py"
+_statistics = "l2d/statistics.py"
+
+MUTATIONS = [
+    # statistics
+    Mutation(
+        "statistics: as many degrees of freedom as values",
+        _statistics,
+        "stdtrit(self.units - 1, (1 + level) / 2)",
+        "stdtrit(self.units, (1 + level) / 2)",
+        f"{_STATISTICS}::test_mean_is_scipys",
+    ),
+    Mutation(
+        "statistics: one-sided p-values",
+        _statistics,
+        "float(2 * stdtr(self.units - 1",
+        "float(stdtr(self.units - 1",
+        f"{_STATISTICS}::test_mean_is_scipys",
+    ),
+    Mutation(
+        "statistics: variance over n",
+        _statistics,
+        "* units / max(units - 1, 1))\n    known = units > 1 and spread",
+        "* 1)\n    known = units > 1 and spread",
+        f"{_STATISTICS}::test_mean_is_scipys",
+    ),
+    Mutation(
+        "statistics: clusters are ignored",
+        _statistics,
+        "return np.bincount(member, weights=values)",
+        "return values",
+        f"{_STATISTICS}::test_clusters_by_hand",
+    ),
+    Mutation(
+        "statistics: differences are unpaired",
+        _statistics,
+        "estimate = mean(differences, clusters, bounds)",
+        "estimate = mean(np.concatenate([differences, -_checked('', second) * 0]), clusters, bounds)",
+        f"{_STATISTICS}::test_paired_is_scipys",
+    ),
+    Mutation(
+        "statistics: wins and losses exchanged",
+        _statistics,
+        "int((differences > 0).sum()), int((differences < 0).sum())",
+        "int((differences < 0).sum()), int((differences > 0).sum())",
+        f"{_STATISTICS}::test_paired_is_scipys",
+    ),
+    Mutation(
+        "statistics: one-sided sign test",
+        _statistics,
+        "return min(1.0, 2 * float(bdtr(",
+        "return min(1.0, float(bdtr(",
+        f"{_STATISTICS}::test_sign_test_is_scipys",
+    ),
+    Mutation(
+        "statistics: certainty where all agree",
+        _statistics,
+        "return sign_test(self.units if self.value else 0, 0)",
+        "return 0.0 if self.value else 1.0",
+        f"{_STATISTICS}::test_equal_gains_are_a_sign_test_and_never_certain",
+    ),
+    Mutation(
+        "statistics: one value has an error",
+        _statistics,
+        "known = units > 1 and spread >",
+        "known = spread >=",
+        f"{_STATISTICS}::test_one_value_or_one_cluster_says_nothing",
+    ),
+    Mutation(
+        "statistics: Wilson's centre",
+        _statistics,
+        "centre = (share + z2 / (2 * trials))",
+        "centre = (share + z2 / trials)",
+        f"{_STATISTICS}::test_wilson_is_scipys",
+    ),
+    Mutation(
+        "statistics: trainings are counted as problems",
+        _statistics,
+        "return Trainings(mean(table.mean(0), bounds=bounds), mean(table.mean(1), bounds=None))",
+        "return Trainings(mean(table.mean(0), bounds=bounds), mean(table.mean(0), bounds=None))",
+        f"{_STATISTICS}::test_trainings_are_scipys",
+    ),
+    Mutation(
+        "statistics: tasks that share documents are independent",
+        _statistics,
+        "sums[name] = sums.get(name, 0.0) + scale",
+        "sums[number, name] = sums.get((number, name), 0.0) + scale",
+        f"{_STATISTICS}::test_average_of_tasks_that_share_their_documents",
+    ),
+    Mutation(
+        "statistics: the error of an average is that of a sum",
+        _statistics,
+        "return Estimate(value, error / len(tasks) if known else None, units)",
+        "return Estimate(value, error if known else None, units)",
+        f"{_STATISTICS}::test_average_of_tasks_that_share_nothing",
+    ),
+    Mutation(
+        "statistics: errors of tasks are added",
+        _statistics,
+        "math.sqrt(math.fsum(error**2 for error in errors)) / len(estimates)",
+        "math.fsum(errors) / len(estimates)",
+        f"{_STATISTICS}::test_average_of_tasks_that_share_nothing",
+    ),
+    Mutation(
+        "statistics: Bonferroni in place of Holm",
+        _statistics,
+        "(len(known) - rank) * p",
+        "len(known) * p",
+        f"{_STATISTICS}::test_holms_correction_by_hand",
+    ),
+    Mutation(
+        "statistics: a corrected p-value below an earlier one",
+        _statistics,
+        "highest = max(highest, min(1.0,",
+        "highest = max(0.0, min(1.0,",
+        f"{_STATISTICS}::test_holms_correction_by_hand",
+    ),
+    Mutation(
+        "statistics: a verdict between one and two errors",
+        _statistics,
+        "if p_value is not None and p_value < ALPHA:",
+        "if p_value is not None and p_value < 0.3:",
+        f"{_STATISTICS}::test_verdicts_turn_at_five_percent",
+    ),
+    Mutation(
+        "statistics: worse is better",
+        _statistics,
+        "(difference.value > 0) == higher_is_better",
+        "(difference.value > 0)",
+        f"{_STATISTICS}::test_verdicts_turn_at_five_percent",
+    ),
+    Mutation(
+        "statistics: equal within a 95 % interval",
+        _statistics,
+        "interval = self.interval(1 - 2 * ALPHA)",
+        "interval = self.interval(1 - ALPHA)",
+        f"{_STATISTICS}::test_equality_is_two_one_sided_tests",
+    ),
+    # scoring requests
+    Mutation(
+        "scoring: choices of a question do not share noise",
+        "lm_eval_ext/requests/loglikelihood.py",
+        "context if texts is not None else context + continuation)",
+        "context + continuation)",
+        "tests/lm_eval_ext/test_scoring_requests.py",
+    ),
+    Mutation(
+        "scoring: never greedy",
+        "lm_eval_ext/requests/loglikelihood.py",
+        "(output.greedy | ~scored).all(-1)",
+        "output.greedy.all(-1)",
+        "tests/lm_eval_ext/test_scoring_requests.py",
+    ),
+    Mutation(
+        "scoring: contexts are cut from the right",
+        "lm_eval_ext/requests/loglikelihood.py",
+        "rows = [tokens[-(self.max_length + 1) :] for tokens in texts]",
+        "rows = [tokens[: self.max_length + 1] for tokens in texts]",
+        "tests/lm_eval_ext/test_scoring_requests.py",
+    ),
+    Mutation(
+        "search: candidates of the same noise",
+        "lm_eval_ext/requests/generate_until.py",
+        'job.key + (b"#%d" % candidate if candidate else b"")',
+        "job.key",
+        f"{_MODEL}::test_best_of_n_takes_the_likeliest_sample",
+    ),
+    Mutation(
+        "search: the sum of log-probabilities",
+        "lm_eval_ext/requests/token_search.py",
+        "return self.likelihood / max(1, len(self.tokens))",
+        "return self.likelihood",
+        f"{_MODEL}::test_best_of_n_takes_the_likeliest_sample",
+    ),
+    Mutation(
+        "search: the last token of a beam alone",
+        "lm_eval_ext/requests/token_search.py",
+        "total = (before[:, None] + logprobs).flatten()",
+        "total = (0 * before[:, None] + logprobs).flatten()",
+        f"{_MODEL}::test_beam_search_with_the_base_is_that_of_transformers",
+    ),
+    Mutation(
+        "requests: equal ones share their noise",
+        "lm_eval_ext/requests/jobs.py",
+        "bisect.bisect_left(ranks[digest], rank)",
+        "0",
+        "tests/lm_eval_ext/test_parts.py::test_keys_tell_equal_requests_apart_and_ignore_the_others",
+    ),
+    Mutation(
+        "requests: the harness's padding counts",
+        "lm_eval_ext/requests/compute_record.py",
+        "            if source.padding:\n                continue\n",
+        "",
+        "tests/lm_eval_ext/test_parts.py::test_repeats_and_padding_of_the_harness",
+    ),
+    Mutation(
+        "requests: seconds are shared evenly",
+        "lm_eval_ext/requests/compute_record.py",
+        "seconds * len(nfe_requested[number]) / total",
+        "seconds / len(batch)",
+        f"{_MODEL}::test_every_request_has_its_cost",
+    ),
+]

@@ -1,0 +1,268 @@
+"""Mutations of what is trained on, resuming and the data (`training`)."""
+
+from tests.mutations import Mutation
+
+_TRAINER = "tests/training/test_trainer.py"
+_FACTORS = "tests/training/test_loss_factors.py"
+_RESUME = "tests/training/test_resume.py"
+_DATA = "tests/training/test_data.py"
+_LOSS = "tests/l2d/test_loss.py"
+
+MUTATIONS = [
+    # factors of the loss
+    Mutation(
+        "loss: a rollout's window is not divided by",
+        "training/trainer.py",
+        "self.args.draws * scored)",
+        "self.args.draws)",
+        f"{_FACTORS}::test_a_rollouts_loss_is_the_mean_over_its_window",
+    ),
+    Mutation(
+        "loss: draws are not divided by",
+        "training/trainer.py",
+        "self.args.draws * scored)",
+        "scored)",
+        f"{_TRAINER}::test_loss_equals_all_positions_by_hand",
+    ),
+    Mutation(
+        "loss: not times the number of processes",
+        "training/trainer.py",
+        "scale = scale * self.accelerator.num_processes",
+        "pass",
+        f"{_FACTORS}::test_the_loss_of_one_of_several_processes",
+    ),
+    Mutation(
+        "loss: the last microbatch alone",
+        "training/trainer.py",
+        "scale * weights)[0] + done",
+        "scale * weights)[0]",
+        f"{_TRAINER}::test_pieces_change_nothing",
+    ),
+    Mutation(
+        "loss: sites of two microbatches are counted twice",
+        "training/microbatches.py",
+        "(number < start + most)",
+        "(number <= start + most)",
+        f"{_TRAINER}::test_pieces_change_nothing",
+    ),
+    Mutation(
+        "loss: examples weigh by their targets",
+        "training/optimization.py",
+        'return 1 / counts if average == "example" else',
+        'return 1 / counts if average == "examples" else',
+        "tests/training/test_optimization.py::test_examples_weigh_the_same",
+    ),
+    Mutation(
+        "loss: targets where labels stand",
+        "training/trainer.py",
+        "    following = labels[:, 1:]\n",
+        "    following = labels[:, :-1]\n",
+        f"{_TRAINER}::test_response_positions",
+    ),
+    Mutation(
+        "loss: bins of time shifted by one",
+        "training/trainer.py",
+        "slot = row * bins + (time * bins).long().clamp(max=bins - 1)",
+        "slot = row * bins + (time * bins + 1).long().clamp(max=bins - 1)",
+        f"{_TRAINER}::test_sums_by_bin",
+    ),
+    Mutation(
+        "schedule: a warm-up from 0",
+        "training/optimization.py",
+        "return last + (1 - last) * share",
+        "return share",
+        "tests/training/test_optimization.py::test_logarithmic_warmup",
+    ),
+    # draws
+    Mutation(
+        "draws: the least noise is not kept",
+        "training/draws.py",
+        "return uniform**args.time_power * (1 - config.min_noise)",
+        "return uniform**args.time_power",
+        f"{_TRAINER}::test_times_respect_min_noise",
+    ),
+    Mutation(
+        "draws: the power of times is ignored",
+        "training/draws.py",
+        "return uniform**args.time_power * (1 - config.min_noise)",
+        "return uniform * (1 - config.min_noise)",
+        f"{_FACTORS}::test_times_of_training_have_the_chosen_density",
+    ),
+    Mutation(
+        "draws: evaluation times are not stratified",
+        "training/draws.py",
+        "strata = torch.arange(draws).unsqueeze(1) + torch.rand",
+        "strata = torch.zeros(draws, 1) + draws * torch.rand",
+        f"{_TRAINER}::test_draws",
+    ),
+    Mutation(
+        "draws: the same noise in every step",
+        "training/draws.py",
+        "generator = keyed_generator(key[0], process, *key[1:], device",
+        "generator = keyed_generator(key[0], process, device",
+        f"{_TRAINER}::test_noise_is_never_repeated",
+    ),
+    Mutation(
+        "draws: the same noise in every process",
+        "training/draws.py",
+        "generator = keyed_generator(key[0], process, *key[1:], device",
+        "generator = keyed_generator(key[0], *key[1:], device",
+        "tests/training/test_options.py::test_a_window_is_the_same_in_all_processes_and_moves",
+    ),
+    Mutation(
+        "draws: classes are kept where they should be dropped",
+        "training/draws.py",
+        "torch.rand(shape, **options) < args.guidance_dropout",
+        "torch.rand(shape, **options) >= args.guidance_dropout",
+        f"{_FACTORS}::test_classes_are_dropped_at_their_rate",
+    ),
+    Mutation(
+        "draws: a dropped class is the last one",
+        "training/draws.py",
+        "masked_fill(dropped, len(config.guidance_classes or []))",
+        "masked_fill(dropped, len(config.guidance_classes or []) - 1)",
+        f"{_FACTORS}::test_classes_are_dropped_at_their_rate",
+    ),
+    Mutation(
+        "draws: other tokens of the answer but the last",
+        "training/draws.py",
+        "torch.where(chosen >= start, chosen + end - start, chosen)",
+        "torch.where(chosen > start, chosen + end - start, chosen)",
+        f"{_LOSS}::test_corruption_picks_tokens_of_the_same_answer_and_samples",
+    ),
+    Mutation(
+        "draws: all noised targets are wrong",
+        "training/draws.py",
+        "torch.where(corrupted & (noised.index >= 0), other, targets)",
+        "torch.where(noised.index >= 0, other, targets)",
+        f"{_LOSS}::test_corruption_picks_tokens_of_the_same_answer_and_samples",
+    ),
+    Mutation(
+        "draws: times of a rollout begin again",
+        "training/draws.py",
+        "return (number + offsets) / evaluations * (1 - config.min_noise)",
+        "return offsets / evaluations * (1 - config.min_noise)",
+        f"{_LOSS}::test_rollout_times_are_those_of_the_whole_rollout",
+    ),
+    # resuming
+    Mutation(
+        "resume: torch's random state is not restored",
+        "training/checkpointing/atomic.py",
+        "            super()._load_rng_state(checkpoint)",
+        "            pass",
+        f"{_RESUME}::test_dropout_of_a_base_goes_on",
+    ),
+    Mutation(
+        "resume: sums of the log begin again",
+        "training/checkpointing/atomic.py",
+        'self._tr_loss.fill_(content["loss"])',
+        "self._tr_loss.fill_(0)",
+        f"{_RESUME}::test_the_curve_goes_on_between_two_lines",
+    ),
+    Mutation(
+        "resume: accuracies of the log begin again",
+        "training/checkpointing/atomic.py",
+        'self._sums.copy_(torch.tensor(content["sums"], dtype=self._sums.dtype))',
+        "pass",
+        f"{_RESUME}::test_the_curve_goes_on_between_two_lines",
+    ),
+    Mutation(
+        "resume: optimizer and schedule begin again",
+        "training/checkpointing/atomic.py",
+        "            super()._load_optimizer_and_scheduler(checkpoint)",
+        "            pass",
+        f"{_RESUME}::test_dropout_of_a_base_goes_on",
+    ),
+    Mutation(
+        "resume: the oldest checkpoint",
+        "training/checkpointing/resume.py",
+        "in sorted(steps, reverse=True)]",
+        "in sorted(steps)]",
+        "tests/training/test_entry.py::test_choice_of_checkpoint",
+    ),
+    Mutation(
+        "resume: a checkpoint without its schedule is whole",
+        "training/checkpointing/resume.py",
+        'parts = ("scheduler.pt", *(random_states',
+        "parts = (*(random_states",
+        "tests/training/test_entry.py::test_choice_of_checkpoint",
+    ),
+    Mutation(
+        "resume: damaged files pass",
+        "training/checkpointing/resume.py",
+        "return _checksum(path) == noted",
+        "return bool(_checksum(path))",
+        f"{_FACTORS}::test_a_changed_file_of_a_checkpoint_is_noticed",
+    ),
+    Mutation(
+        "resume: the trained weights begin again",
+        "training/trainer.py",
+        "                    parameter.copy_(saved[name])",
+        "                    pass",
+        f"{_TRAINER}::test_resumes_from_python_as_trainers_do",
+    ),
+    # data
+    Mutation(
+        "data: the prompt is trained on",
+        "training/data/tokenizing.py",
+        "labels = [IGNORED] * (0 if whole else start)",
+        "labels = [IGNORED] * 0 if True else start * [0]",
+        f"{_DATA}::test_prompt_and_completion",
+    ),
+    Mutation(
+        "data: no end-of-sequence token",
+        "training/data/tokenizing.py",
+        "else [*tokens, tokenizer.eos_token_id]",
+        "else tokens",
+        f"{_DATA}::test_prompt_and_completion",
+    ),
+    Mutation(
+        "data: every turn is trained on",
+        "training/data/tokenizing.py",
+        "every_turn = settings.assistant_only is False",
+        "every_turn = True",
+        f"{_DATA}::test_only_assistant_turns",
+    ),
+    Mutation(
+        "data: a token that reaches into a turn is no target",
+        "training/data/tokenizing.py",
+        "if first < end and last > start:",
+        "if first >= start and last < end:",
+        f"{_DATA}::test_only_assistant_turns",
+    ),
+    Mutation(
+        "data: too long examples are cut unasked",
+        "training/data/tokenizing.py",
+        'if settings.too_long == "error":',
+        'if settings.too_long == "never":',
+        f"{_DATA}::test_long_examples",
+    ),
+    Mutation(
+        "data: the first answer loses its prompt",
+        "training/data/conversations.py",
+        '{"prompt": turns[:place], "completion": [turn]}',
+        '{"prompt": turns[:1], "completion": [turn]}',
+        f"{_DATA}::test_sharegpt_conversations",
+    ),
+    Mutation(
+        "data: null is a word",
+        "training/data/values.py",
+        '    if value is None:\n        return ""\n    if isinstance(value, str):',
+        '    if value is None:\n        return "None"\n    if isinstance(value, str):',
+        "tests/training/test_values.py",
+    ),
+    Mutation(
+        "data: numbers are read as numbers",
+        "training/data/values.py",
+        "parse_int=Number, parse_float=Number,",
+        "parse_float=Number,",
+        "tests/training/test_values.py",
+    ),
+    Mutation(
+        "data: no class is the last class",
+        "training/data/examples.py",
+        "return len(classes) if name is None else",
+        "return len(classes) - 1 if name is None else",
+        f"{_DATA}::test_guidance_classes",
+    ),
+]
