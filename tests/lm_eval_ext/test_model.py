@@ -313,7 +313,7 @@ def test_response_cache_belongs_to_its_settings(l2d_dir, base_dir, tmp_path):
     assert answers(again, "a.db") == first
     assert again.run_record.generated_tokens == 0  # nothing was computed
     for arguments in (dict(diffusion_budget=1), dict(seed=1), dict(max_length=64), dict(token_search="beam_2")):
-        with pytest.raises(UsageError, match="made with other settings"):
+        with pytest.raises(UsageError, match="answers of other settings"):
             answers(ours(**arguments), "a.db")
     answers(HFLM(pretrained=str(base_dir), device="cpu"), "b.db")
     with pytest.raises(UsageError, match="another model's answers"):
@@ -520,5 +520,5 @@ def test_foreign_base_and_damaged_checkpoint(l2d_dir, make_base, tmp_path):
     with pytest.raises(UsageError, match="lacks 1 tensors"):
         L2DLM(pretrained=str(damaged), device="cpu")
     if not torch.cuda.is_available():
-        with pytest.raises(UsageError, match="shows no CUDA device"):
+        with pytest.raises(UsageError, match="has no CUDA device"):
             L2DLM(pretrained=str(l2d_dir), device="cuda:0")
