@@ -2,15 +2,12 @@
 
 `python -m lm_eval_ext.leaderboard RESULTS_DIR... [--out DIR]` writes `leaderboard.html`, `.md`, `.csv` and `.json`.
 
-- `files`: finds and reads results and samples; names what it had to skip
-- `schema`: what a results file must look like
-- `methods`: what a run is: base, L2D, finetuning or a control, and which base it belongs to
-- `statistics`: the paired test, clustered where documents are grouped
-- `board`: rows, cells, comparability, differences to the base, averages
-- `samples`: what the drill-down shows, packed
-- `plots`: figures as inline SVG
-- `tables`: Markdown, CSV and JSON
-- `page`: the HTML page, from `page.html`, `page.css` and `page.js`
+- `files`, `schema`: finds and reads results and samples, checks them, names what it had to skip
+- `methods`, `protocol`, `provenance`: what a run is, how it was measured, where it comes from
+- `rows`: a model and setting with its scores; `comparisons`: paired tests against the base and the controls
+- `board`: comparability, averages, controls
+- `samples`, `plots`, `tables`, `page`: the drill-down, figures, Markdown, CSV and JSON, and the HTML page
 
+Errors, intervals and tests are those of `l2d.statistics`.
 Nothing is imported here.
 """

@@ -153,7 +153,7 @@ def _curve_panel(title: str, task: str, rows: list[Row], horizontal: str) -> Fig
     lines = _lines(rows, task, kinds, marks if len(marks) > 1 else {})
     legend = [(f"c{number % COLOURS}", name) for number, name in enumerate(series)]
     legend += [
-        (f"line {row.setting.kind} {colour}", f"{name}: {row.cells[task].score.value:.3f}")
+        (f"line {row.setting.kind.removeprefix('l2d-')} {colour}", f"{name}: {row.cells[task].score.value:.3f}")
         for row, name, colour in lines
     ]
     legend += [("control", "controls: one evaluation, noise-free path")] if points else []
