@@ -237,6 +237,9 @@ def test_what_is_skipped_is_said(tokenizer_for, settings, capsys):
     data.exclude = None
     line = keep(tokenize(load_examples(data, None, 0)[0], tokenizer, args, 4096, "train"), args, 4096, "train")[1]
     assert "1 turns of the assistant are skipped by unroll" in line and "left out 1 (no response 1)" in line
+    data = DataArguments(dataset=str(FOLDER / "short_turns.jsonl"))
+    line = keep(tokenize(load_examples(data, None, 0)[0], tokenizer, args, 4096, "train"), args, 4096, "train")[1]
+    assert "the chat template does not use what turns have as name" in line
     categories = DataArguments(dataset=str(FOLDER / "categories.jsonl"), exclude={"level": "easy"})
     load_examples(categories, None, 0)
     said = capsys.readouterr().out

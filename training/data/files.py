@@ -33,6 +33,8 @@ _PEEKED = 1000  # rows of a stream whose columns are taken for those of all
 def read_text_files(paths: list[str], names: list[str], kind: str, delimiter: str) -> datasets.Dataset:
     """The rows of all `paths`, in order, called `names` in messages. Raises `DataError`."""
     options = {**_arguments(paths, names, kind, delimiter), "version": _VERSION}
+    if next(_rows(**options), None) is None:
+        return datasets.Dataset.from_dict({name: [] for name in _FEATURES}, features=_FEATURES)
     try:
         return datasets.Dataset.from_generator(_rows, features=_FEATURES, gen_kwargs=options)
     except datasets.exceptions.DatasetGenerationError as error:

@@ -79,6 +79,8 @@ def _told(notes: Counter, limit: int) -> list[str]:
         "plain": "plain text, of which every token but an example's first is a target",
     }
     lines = [sentence.format(notes[note]) for note, sentence in told.items() if notes[note]]
+    if unused := sorted(note.removeprefix("unused ") for note in notes if note.startswith("unused ")):
+        lines.append(f"the chat template does not use what turns have as {', '.join(unused)}")
     if notes["chat"] and not notes["ended"]:
         last = Counter({note: count for note, count in notes.items() if note.startswith("last ")}).most_common(1)
         token = last[0][0].removeprefix("last ") if last else ""

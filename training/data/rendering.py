@@ -18,10 +18,11 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from training.data.conversations import answers, find_turn
+from training.data.conversations import REASONING, answers, find_turn
 from training.data.values import parse_json, plain
 
 _MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SHORT = 24  # characters that may stand in a text by chance
 _PROBE = "l2dprobe"  # stands for an answer; templates change letters least
 _OURS = ("messages", "conversation", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message",
          "return_assistant_tokens_mask", "return_dict", "return_tensors", "padding", "truncation",
@@ -37,6 +38,7 @@ class Rendered:
     trimmed: bool = False  # white space at the ends of an answer is gone
     silent: int = 0  # turns of the assistant that say nothing, and are not trained on
     inside: bool = False  # the prompt ends inside of what is written after it
+    unused: tuple[str, ...] = ()  # keys of turns that the template does not use
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,12 +117,12 @@ def render(
         spans = _marked(turns, marks)
     else:
         spans = [_place(template, turns, text, place) for place in trained]
-    _check_trained(turns, text, spans, trained)
+    _check_trained(template, turns, text, spans, trained)
     own = len(spans) == len(trained)
     trimmed = any(
         turns[place]["content"] not in (text[slice(*spans[n])] if own else text) for n, place in enumerate(trained)
     )
-    return Rendered(text, spans, trimmed, 0 if every_turn else silent)
+    return Rendered(text, spans, trimmed, 0 if every_turn else silent, unused=_unused(template, turns))
 
 
 def render_pair(
@@ -141,9 +143,14 @@ def render_pair(
     spans = [(0 if whole else start, end)]
     trained = [place for place in range(len(turns)) if whole or place >= len(prompt)]
     _check_context(template, turns, text, trained)
-    _check_trained(turns, text, spans, trained)
+    _check_trained(template, turns, text, spans, trained)
     trimmed = any(turns[place]["content"] not in text for place in trained)
-    return Rendered(text[:end], spans, trimmed, 0, start < len(before))
+    return Rendered(text[:end], spans, trimmed, 0, start < len(before), _unused(template, turns))
+
+
+def _unused(template: _Template, turns: list[dict[str, Any]]) -> tuple[str, ...]:
+    keys = {key for turn in turns for key in turn} - {"role", "content", "tool_calls", *REASONING}
+    return tuple(key for key in sorted(keys) if not re.search(rf"\b{re.escape(key)}\b", template.source))
 
 
 def _written(
@@ -188,7 +195,12 @@ def _marked(turns: list[dict[str, Any]], marks: list[tuple[int, int]]) -> list[t
 def _check_context(template: _Template, turns: list[dict[str, Any]], text: str, trained: list[int]) -> None:
     """Turns that are not trained on, and tools, stand in the text. Raises `ValueError`."""
     for place, turn in enumerate(turns):
-        if place not in trained and (missing := find_turn(turn, text, history=True)) is not None:
+        if place in trained or not turn["content"]:
+            continue
+        missing = find_turn(turn, text, history=True)
+        if missing is None and len(turn["content"]) < _SHORT and not _writes(template, turns, place):
+            missing = turn["content"]
+        if missing is not None:
             raise ValueError(_left_out("a turn's text", missing, place, "leave it out"))
     for tool in template.tools or ():
         name = _function(tool).get("name") if isinstance(tool, dict) else None
@@ -196,12 +208,25 @@ def _check_context(template: _Template, turns: list[dict[str, Any]], text: str, 
             raise ValueError(f"the chat template leaves out the tool {name!r}: remove tools, or set chat_template_path")
 
 
-def _check_trained(turns: list[dict[str, Any]], text: str, spans: list[tuple[int, int]], trained: list[int]) -> None:
-    """What is trained on stands in the trained part of the text. Raises `ValueError`."""
-    joined = "".join(text[start:end] for start, end in spans)
+def _writes(template: _Template, turns: list[dict[str, Any]], place: int) -> bool:
+    """Whether another content of the turn would be written: a short one may stand elsewhere by chance."""
+    try:
+        return _PROBE in template.write([*turns[:place], {**turns[place], "content": _PROBE}, *turns[place + 1 :]])[0]
+    except ValueError:  # the template wants a content of this kind
+        return True
+
+
+def _check_trained(
+    template: _Template, turns: list[dict[str, Any]], text: str, spans: list[tuple[int, int]], trained: list[int]
+) -> None:
+    """What is trained on stands in the trained part of the text, beside its special tokens. Raises `ValueError`."""
+    parts = [text[start:end] for start, end in spans]
     own = len(spans) == len(trained)
     for number, place in enumerate(trained):
-        missing = find_turn(turns[place], text[slice(*spans[number])] if own else joined, history=False)
+        part = parts[number] if own else "".join(parts)
+        for end in template.ends:
+            part = part if end in str(turns[place]) else part.replace(end, "")
+        missing = find_turn(turns[place], part, history=False)
         if missing is not None:
             remedy = "set unroll: true" if place + 1 < len(turns) else "leave it out"
             raise ValueError(_left_out("what is to be trained on", missing, place, remedy))

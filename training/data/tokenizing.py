@@ -259,6 +259,7 @@ def _of_spans(
         "ended": any(label in ends for label in labels),
     }
     noted = [note for note, on in notes.items() if on]
+    noted += [f"unused {key}" for key in rendered.unused]
     if not notes["ended"]:
         noted += [f"last {tokenizer.convert_ids_to_tokens(label)}" for label in labels if label != IGNORED][-1:]
     return tokens, labels, noted
