@@ -2,12 +2,12 @@
 
 - `train`: the entry point, `python -m training.train --config FILE.yaml`
 - `config`, `checks`, `recipe`: what a recipe may say; what must hold in it; reading it
-- `data`: data sets to token ids and labels, the same for every method; mixtures of subsets
+- `data`: data sets to token ids and labels, the same for every method: reading, columns, templates, mixtures
 - `trainer`: `L2DTrainer`, which draws times and noise at response positions and computes the loss
 - `draws`, `microbatches`: times and noise of a batch, and how many evaluations go through the path at a time
 - `optimization`: options of the optimizer step that the release has
 - `budget_metrics`: accuracy at several budgets and generated responses during training
 - `checkpointing`: atomic checkpoints, resuming, full disks, damaged files
-- `dry_run`: parameters, memory, examples and schedule of a recipe, without weights
-- `model_card`, `console`: the model card; one line for all processes
+- `dry_run`: parameters, memory, schedule and what is trained, without weights
+- `console`: one line for all processes
 """
