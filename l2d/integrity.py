@@ -15,12 +15,13 @@ from torch import nn
 _SAMPLE = 1 << 16
 
 
-def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """SHA-256 (32 hex digits) over names, dtypes, shapes and bytes, in the order of the names.
+def tensors_digest(tensors: Mapping[str, torch.Tensor], warm_start: bool = False) -> str | None:
+    """SHA-256 (32 hex digits) over names, dtypes, shapes and bytes, in the order of the names, and over `warm_start`.
 
+    Of the settings that no tensor's shape shows, `warm_start` is the one that makes weights mean something else.
     `None` where the values are not in this process (meta tensors, shards of other processes).
     """
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(b"warm_start" if warm_start else b"")
     for name, tensor in sorted(tensors.items()):
         if tensor.is_meta or hasattr(tensor, "full_tensor"):
             return None

@@ -150,7 +150,7 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         if kwargs.get("is_main_process", True):
             if os.path.isfile(save_directory):
                 raise ValueError(f"save_directory={os.fspath(save_directory)!r} is a file: give a folder.")
-            self.config.tensors_digest = tensors_digest(trained)
+            self.config.tensors_digest = tensors_digest(trained, self.config.warm_start)
         try:
             super().save_pretrained(save_directory, state_dict=trained, **kwargs)
         except SafetensorError as error:

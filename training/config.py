@@ -72,6 +72,7 @@ class ModelArguments:
     guidance_classes: list[str] | None = of_checkpoint("guidance_classes")
     carried_state: bool = of_checkpoint("carried_state")
     noise_free: bool = of_checkpoint("noise_free")
+    warm_start: bool = of_checkpoint("warm_start")
     sampler: dict[str, Any] | str | None = of_checkpoint("sampler")
 
     def __post_init__(self) -> None:

@@ -128,7 +128,13 @@ class CheckpointParts:
             if not torch.isfinite(value).all():
                 raise ValueError(f"{where} holds values that are not finite.")
             parameter.copy_(value)
-        if self.config.tensors_digest not in (None, tensors_digest(self.tensors)):
+        recorded, warm = self.config.tensors_digest, self.config.warm_start
+        if recorded is not None and recorded == tensors_digest(self.tensors, not warm):
+            raise ValueError(
+                f"pretrained={self.name!r}: warm_start={warm} does not fit the tensors, which were trained with "
+                f"warm_start={not warm}: set it back."
+            )
+        if recorded not in (None, tensors_digest(self.tensors, warm)):
             raise ValueError(
                 f"pretrained={self.name!r}: the tensors are not those that config.json was saved with: the files are "
                 "damaged or of several checkpoints, copy the whole folder again."
@@ -156,6 +162,12 @@ def load_parts(
         folder, name = opened.folder, opened.name
     else:
         folder = checkpoint_folder(name, **hub)
+        trained_with = bool((_read_json(folder, CONFIG_NAME) or {}).get("warm_start"))
+        if trained_with != config.warm_start:
+            raise ValueError(
+                f"config has warm_start={config.warm_start}, and pretrained={os.fspath(name)!r} was trained with "
+                f"warm_start={trained_with}: its weights fit no other start, set it in config."
+            )
     tensors = read_tensors(folder)
     dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     if isinstance(dtype, str) and dtype != "auto":

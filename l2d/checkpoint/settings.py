@@ -98,6 +98,12 @@ class CheckpointSettings:
         "control: the path sees a constant in place of the noised token, and is evaluated once",
         of_the_weights=True,
     )
+    warm_start: bool = setting(
+        False,
+        truth,
+        "the path starts as the base itself: the base's input stream, open gates; not as published, learns sooner",
+        of_the_weights=True,
+    )
     sampler: dict[str, Any] = setting(
         None,
         Kind("a mapping", lambda name, value: dict(_mapping.check(name, value or {}))),

@@ -81,6 +81,13 @@ class SiteLayout:
             return self.state.hidden[self.rows, 0]
         return self.state.hidden[self.rows, self.index]
 
+    def inputs(self) -> torch.Tensor:
+        """What the base's first layer receives at the sites, (N, H)."""
+        inputs = self.state.inputs
+        if inputs is None:
+            raise ValueError("a warm-started path needs MainPathState.inputs: take the state from TwoPaths.main_path.")
+        return inputs[self.rows, 0 if self.last_only else self.index]
+
     def rotary(self, layer: LayerState) -> tuple[torch.Tensor, ...] | torch.Tensor | None:
         """A layer's rotary embeddings at the sites, each (1, N, D), or one where they are complex."""
         if layer.rotary is None:

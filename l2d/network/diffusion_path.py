@@ -23,6 +23,7 @@ from l2d.network.embeddings import (
     InputProjection,
     TimeEmbedding,
     VocabularyEmbedding,
+    at_least_float32,
     full_precision,
     modulation_head,
     version,
@@ -86,7 +87,7 @@ class Modulation:
     """What time and class do to the path: a row per evaluation, or per evaluation of a pattern that the batch repeats.
 
     Attributes (P rows for N = repeats * P evaluations):
-        output: (P, H), `w(t) - w(0)`, the factor of the path's own hidden state in the output.
+        output: (P, H), the factor of the path in the output: `w(t) - w(0)`, with a warm start `t + w(t) - w(0)`.
         embedding: (P, C), of which each layer makes its own modulation once it is its turn, so that training need not
             keep those of all layers.
         layers: (P, 6H) per layer, precomputed for a grid of times: scale, shift and gate of attention, then of the
@@ -111,17 +112,22 @@ class Modulation:
 
 
 class DiffusionLayer(nn.Module):
-    """One layer of the path: a twin of the base's layer and the head that modulates it."""
+    """One layer of the path: a twin of the base's layer and the head that modulates it.
 
-    def __init__(self, twin: TwinLayer, width: int, hidden_size: int):
+    `gate` is added to both gates, whose head starts at zero: 1 for a warm start, so that weight decay pulls towards it.
+    """
+
+    def __init__(self, twin: TwinLayer, width: int, hidden_size: int, gate: float = 0.0):
         super().__init__()
-        self.twin = twin
+        self.twin, self.gate = twin, gate
         self.modulation = modulation_head(width, 6 * hidden_size)
 
     def modulate(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Scale, shift and gate (P, H) of attention and of the MLP for embeddings (P, C); norms' weights are in."""
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(embedding).chunk(6, dim=-1)
         weight1, weight2 = self.twin.norm_weights()
+        if self.gate:
+            gate1, gate2 = gate1 + self.gate, gate2 + self.gate
         return weight1 + scale1, shift1, gate1, weight2 + scale2, shift2, gate2
 
     def forward(
@@ -143,7 +149,12 @@ class DiffusionLayer(nn.Module):
 
 
 class DiffusionPath(nn.Module):
-    """All trained weights of an L2D model, over the frozen layers of `decoder`."""
+    """All trained weights of an L2D model, over the frozen layers of `decoder`.
+
+    As published, gates and output weight start at zero. With `config.warm_start` the path starts as the base: its
+    stream begins with the base's own, gates are 1, and its hidden state replaces the base's as t goes to 1:
+    `h_main + a(t) (h - h_main)` with `a(t) = t + w(t) - w(0)` in place of `h_main + (w(t) - w(0)) h`.
+    """
 
     def __init__(self, config: L2DConfig, decoder: Decoder):
         super().__init__()
@@ -166,9 +177,13 @@ class DiffusionPath(nn.Module):
         if self.class_embedding is not None:
             nn.init.normal_(self.class_embedding.weight, std=0.02)
         twins = build_twin(decoder, base_config, config)
-        self.layers: Any = nn.ModuleList(DiffusionLayer(twin, width, hidden_size) for twin in twins)
+        gate = 1.0 if config.warm_start else 0.0
+        self.layers: Any = nn.ModuleList(DiffusionLayer(twin, width, hidden_size, gate) for twin in twins)
         self.output_modulation = modulation_head(width, hidden_size)
-        self.noise_free = config.noise_free
+        self.noise_free, self.warm_start = config.noise_free, config.warm_start
+        self.interpolates = config.warm_start  # else the path's hidden state is added
+        if self.warm_start:
+            self.input_projection.start_at_zero()
         # Initialised last, so that all other weights are those of a model without it.
         self.carried_state = CarriedState(hidden_size) if config.carried_state else None
         self.checkpointing: tuple[Callable, int] | None = None  # function, and every how many layers
@@ -211,6 +226,8 @@ class DiffusionPath(nn.Module):
         embedding = self.conditioning(time, classes)
         at_zero = self.conditioning(torch.zeros_like(time[:1]) if classes is None else torch.zeros_like(time), classes)
         output = self.output_modulation(embedding) - self.output_modulation(at_zero)
+        if self.warm_start:
+            output = output + time.unsqueeze(-1)
         output = output * (time != 0).unsqueeze(-1)  # exactly the base at t = 0, whatever the rounding of the two terms
         return Modulation(output, embedding)
 
@@ -258,6 +275,8 @@ class DiffusionPath(nn.Module):
         hidden = self.input_projection(x, time)
         if carried is not None and self.carried_state is not None:
             hidden = hidden + self.carried_state(carried)
+        if self.warm_start:
+            hidden = hidden + layout.inputs().to(hidden.device)
         hidden = hidden.to(self.layers[0].twin.stream_dtype(main.dtype))
         hidden = hidden.unflatten(0, (modulation.repeats, -1))
         for number, (layer, kept) in enumerate(zip(self.layers, layout.state.layers, strict=True)):
@@ -266,5 +285,11 @@ class DiffusionPath(nn.Module):
                 hidden = self.checkpointing[0](layer, hidden, ready, modulation.embedding, layout, kept)
             else:
                 hidden = layer(hidden, ready, modulation.embedding, layout, kept)
-        added = modulation.output.to(main.dtype) * hidden.to(main.dtype)
-        return main + added.flatten(0, 1), hidden.flatten(0, 1)
+        return self._fuse(main, hidden, modulation.output), hidden.flatten(0, 1)
+
+    def _fuse(self, main: torch.Tensor, hidden: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        """Fused hidden states (N, H): `main` (N, H), and as much of `hidden` (R, P, H) as `factor` (P, H) says."""
+        if not self.interpolates:
+            return main + (factor.to(main.dtype) * hidden.to(main.dtype)).flatten(0, 1)
+        start = at_least_float32(main).unflatten(0, hidden.shape[:2])
+        return torch.lerp(start, hidden.to(start.dtype), factor.to(start.dtype)).flatten(0, 1).to(main.dtype)

@@ -97,6 +97,10 @@ class InputProjection(nn.Module):
         self.layers = nn.Sequential(_linear(dim, width, "xavier"), nn.SiLU(), _linear(width, hidden_size, "xavier"))
         self.noise_std, self.token_variance, self.scale = noise_std, token_variance, scale
 
+    def start_at_zero(self) -> None:
+        """Let the projection give zero at first."""
+        nn.init.zeros_(self.layers.get_parameter("2.weight"))
+
     def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         """States (..., d) at times (...) to (..., H) float32; rescaled in float32 to unit variance first."""
         time = time.float()

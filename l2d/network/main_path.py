@@ -143,6 +143,7 @@ class MainPathState:
         segments: (B, S) int64 document numbers of packed rows, `None` where rows hold one document.
         offset: keys that come before the first new position (S - L).
         position_ids: (B or 1, L) int64, the new positions' numbers where the base hands them to its attention.
+        inputs: (B, L, H), what the first layer receives at the new positions.
     """
 
     layers: list[LayerState]
@@ -151,6 +152,7 @@ class MainPathState:
     segments: torch.Tensor | None
     offset: int
     position_ids: torch.Tensor | None = None
+    inputs: torch.Tensor | None = None
 
     @property
     def key_count(self) -> int:
@@ -175,7 +177,9 @@ class MainPathState:
         hidden = torch.cat([state.hidden for state in states], dim=1)
         numbers = [state.position_ids for state in states if state.position_ids is not None]
         position_ids = torch.cat(numbers, dim=1) if numbers else None
-        return cls(layers, hidden, states[-1].key_mask, None, states[0].offset, position_ids)
+        embedded = [state.inputs for state in states if state.inputs is not None]
+        inputs = torch.cat(embedded, dim=1) if embedded else None
+        return cls(layers, hidden, states[-1].key_mask, None, states[0].offset, position_ids, inputs)
 
     def last(self) -> "MainPathState":
         """The same keys and values with the last new position alone, which decoding continues from."""
@@ -187,8 +191,9 @@ class MainPathState:
                 rotary = cut.setdefault(id(rotary[0]), tuple(part[:, -1:] for part in rotary))
             layers.append(LayerState(layer.keys, layer.values, rotary))
         position_ids = None if self.position_ids is None else self.position_ids[:, -1:]
+        inputs = None if self.inputs is None else self.inputs[:, -1:]
         return MainPathState(
-            layers, self.hidden[:, -1:], self.key_mask, self.segments, self.key_count - 1, position_ids
+            layers, self.hidden[:, -1:], self.key_mask, self.segments, self.key_count - 1, position_ids, inputs
         )
 
 
@@ -219,6 +224,10 @@ def _recording(decoder: Decoder, layers: list[LayerState], recorded: dict[str, A
 
         return hook
 
+    def before_layers(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+        if threading.get_ident() == owner:
+            recorded["inputs"] = args[0] if args else kwargs["hidden_states"]
+
     def before_norm(module: nn.Module, args: tuple):
         if threading.get_ident() == owner:
             recorded["hidden"] = args[0]
@@ -227,6 +236,7 @@ def _recording(decoder: Decoder, layers: list[LayerState], recorded: dict[str, A
         layer.self_attn.register_forward_pre_hook(before_attention(number), with_kwargs=True)
         for number, layer in enumerate(decoder.layers)
     ]
+    handles.append(decoder.layers[0].register_forward_pre_hook(before_layers, with_kwargs=True))
     handles.append(decoder.norm.register_forward_pre_hook(before_norm))
     try:
         yield
@@ -274,4 +284,6 @@ def run_main_path(
         restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
         if bool(restarts.any()):
             segments = restarts.cumsum(1).expand(input_ids.shape[0], -1)
-    return MainPathState(layers, recorded["hidden"], key_mask, segments, offset, recorded["position_ids"])
+    return MainPathState(
+        layers, recorded["hidden"], key_mask, segments, offset, recorded["position_ids"], recorded["inputs"]
+    )
