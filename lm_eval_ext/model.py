@@ -273,6 +273,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
             "variant": config.variant,
             "carried_state": config.carried_state,
             "noise_free": config.noise_free,
+            "warm_start": config.warm_start,
             "revision": checkpoint.revision if checkpoint is not None else None,
             "commit": checkpoint.commit if checkpoint is not None else None,
             "base": (checkpoint.base if checkpoint is not None else None) or config.base_name_or_path,

@@ -221,6 +221,7 @@ def _details(ours: dict[str, Any], sampler: dict[str, Any], kind: str, adaptive:
     if kind in ("base", "l2d-base", "other") or not ours:
         return ""
     parts = [text.format(recipe[name]) for name, text in _TRAINED.items() if recipe.get(name)]
+    parts += ["warm start"] if ours.get("warm_start") or recipe.get("warm_start") is True else []
     parts += ["carried state"] if ours.get("carried_state") or recipe.get("carried_state") is True else []
     in_label = ("solver", "final_time") if kind in ("one-evaluation", "noise-free") else ("solver",) if adaptive else ()
     parts += unusual(sampler, in_label)

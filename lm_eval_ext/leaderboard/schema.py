@@ -88,6 +88,7 @@ class _L2D(BaseModel):
     trained_parameters: Count | None = None
     carried_state: StrictBool | None = None
     noise_free: StrictBool | None = None
+    warm_start: StrictBool | None = None
     nfe_requested_per_token: _Statistics | None = None
     nfe_computed_per_token: _Statistics | None = None
     passes_per_token: _Statistics | None = None

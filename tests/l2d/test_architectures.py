@@ -1,7 +1,7 @@
 """One implementation for every base: the twin of each known architecture, checked against that base's own forward.
 
-With gates 1, scales and shifts 0 and the token embeddings as input, the diffusion stream must be the main path's. With
-keys and values of other positions it must not be.
+With gates 1, scales and shifts 0 and the base's input stream as input, the diffusion stream must be the main path's.
+With keys and values of other positions it must not be.
 """
 
 import itertools
@@ -11,7 +11,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from l2d import L2DConfig, L2DForCausalLM
-from l2d.network.attention import SiteLayout
 
 SMALL = dict(
     vocab_size=97,
@@ -150,35 +149,25 @@ def build(name: str, **path) -> L2DForCausalLM:
 def stream(
     model: L2DForCausalLM, ids: torch.Tensor, mask: torch.Tensor | None, roll: int = 0, last: bool = False
 ) -> tuple:
-    """The open path's hidden stream and the main path's, both (N, H), at all unpadded positions or the last ones."""
-    first = {}
-    hook = model.paths.decoder.layers[0].register_forward_pre_hook(
-        lambda module, args, kwargs: first.update(x=args[0] if args else kwargs["hidden_states"]), with_kwargs=True
-    )
+    """The warm-started path's hidden states and the main path's, (N, H) each, at all unpadded positions or the last."""
     state = model.paths.main_path(ids, mask)
-    hook.remove()
     for kept in state.layers:
         kept.keys, kept.values = kept.keys.roll(roll, 2), kept.values.roll(roll, 2)
     valid = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    inputs = first["x"]
     if last:
-        state, inputs, valid = state.last(), inputs[:, -1:], valid[:, -1:]
+        state, valid = state.last(), valid[:, -1:]
     rows, index = torch.nonzero(valid, as_tuple=True)
-    layout = SiteLayout(state, rows, index)
-    hidden = inputs[rows, index]
-    modulation = hidden.new_zeros(len(rows), 6, hidden.shape[-1])
-    modulation[:, [2, 5]] = 1.0  # gates
-    for layer, kept in zip(model.path.layers, state.layers, strict=True):
-        modulation[:, 0], modulation[:, 3] = layer.twin.norm_weights()  # scales
-        hidden = layer(hidden, modulation.flatten(1), None, layout, kept)
-    return hidden, state.hidden[rows, index]
+    noise = 64 * torch.randn(len(rows), SMALL_PATH["diffusion_dim"], generator=torch.Generator().manual_seed(3))
+    _, own = model.paths.path_hidden(state, rows, index, noise, torch.full((len(rows),), 0.7))
+    return own, state.hidden[rows, index]
 
 
 @pytest.mark.parametrize("variant", ["lora", "full"])
 @pytest.mark.parametrize("name", sorted(KNOWN))
 @torch.no_grad()
 def test_an_open_path_is_the_main_path(name, variant):
-    model = build(name, variant=variant)
+    """As a warm start has it at first: gates 1, scales and shifts 0, and the base's input stream as input."""
+    model = build(name, variant=variant, warm_start=True)
     ids = torch.randint(1, 97, (2, 11), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -189,10 +178,11 @@ def test_an_open_path_is_the_main_path(name, variant):
     assert float((own - main).abs().max()) > 1e-2 * float(main.abs().max())
 
 
+@pytest.mark.parametrize("warm_start", [False, True])
 @pytest.mark.parametrize("name", sorted(KNOWN))
 @torch.no_grad()
-def test_logits_are_the_bases_at_t_zero_and_with_a_fresh_path(name):
-    model = build(name)
+def test_logits_are_the_bases_at_t_zero_and_with_a_fresh_path(name, warm_start):
+    model = build(name, warm_start=warm_start)
     ids = torch.randint(1, 97, (2, 7), generator=torch.Generator().manual_seed(2))
     expected = model.base(ids).logits
     assert torch.equal(model(ids).logits, expected)

@@ -103,11 +103,11 @@ from training.microbatches import split_targets
 
 dist.init_process_group("gloo")
 
-def make(variant):
+def make(variant, warm_start):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **SIZES, vocab_size=99), dtype=torch.bfloat16)
     small = dict(diffusion_dim=8, input_width=8, conditioning_width=8, frequency_width=8, lora_rank=2, noise_std=2.0)
-    model = L2DForCausalLM.from_base(base, L2DConfig(variant=variant, **small))
+    model = L2DForCausalLM.from_base(base, L2DConfig(variant=variant, warm_start=warm_start, **small))
     randomise_path(model)
     return model.train()
 
@@ -115,8 +115,8 @@ torch.manual_seed(1 + dist.get_rank())
 ids = torch.randint(3, 99, (2, 10))
 index = torch.tensor([[3, 4, 5], [6, 7, -1]])
 noised = NoisedTargets(index, torch.randint(3, 99, (2, 3)), torch.rand(2, 2, 3), torch.randn(2, 2, 3, 8))
-for variant in ("lora", "full"):
-    sharded, whole = make(variant), make(variant)
+for variant, warm_start in (("lora", False), ("full", False), ("lora", True)):
+    sharded, whole = make(variant, warm_start), make(variant, warm_start)
     fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=False)
     for model in (sharded, whole):
         state = None
@@ -131,7 +131,7 @@ for variant in ("lora", "full"):
         torch.testing.assert_close(found, parameter.grad / 2, rtol=1e-5, atol=1e-6)
         assert dist.get_rank() or torch.equal(saved[name], parameter), name
     if dist.get_rank() == 0:
-        print("equal", variant, flush=True)
+        print("equal", variant, warm_start, flush=True)
 dist.destroy_process_group()
 """
 
@@ -143,7 +143,7 @@ def test_sharded_gradients_are_the_whole_models(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = _run([*launcher, str(script)])
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "equal lora\nequal full\n" in done.stdout
+    assert "equal lora False\nequal full False\nequal lora True\n" in done.stdout
 
 
 # Accelerate takes FSDP for accelerators only; on CPUs its own state says so, and all that follows works on them.

@@ -141,6 +141,7 @@ OTHER_MODELS = {
         ({"diffusion_dim": 16}, "diffusion_dim"),
         ({"noise_std": 3.0}, "noise_std"),
         ({"carried_state": True, "rollout_evaluations": 2}, "carried_state"),
+        ({"warm_start": True}, "warm_start"),
         ({"base": "other"}, "base"),
     ],
     "lora_sft": [({"lora_rank": 8}, "lora_rank"), ({"lora_alpha": 5.0}, "lora_alpha")],
