@@ -32,11 +32,11 @@ def budget_accuracy(trainer: SFTTrainer, examples: Any, prefix: str) -> dict[str
     model = trainer.accelerator.unwrap_model(trainer.model)
     for start in range(0, len(mine), _BATCH):
         rows = mine[start : start + _BATCH]
-        ids, mask, wanted = padded(rows, trainer.processing_class.pad_token_id, args.device)
-        for place, budget in enumerate(budgets):
+        ids, mask, targets = padded(rows, trainer.processing_class.pad_token_id, args.device)
+        for number, budget in enumerate(budgets):
             with trainer.accelerator.autocast():
-                greedy = model.score(ids, mask, continuation_mask=wanted, sampler={"budget": budget}).greedy
-            sums[place] += torch.stack([(greedy & wanted).sum(), wanted.sum()]).to(sums)
+                greedy = model.score(ids, mask, continuation_mask=targets, sampler={"budget": budget}).greedy
+            sums[number] += torch.stack([(greedy & targets).sum(), targets.sum()]).to(sums)
     sums = trainer.accelerator.reduce(sums, "sum").cpu() if budgets else sums
     return {
         f"{prefix}accuracy_budget_{budget}": (hits / count).item()
@@ -59,13 +59,13 @@ def padded(
     """Token ids, attention mask and response mask (B, S), padded on the right."""
     width = max(len(row["input_ids"]) for row in rows)
     ids = torch.full((len(rows), width), pad)
-    mask, wanted = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
+    mask, targets = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
     for number, row in enumerate(rows):
         length = len(row["input_ids"])
         ids[number, :length] = torch.tensor(row["input_ids"])
         mask[number, :length] = 1
-        wanted[number, 1:length] = torch.tensor(row["labels"][1:]) != IGNORED
-    return ids.to(device), mask.to(device), wanted.to(device)
+        targets[number, 1:length] = torch.tensor(row["labels"][1:]) != IGNORED
+    return ids.to(device), mask.to(device), targets.to(device)
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def write_samples(trainer: SFTTrainer, examples: Any) -> None:
     with open(os.path.join(args.output_dir, "samples.jsonl"), "a", encoding="utf-8") as file:
         for example in first_examples(examples, args.eval_samples):
             ids, labels = example["input_ids"], example["labels"]
-            start = next(place for place, label in enumerate(labels) if label != IGNORED and place)
+            start = next(n for n, label in enumerate(labels) if label != IGNORED and n)
             line = {"step": trainer.state.global_step, "prompt": tokenizer.decode(ids[:start])}
             line["response"] = tokenizer.decode(ids[start:])
             prompt = torch.tensor([ids[:start]], device=args.device)

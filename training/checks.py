@@ -67,22 +67,22 @@ def check_recipe(
     data: DataArguments,
     training: L2DTrainingConfig,
     command: CommandArguments,
-    given: set[str],
+    set_options: set[str],
 ) -> None:
     """Refuse recipes that name what is not there or say something that would be ignored.
 
     Args:
-        given: names of the options that the recipe or the command line sets.
+        set_options: names of the options that the recipe or the command line sets.
 
     Raises `ValueError` with one sentence.
     """
     for name, remedy in ALWAYS_IGNORED.items():
-        if name in given:
+        if name in set_options:
             raise ValueError(f"{name} would be ignored: {remedy}.")
-    _refuse_foreign(model, given)
+    _refuse_foreign(model, set_options)
     options = {**vars(model), **vars(data), **vars(training)}
     for name, other in NEEDS.items():
-        if name in given and options[name] and not options[other]:
+        if name in set_options and options[name] and not options[other]:
             raise ValueError(f"{name} would be ignored: set {other} too, or leave it out.")
     _check_data(model, data, training)
     _check_loss_average(model, training)
@@ -90,19 +90,19 @@ def check_recipe(
         _check_l2d(model, data, training)
     check_batches(training)
     check_best_model(model.method, training)
-    check_sharding(model.method, given)
+    check_sharding(model.method, set_options)
     if not command.dry_run:  # it makes no logger, sends nothing, and may run where others cannot
         check_packages(training)
         check_hub(training)
 
 
-def _refuse_foreign(model: ModelArguments, given: set[str]) -> None:
+def _refuse_foreign(model: ModelArguments, set_options: set[str]) -> None:
     """Options of another method or variant."""
     foreign = set() if model.method == "l2d" else L2D_ONLY
     foreign = foreign | (set() if model.method == "lora_sft" else LORA_SFT_ONLY)
     if model.method == "full_sft" or (model.method == "l2d" and model.variant == "full"):
         foreign = foreign | {"lora_rank", "lora_alpha"}
-    if ignored := sorted(foreign & given):
+    if ignored := sorted(foreign & set_options):
         kind = "variant full" if model.method == "l2d" else f"method {model.method}"
         raise ValueError(
             f"{', '.join(ignored)} would be ignored by {kind}: leave out, which --{ignored[0]} null does for one of "
@@ -247,8 +247,8 @@ def check_objective(config: L2DConfig, args: L2DTrainingConfig) -> None:
         "time_power": args.time_power != 1,
         "min_noise": config.min_noise != 0,
     }
-    for name, given in useless.items():
-        if given:
+    for name, in_use in useless.items():
+        if in_use:
             value = config.min_noise if name == "min_noise" else getattr(args, name)
             raise ValueError(f"{name}={value} has no effect on a path without noise: leave it out, or noise_free.")
 
@@ -324,14 +324,14 @@ def sharded() -> bool:
     return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
-def check_sharding(method: str, given: set[str]) -> None:
+def check_sharding(method: str, set_options: set[str]) -> None:
     """What the launcher asks for is what the method can do."""
-    if asked := sorted({"fsdp", "fsdp_config", "deepspeed"} & given):
+    if launched := sorted({"fsdp", "fsdp_config", "deepspeed"} & set_options):
         raise ValueError(
-            f"{asked[0]} is the launcher's: leave it out and use accelerate launch --config_file with one of "
+            f"{launched[0]} is the launcher's: leave it out and use accelerate launch --config_file with one of "
             "training/accelerate_configs."
         )
-    if method == "l2d" and sharded() and "max_evaluations_per_pass" in given:
+    if method == "l2d" and sharded() and "max_evaluations_per_pass" in set_options:
         raise ValueError(
             "max_evaluations_per_pass would be ignored with sharding, where all evaluations go at once: leave it out."
         )
@@ -339,7 +339,7 @@ def check_sharding(method: str, given: set[str]) -> None:
         return
     if os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT") != "FULL_STATE_DICT":
         raise ValueError("fsdp_state_dict_type would leave no model in output_dir: set it to FULL_STATE_DICT.")
-    wanted = {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
-    for name, value in wanted.items():
+    required = {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
+    for name, value in required.items():
         if method == "l2d" and os.environ.get(name) != value:
             raise ValueError(f"{name.lower()}={os.environ.get(name)} does not go with method l2d: set it to {value}.")

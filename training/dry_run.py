@@ -160,10 +160,10 @@ def write_examples(path: str, tokenized: datasets.Dataset, tokenizer: Any) -> No
     """Write every example, in order: number in the file, text, texts of the targets, and why it is left out or null."""
     with writable(path), open(path, "w", encoding="utf-8") as file:
         file.write('{"examples": [')
-        for place, row in enumerate(tokenized):
+        for number, row in enumerate(tokenized):
             text, targets = target_texts(row, tokenizer)
             line = {"number": row["number"], "text": text, "targets": targets, "left_out": row["left_out"]}
-            file.write((",\n" if place else "\n") + json.dumps(line, ensure_ascii=False))
+            file.write((",\n" if number else "\n") + json.dumps(line, ensure_ascii=False))
         file.write("\n]}\n")
 
 

@@ -51,6 +51,6 @@ def split_targets(noised: NoisedTargets, most: int) -> list[NoisedTargets]:
     for group in groups:
         draw = slice(int(group[0]), int(group[-1]) + 1)
         for start in range(0, count, most):
-            wanted = valid & (number >= start) & (number < start + most)
-            pieces.append(noised.select(noised.index.masked_fill(~wanted, -1), draw))
+            chosen = valid & (number >= start) & (number < start + most)
+            pieces.append(noised.select(noised.index.masked_fill(~chosen, -1), draw))
     return pieces

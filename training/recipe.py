@@ -5,7 +5,7 @@
 
 A recipe may begin with `extends: FILE` (or a list of files), relative to itself, and then says only what differs.
 
-`null`, in YAML or as `--option null`, takes an option back, unless null is a value of its own.
+`null`, in YAML or as `--option null`, resets an option, unless null is a value of its own.
 
 Unknown names, wrong types, `--config=FILE` and files that are not there are one-sentence `ValueError`s, raised before
 anything heavy is imported where that is possible.
@@ -51,8 +51,8 @@ def read_recipe(arguments: list[str]) -> Recipe:
     settings |= dict.fromkeys(_take_nulls(rest))
     if not {"-h", "--help"} & set(rest):
         held = (name for name, value in settings.items() if value not in (None, ""))
-        given = {*held, *(_name_of(word) for word in rest if word.startswith("--"))}
-        _check_required(given)
+        set_options = {*held, *(_name_of(word) for word in rest if word.startswith("--"))}
+        _check_required(set_options)
 
     from trl import TrlParser
 
@@ -78,16 +78,16 @@ def read_recipe(arguments: list[str]) -> Recipe:
     model, data, training, command, stray = parser.parse_args_and_config(rest, return_remaining_strings=True)
     if stray:
         raise ValueError(f"{stray[0]!r} belongs to no option: leave it out (usage: {USAGE})")
-    given = set(settings)
+    set_options = set(settings)
     for word in rest:
         if word.startswith("--"):
             name = _name_of(word)
             name = name if name in hints else name.removeprefix("no_")
-            given.add(name)
+            set_options.add(name)
             value = next(getattr(part, name) for part in (model, data, training, command) if hasattr(part, name))
             settings[name] = value.value if isinstance(value, Enum) else value
     settings.pop("hub_token", None)  # what was set is saved beside the model
-    check_recipe(model, data, training, command, given)
+    check_recipe(model, data, training, command, set_options)
     return Recipe(model, data, training, command, settings)
 
 
@@ -110,16 +110,16 @@ def _split_config(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 def _take_nulls(words: list[str]) -> list[str]:
     """Remove every `--option null` (or `--option=null`) from `words`, and return the names of these options."""
     taken = []
-    for place in reversed(range(len(words))):
-        alone = place + 2 >= len(words) or words[place + 2].startswith("--")
-        if words[place].startswith("--") and words[place].endswith("=null"):
-            taken.append(_name_of(words.pop(place)))
-        elif words[place].startswith("--") and words[place + 1 : place + 2] == ["null"] and alone:
-            taken.append(_name_of(words[place]))
-            del words[place : place + 2]
+    for position in reversed(range(len(words))):
+        alone = position + 2 >= len(words) or words[position + 2].startswith("--")
+        if words[position].startswith("--") and words[position].endswith("=null"):
+            taken.append(_name_of(words.pop(position)))
+        elif words[position].startswith("--") and words[position + 1 : position + 2] == ["null"] and alone:
+            taken.append(_name_of(words[position]))
+            del words[position : position + 2]
     for word in words:
         if word.startswith("--") and _name_of(word) in taken:
-            raise ValueError(f"--{_name_of(word)} is set and taken back: keep one.")
+            raise ValueError(f"--{_name_of(word)} is set and reset: keep one.")
     return taken
 
 
@@ -178,9 +178,9 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _check_required(given: set[str]) -> None:
+def _check_required(set_options: set[str]) -> None:
     for name, what in REQUIRED.items():
-        if name not in given:
+        if name not in set_options:
             raise ValueError(f"{name} is not set: give a {what}, in the recipe or as --{name}.")
 
 

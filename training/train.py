@@ -3,7 +3,7 @@
     python -m training.train --config training/recipes/gsm8k_lora.yaml
     accelerate launch --config_file training/accelerate_configs/ddp.yaml -m training.train --config RECIPE.yaml
 
-Options on the command line (`--learning_rate 3e-5`) go before those of the recipe. What cannot be followed is refused
+Options on the command line (`--learning_rate 3e-5`) override those of the recipe. What cannot be followed is refused
 in one sentence with exit status 2, before the base is loaded; `--dry_run` shows what would be done and stops. A full
 disk ends the run with one sentence and status 1; the checkpoints before it stay as they are.
 What is left in `output_dir`:
@@ -258,8 +258,8 @@ def last_evaluation(trainer: Any) -> dict[str, float] | None:
     """What was measured after the last step, if anything was, of the weights that are kept."""
     if trainer.args.load_best_model_at_end:
         return None
-    found = [e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == trainer.state.global_step]
-    return {name: value for name, value in found[-1].items() if name != "step"} if found else None
+    evaluations = [e for e in trainer.state.log_history if "eval_loss" in e and e["step"] == trainer.state.global_step]
+    return {name: value for name, value in evaluations[-1].items() if name != "step"} if evaluations else None
 
 
 def save(trainer: Any, job: Job) -> None:

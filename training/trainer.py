@@ -334,10 +334,10 @@ def response_positions(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     Padding is -1 among the positions and 0 among the tokens; Q is at least 1.
     """
     following = labels[:, 1:]
-    wanted = following != -100
-    most = max(int(wanted.sum(1).max()), 1)
-    index = wanted.int().argsort(dim=1, descending=True, stable=True)[:, :most]
-    valid = wanted.gather(1, index)
+    is_target = following != -100
+    most = max(int(is_target.sum(1).max()), 1)
+    index = is_target.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+    valid = is_target.gather(1, index)
     targets = following.gather(1, index).masked_fill(~valid, 0)
     return index.masked_fill(~valid, -1), targets
 

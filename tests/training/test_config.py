@@ -206,7 +206,7 @@ def test_null_takes_an_option_back(recipe, tmp_path):
             read_recipe(["--config", lora, *name])
     with pytest.raises(ValueError, match="'lora_rnk'.*did you mean 'lora_rank'"):
         read_recipe(["--config", lora, "--lora_rnk", "null"])
-    with pytest.raises(ValueError, match="--draws is set and taken back: keep one"):
+    with pytest.raises(ValueError, match="--draws is set and reset: keep one"):
         read_recipe(["--config", lora, "--draws", "null", "--draws", "2"])
     child = tmp_path / "child.yaml"
     child.write_text("extends: recipe.yaml\nvariant: full\nlora_rank: null\nlora_alpha: null\nmax_steps: null\n")

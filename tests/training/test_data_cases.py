@@ -249,6 +249,15 @@ def test_what_is_skipped_is_said(tokenizer_for, settings, capsys):
     assert "not used are the columns source" in capsys.readouterr().out
 
 
+def test_completions_of_several_turns_are_said(tokenizer_for, settings):
+    """All of a completion is a target, as TRL has it; a user's turn among them is worth a word."""
+    turns = [{"role": role, "content": word} for role, word in zip(("user", "assistant") * 2, "abcd", strict=True)]
+    tokenizer, args = tokenizer_for("smollm2"), settings()
+    rows = datasets.Dataset.from_list([{"prompt": turns[:1], "completion": turns[1:]}])
+    tokenized = tokenize(rows, tokenizer, args, 4096, "train")
+    assert "1 completions hold turns that are not the assistant's" in keep(tokenized, args, 4096, "train")[1]
+
+
 def test_classes_are_compared_as_they_are_written(tmp_path):
     (tmp_path / "data.csv").write_text("prompt,completion,level\na:,b,01\na:,b,1\na:,b,None\n")
     data = DataArguments(

@@ -267,7 +267,7 @@ def test_choice_of_checkpoint(recipe, tmp_path):
     for setting in (str(last), "auto"):  # nothing is started afresh beside checkpoints that are whole
         with pytest.raises(ValueError, match="checkpoint-3 was saved with 1 process and 2 would not .*: launch 1,"):
             choose_checkpoint(setting, str(out), 2)
-    with pytest.raises(ValueError, match="no folder"):
+    with pytest.raises(ValueError, match="is not a directory"):
         choose_checkpoint(str(out / "checkpoint-9"), str(out), 1)
     clear_output_dir(str(out))
     assert choose_checkpoint("auto", str(out), 1)[0] is None

@@ -82,7 +82,7 @@ def test_resume_with_two_processes(tmp_path, settings):
     assert done.returncode == 0, done.stderr[-3000:]
     whole, losses, middle = weights(tmp_path / "out"), logged(tmp_path / "out"), tmp_path / "out" / "checkpoint-2"
     assert all((middle / f"rng_state_{rank}.pth").exists() for rank in range(2)), "two processes that train alone"
-    done = launch_two(["--config", str(path), "--resume_from_checkpoint", str(middle)])
+    done = launch_two(["--config", str(path), "--resume_from_checkpoint", str(best)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert same_bits(whole, weights(tmp_path / "out")) and losses == logged(tmp_path / "out")
     refused = launch_two(["--config", str(path)])
@@ -200,9 +200,9 @@ def test_sharded_training_equals_one_process(tmp_path, settings, method):
     settings |= {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3}
     script = tmp_path / "on_cpus.py"
     script.write_text(ON_CPUS)
-    two = settings | {"output_dir": tmp_path / "two", "save_strategy": "steps", "save_steps": 2}
-    if method == "l2d":  # the largest loss, which is not the last one's
-        two |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    two = settings | {"output_dir": tmp_path / "two", "save_strategy": "steps", "save_steps": 1}
+    if method == "l2d":  # the smallest loss, which is not the last one's
+        two |= {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
     path = write_recipe(tmp_path / "two.yaml", **two)
     done = launch_two(["--config", str(path)], script, config)
     assert done.returncode == 0 and "sharded: True" in done.stdout, done.stderr[-3000:]
@@ -210,7 +210,7 @@ def test_sharded_training_equals_one_process(tmp_path, settings, method):
     alone = train_in_process(["--config", str(write_recipe(tmp_path / "one.yaml", **one))], code=ON_CPUS)
     assert alone.returncode == 0 and "sharded: False" in alone.stdout, alone.stderr[-3000:]
     assert logged(tmp_path / "two") == pytest.approx(logged(tmp_path / "one"), abs=1e-5)
-    middle, last = (tmp_path / "two" / f"checkpoint-{step}" for step in (2, 3))
+    best, last = (tmp_path / "two" / f"checkpoint-{step}" for step in (1, 3))
     whole = weights(last if method == "l2d" else tmp_path / "two")
     assert whole.keys() == weights(tmp_path / "one").keys()
     for name, tensor in weights(tmp_path / "one").items():
@@ -219,16 +219,16 @@ def test_sharded_training_equals_one_process(tmp_path, settings, method):
         return
     losses = logged(tmp_path / "two", "eval_loss")
     assert losses == pytest.approx(logged(tmp_path / "one", "eval_loss"), abs=2e-3)  # other batches round otherwise
-    assert losses[2] == max(losses.values()) and same_bits(weights(tmp_path / "two"), weights(middle))
+    assert losses[1] == min(losses.values()) and same_bits(weights(tmp_path / "two"), weights(best))
     assert not any("base" in name for name in whole)
-    assert not list(middle.glob("pytorch_model*")), "accelerate's copy of the model would hold the base"
+    assert not list(best.glob("pytorch_model*")), "accelerate's copy of the model would hold the base"
     L2DForCausalLM.from_pretrained(tmp_path / "two")
-    with pytest.raises(Interrupted, match="checkpoint-2 was saved with FSDP, this run has no sharding"):
-        check_sharding_of(str(middle), "no sharding")
+    with pytest.raises(Interrupted, match="checkpoint-1 was saved with FSDP, this run has no sharding"):
+        check_sharding_of(str(best), "no sharding")
     shutil.rmtree(last)
-    done = launch_two(["--config", str(path), "--resume_from_checkpoint", str(middle)], script, config)
+    done = launch_two(["--config", str(path), "--resume_from_checkpoint", str(best)], script, config)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert same_bits(whole, weights(last)) and same_bits(weights(tmp_path / "two"), weights(middle))
+    assert same_bits(whole, weights(last)) and same_bits(weights(tmp_path / "two"), weights(best))
 
 
 SHARDED_ENVIRONMENT = {

@@ -232,6 +232,6 @@ def test_a_training_that_begins_twice_gives_the_signal_back():
     before, stop = signal.getsignal(signal.SIGTERM), StopOnSignal(None)
     stop.on_train_begin()
     stop.on_train_begin()
-    assert signal.getsignal(signal.SIGTERM) == stop._ask
+    assert signal.getsignal(signal.SIGTERM) == stop._request
     stop.on_train_end()
     assert signal.getsignal(signal.SIGTERM) == before

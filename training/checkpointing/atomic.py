@@ -230,8 +230,8 @@ def _followed(args: TrainingArguments, *names: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of any kind: optimizers and schedules are packages of others
-        given = ", ".join(f"{name}={getattr(value := getattr(args, name), 'value', value)}" for name in names)
-        raise Interrupted(f"{given} cannot be followed: {str(error).rstrip('.')}; correct these options.") from error
+        options = ", ".join(f"{name}={getattr(value := getattr(args, name), 'value', value)}" for name in names)
+        raise Interrupted(f"{options} cannot be followed: {str(error).rstrip('.')}; correct these options.") from error
 
 
 class _Beginning(TrainerCallback):
@@ -252,16 +252,16 @@ class StopOnSignal(TrainerCallback):
     """
 
     def __init__(self, trainer: SafeCheckpoints):
-        self.trainer, self.asked, self.stopped = trainer, False, False
+        self.trainer, self.requested, self.stopped = trainer, False, False
         self.before: Any = None  # what SIGTERM did before
 
-    def _ask(self, *args: Any) -> None:
-        self.asked = True
+    def _request(self, *args: Any) -> None:
+        self.requested = True
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         """From here on there is something to lose. Signals reach the main thread only."""
         if self.before is None and threading.current_thread() is threading.main_thread():
-            self.before = signal.signal(signal.SIGTERM, self._ask)
+            self.before = signal.signal(signal.SIGTERM, self._request)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         """The final evaluation and saving may be interrupted: the last checkpoint is there."""
@@ -273,10 +273,10 @@ class StopOnSignal(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Stop where all processes agree that one was asked to; evaluation is left out, time may be short."""
-        asked = torch.tensor(float(self.asked), device=args.device)
+        requested = torch.tensor(float(self.requested), device=args.device)
         if args.world_size > 1:
-            asked = self.trainer.accelerator.reduce(asked, "sum")
-        if asked.item() and state.global_step < state.max_steps:
+            requested = self.trainer.accelerator.reduce(requested, "sum")
+        if requested.item() and state.global_step < state.max_steps:
             self.stopped = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
         return control

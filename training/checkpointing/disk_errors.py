@@ -40,8 +40,8 @@ def disk_failure(error: BaseException) -> str | None:
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _DISK:
             return seen.strerror
-        if found := re.search(r"I/O error: (.+?) \(os error (\d+)\)", _text(seen)):
-            return found[1] if int(found[2]) in _DISK else None
+        if match := re.search(r"I/O error: (.+?) \(os error (\d+)\)", _text(seen)):
+            return match[1] if int(match[2]) in _DISK else None
         seen = seen.__cause__ or seen.__context__
     in_archive = any(words in _text(error) for words in ("inline_container", "iostream error", "PytorchStreamWriter"))
     return "a file could not be written to its end" if in_archive else None

@@ -56,7 +56,7 @@ def choose_checkpoint(setting: str | bool | None, output_dir: str, processes: in
         return None, None
     if not isinstance(setting, bool) and setting not in ("true", "True", "auto"):
         if not os.path.isdir(setting):
-            raise ValueError(f"resume_from_checkpoint={setting!r} is no folder: name a checkpoint, true or auto.")
+            raise ValueError(f"resume_from_checkpoint={setting!r} is not a directory: name a checkpoint, true or auto.")
         if lacking := missing_parts(setting):
             raise ValueError(
                 f"resume_from_checkpoint={setting!r} is incomplete and would not resume exactly, it lacks "
@@ -72,10 +72,10 @@ def choose_checkpoint(setting: str | bool | None, output_dir: str, processes: in
         _check_processes(folder, processes)
         why = f"; skipped {', '.join(skipped)}" if skipped else ""
         return folder, f"resuming from {folder}, the newest complete checkpoint{why}"
-    found = f"only incomplete ones: {', '.join(skipped)}" if skipped else "none"
+    held = f"only incomplete ones: {', '.join(skipped)}" if skipped else "none"
     if setting == "auto":
-        return None, f"no complete checkpoint in {output_dir} ({found}): starting from the beginning"
-    raise ValueError(f"resume_from_checkpoint=True needs a complete checkpoint in {output_dir!r}, which holds {found}.")
+        return None, f"no complete checkpoint in {output_dir} ({held}): starting from the beginning"
+    raise ValueError(f"resume_from_checkpoint=True needs a complete checkpoint in {output_dir!r}, which holds {held}.")
 
 
 def _checkpoints(output_dir: str) -> list[str]:
@@ -99,11 +99,11 @@ def _check_processes(checkpoint: str, processes: int) -> None:
 
 def check_sharding_of(checkpoint: str, sharding: str) -> None:
     """Raise `Interrupted` if `checkpoint` was saved with another `sharding` (no sharding, FSDP, DeepSpeed)."""
-    found = [how for name, how in _OPTIMIZERS.items() if glob.glob(os.path.join(glob.escape(checkpoint), name))]
-    if found and sharding not in found:
+    saved_with = [how for name, how in _OPTIMIZERS.items() if glob.glob(os.path.join(glob.escape(checkpoint), name))]
+    if saved_with and sharding not in saved_with:
         raise Interrupted(
-            f"resume_from_checkpoint: {checkpoint} was saved with {found[0]}, this run has {sharding} and cannot read "
-            "its optimizer: launch it as then, or choose another output_dir."
+            f"resume_from_checkpoint: {checkpoint} was saved with {saved_with[0]}, this run has {sharding} and cannot "
+            "read its optimizer: launch it as then, or choose another output_dir."
         )
 
 
@@ -240,15 +240,15 @@ def clear_unfinished(output_dir: str) -> None:
 
 def write_checksums(folder: str) -> None:
     """Bring all files below `folder` to the disk and note their SHA-256 in `checksums.json`."""
-    found = {}
-    for place, _, names in os.walk(folder):
+    checksums = {}
+    for directory, _, names in os.walk(folder):
         for name in sorted(names):
-            path = os.path.join(place, name)
+            path = os.path.join(directory, name)
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-            found[os.path.relpath(path, folder)] = _checksum(path)
+            checksums[os.path.relpath(path, folder)] = _checksum(path)
     with open(os.path.join(folder, CHECKSUMS), "w", encoding="utf-8") as file:
-        json.dump(found, file, indent=1)
+        json.dump(checksums, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
 

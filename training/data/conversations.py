@@ -36,66 +36,66 @@ def as_turns(messages: Any, typed: bool = False) -> list[dict[str, Any]]:
     turns = [] if messages is None else messages
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"must hold lists of turns with role and content, and holds {messages!r:.80}")
-    return [_turn(turn, place, typed) for place, turn in enumerate(turns, 1)]
+    return [_turn(turn, position, typed) for position, turn in enumerate(turns, 1)]
 
 
-def _turn(turn: dict[str, Any], place: int, typed: bool) -> dict[str, Any]:
+def _turn(turn: dict[str, Any], position: int, typed: bool) -> dict[str, Any]:
     turn = {name: value for name, value in turn.items() if value is not None or name in ("content", "value")}
     if "from" in turn:
         speaker = turn.pop("from")
         if speaker not in _SPEAKERS:
             known = ", ".join(_SPEAKERS)
             raise ValueError(
-                f"turn {place} is from {speaker!r}, which is not known: rename the speaker to one of {known}"
+                f"turn {position} is from {speaker!r}, which is not known: rename the speaker to one of {known}"
             )
         turn = {**turn, "role": _SPEAKERS[speaker], "content": turn.pop("value", None)}
     calls = turn.get("tool_calls") or None
     if not isinstance(turn.get("role"), str) or ("content" not in turn and not calls):
-        raise ValueError(f"must hold lists of turns with role and content, and turn {place} is {turn!r:.80}")
+        raise ValueError(f"must hold lists of turns with role and content, and turn {position} is {turn!r:.80}")
     for name in _IGNORED:
         if name in turn:
-            raise ValueError(f"turn {place} has {name!r}, which would not be followed: leave the key out")
+            raise ValueError(f"turn {position} has {name!r}, which would not be followed: leave the key out")
     others = {k: plain(v, typed) for k, v in turn.items() if k not in ("role", "content", "tool_calls", "value")}
-    content = _content(turn.get("content"), place, typed)
+    content = _content(turn.get("content"), position, typed)
     checked = {"role": turn["role"], "content": content, **others}
     if calls is not None:
-        checked["tool_calls"] = [_call(call, place, typed) for call in _listed(calls, place)]
+        checked["tool_calls"] = [_call(call, position, typed) for call in _listed(calls, position)]
     return checked
 
 
-def _content(value: Any, place: int, typed: bool) -> str:
+def _content(value: Any, position: int, typed: bool) -> str:
     """Text, or parts of text joined."""
     if isinstance(value, list):
-        return "".join(_part(part, place, typed) for part in value)
+        return "".join(_part(part, position, typed) for part in value)
     try:
         return text_of(value, typed)
     except ValueError as error:
-        raise ValueError(f"turn {place}: its content {error}") from error
+        raise ValueError(f"turn {position}: its content {error}") from error
 
 
-def _part(part: Any, place: int, typed: bool) -> str:
+def _part(part: Any, position: int, typed: bool) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     others = (
         [n for n, v in part.items() if v is not None and n not in ("type", "text")] if isinstance(part, dict) else []
     )
     if not isinstance(part, dict) or kind not in _TEXT_PARTS or not isinstance(part.get("text"), str) or others:
         raise ValueError(
-            f"turn {place}: its content has the part {part!r:.60}, which is not text: only "
+            f"turn {position}: its content has the part {part!r:.60}, which is not text: only "
             "parts of type text are trained on"
         )
     return text_of(part["text"], typed)
 
 
-def _listed(calls: Any, place: int) -> list[Any]:
+def _listed(calls: Any, position: int) -> list[Any]:
     if not isinstance(calls, list):
-        raise ValueError(f"turn {place}: tool_calls must be a list, and is {calls!r:.60}")
+        raise ValueError(f"turn {position}: tool_calls must be a list, and is {calls!r:.60}")
     return calls
 
 
-def _call(call: Any, place: int, typed: bool) -> dict[str, Any]:
+def _call(call: Any, position: int, typed: bool) -> dict[str, Any]:
     function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise ValueError(f"turn {place}: the tool call {call!r:.60} names no function: give name and arguments")
+        raise ValueError(f"turn {position}: the tool call {call!r:.60} names no function: give name and arguments")
     return plain(call, typed)
 
 
@@ -110,9 +110,9 @@ def unrolled(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
     Skipped are turns that say nothing, and one with which the conversation begins, which has no prompt.
     """
     pairs = [
-        {"prompt": turns[:place], "completion": [turn]}
-        for place, turn in enumerate(turns)
-        if place > 0 and answers(turn)
+        {"prompt": turns[:position], "completion": [turn]}
+        for position, turn in enumerate(turns)
+        if position > 0 and answers(turn)
     ]
     return pairs, sum(turn["role"] == "assistant" for turn in turns) - len(pairs)
 

@@ -125,8 +125,8 @@ def plan_of(
 
 
 def _class_map(data: DataArguments) -> dict[str | None, str] | None:
-    given = mapping("guidance_map", data.guidance_map)
-    return None if given is None else {key_of(value): name for value, name in given.items()}
+    named = mapping("guidance_map", data.guidance_map)
+    return None if named is None else {key_of(value): name for value, name in named.items()}
 
 
 def _columns(data: DataArguments, available: list[str]) -> dict[str, str]:
@@ -134,14 +134,16 @@ def _columns(data: DataArguments, available: list[str]) -> dict[str, str]:
     columns = dict(mapping("columns", data.columns) or {})
     for target, source in columns.items():
         _check_column(target, source, available)
-    asked = [kind for kind in _KINDS if set(kind) & columns.keys()]
-    if len(asked) > 1:
-        first, second = (" or ".join(name for name in TARGETS if name in kind) for kind in asked[:2])
+    named_kinds = [kind for kind in _KINDS if set(kind) & columns.keys()]
+    if len(named_kinds) > 1:
+        first, second = (" or ".join(name for name in TARGETS if name in kind) for kind in named_kinds[:2])
         raise ValueError(f"columns makes both {first} and {second}, of which one is used: keep one.")
     if not columns and "messages" not in available and "conversations" in available:
         columns["messages"] = "conversations"  # ShareGPT's
     known = {name: name for name in available if name in TARGETS} | columns
-    kinds = [_CONVERSATION] if data.unroll and "messages" in known and _PLAIN not in asked else asked or _KINDS
+    kinds = (
+        [_CONVERSATION] if data.unroll and "messages" in known and _PLAIN not in named_kinds else named_kinds or _KINDS
+    )
     whole = [kind for kind in kinds if known.keys() >= set(kind)]
     if not whole:
         raise ValueError(
@@ -204,31 +206,35 @@ def as_examples(rows: Any, name: str, processes: int | None) -> Any:
 
 
 def _examples(batch: dict[str, list[Any]], indices: list[int], plan: Plan) -> dict[str, list[Any]]:
-    made: dict[str, list[Any]] = {"source": [], "number": [], "example": [], "left_out": []}
+    table: dict[str, list[Any]] = {"source": [], "number": [], "example": [], "left_out": []}
     if plan.classes or plan.class_number:
-        made["guidance_class"] = []
-    for place, index in enumerate(indices):
+        table["guidance_class"] = []
+    for position, index in enumerate(indices):
         if plan.typed:
-            row = {name: values[place] for name, values in batch.items()}
+            row = {name: values[position] for name, values in batch.items()}
             source, number = plan.source, plan.first + index + 1
         else:
-            row, source, number = parse_json(batch["row"][place]), batch["source"][place], batch["number"][place]
+            row, source, number = (
+                parse_json(batch["row"][position]),
+                batch["source"][position],
+                batch["number"][position],
+            )
         if plan.subset is not None:
             row[SUBSET] = plan.subset
         try:
             reason = _excluded(row, plan.exclude)
             examples, reason = ([{}], reason) if reason else _of_row(row, plan)
-            class_number = _class_of(row, plan) if "guidance_class" in made else None
+            class_number = _class_of(row, plan) if "guidance_class" in table else None
         except ValueError as error:
             raise DataError(f"{source}, example {number}, {str(error).rstrip('.')}.") from error
         for example in examples:
-            made["source"].append(source)
-            made["number"].append(number)
-            made["example"].append(json.dumps(example))
-            made["left_out"].append(reason)
-            if "guidance_class" in made:
-                made["guidance_class"].append(class_number)
-    return made
+            table["source"].append(source)
+            table["number"].append(number)
+            table["example"].append(json.dumps(example))
+            table["left_out"].append(reason)
+            if "guidance_class" in table:
+                table["guidance_class"].append(class_number)
+    return table
 
 
 def _excluded(row: dict[str, Any], exclude: dict[str, list[Any]]) -> str | None:

@@ -109,8 +109,8 @@ class DataArguments:
         if not isinstance(self.dataset, list):
             return [(self, None)]
         parts = []
-        for place, entry in enumerate(self.dataset, 1):
-            where = f"dataset, entry {place}"
+        for number, entry in enumerate(self.dataset, 1):
+            where = f"dataset, entry {number}"
             if not isinstance(entry, dict) or not isinstance(entry.get("dataset"), str):
                 raise ValueError(f"{where}: {entry!r:.60} must be a mapping with the key dataset.")
             for key in entry:

@@ -75,6 +75,7 @@ def _told(notes: Counter, limit: int) -> list[str]:
         "inside": "{:,} prompts end inside what would be one token (begin completions, not end prompts, with a space)",
         "trimmed": "{:,} examples lose white space at the ends of answers to the chat template",
         "silent": "{:,} examples have turns of the assistant that say nothing, which are not trained on",
+        "others": "{:,} completions hold turns that are not the assistant's, which are targets too (use messages)",
         "skipped": "{:,} turns of the assistant are skipped by unroll: they say nothing, or begin a conversation",
         "plain": "plain text, of which every token but an example's first is a target",
     }

@@ -4,7 +4,7 @@
 - `render_pair`: a prompt and a completion that are lists of turns
 
 What a template leaves out or prints otherwise is refused: `render` compares every turn with the text. Where a template
-has no `{% generation %}` marks, a turn's place follows from what the template writes without it.
+has no `{% generation %}` marks, a turn's position follows from what the template writes without it.
 """
 
 import dataclasses
@@ -108,7 +108,7 @@ def render(
     """
     template = _template(tokenizer, example)
     turns, text, marks = _written(template, turns, bool(_MARK.search(template.source)) and not every_turn)
-    trained = [place for place, turn in enumerate(turns) if every_turn or answers(turn)]
+    trained = [position for position, turn in enumerate(turns) if every_turn or answers(turn)]
     silent = sum(turn["role"] == "assistant" and not answers(turn) for turn in turns)
     _check_context(template, turns, text, trained)
     if every_turn:
@@ -116,11 +116,12 @@ def render(
     elif _MARK.search(template.source):
         spans = _marked(turns, marks)
     else:
-        spans = [_place(template, turns, text, place) for place in trained]
+        spans = [_place(template, turns, text, position) for position in trained]
     _check_trained(template, turns, text, spans, trained)
     own = len(spans) == len(trained)
     trimmed = any(
-        turns[place]["content"] not in (text[slice(*spans[n])] if own else text) for n, place in enumerate(trained)
+        turns[position]["content"] not in (text[slice(*spans[n])] if own else text)
+        for n, position in enumerate(trained)
     )
     return Rendered(text, spans, trimmed, 0 if every_turn else silent, unused=_unused(template, turns))
 
@@ -141,10 +142,10 @@ def render_pair(
         before = text[: _start(template, turns, text, 0) or 0]
     start, end = len(os.path.commonprefix([before, text])), _without_tail(template, text, len(text))
     spans = [(0 if whole else start, end)]
-    trained = [place for place in range(len(turns)) if whole or place >= len(prompt)]
+    trained = [position for position in range(len(turns)) if whole or position >= len(prompt)]
     _check_context(template, turns, text, trained)
     _check_trained(template, turns, text, spans, trained)
-    trimmed = any(turns[place]["content"] not in text for place in trained)
+    trimmed = any(turns[position]["content"] not in text for position in trained)
     return Rendered(text[:end], spans, trimmed, 0, start < len(before), _unused(template, turns))
 
 
@@ -194,24 +195,27 @@ def _marked(turns: list[dict[str, Any]], marks: list[tuple[int, int]]) -> list[t
 
 def _check_context(template: _Template, turns: list[dict[str, Any]], text: str, trained: list[int]) -> None:
     """Turns that are not trained on, and tools, stand in the text. Raises `ValueError`."""
-    for place, turn in enumerate(turns):
-        if place in trained or not turn["content"]:
+    for position, turn in enumerate(turns):
+        if position in trained or not turn["content"]:
             continue
         missing = find_turn(turn, text, history=True)
-        if missing is None and len(turn["content"]) < _SHORT and not _writes(template, turns, place):
+        if missing is None and len(turn["content"]) < _SHORT and not _writes(template, turns, position):
             missing = turn["content"]
         if missing is not None:
-            raise ValueError(_left_out("a turn's text", missing, place, "leave it out"))
+            raise ValueError(_left_out("a turn's text", missing, position, "leave it out"))
     for tool in template.tools or ():
         name = _function(tool).get("name") if isinstance(tool, dict) else None
         if name is not None and str(name) not in text:
             raise ValueError(f"the chat template leaves out the tool {name!r}: remove tools, or set chat_template_path")
 
 
-def _writes(template: _Template, turns: list[dict[str, Any]], place: int) -> bool:
+def _writes(template: _Template, turns: list[dict[str, Any]], position: int) -> bool:
     """Whether another content of the turn would be written: a short one may stand elsewhere by chance."""
     try:
-        return _PROBE in template.write([*turns[:place], {**turns[place], "content": _PROBE}, *turns[place + 1 :]])[0]
+        return (
+            _PROBE
+            in template.write([*turns[:position], {**turns[position], "content": _PROBE}, *turns[position + 1 :]])[0]
+        )
     except ValueError:  # the template wants a content of this kind
         return True
 
@@ -222,19 +226,19 @@ def _check_trained(
     """What is trained on stands in the trained part of the text, beside its special tokens. Raises `ValueError`."""
     parts = [text[start:end] for start, end in spans]
     own = len(spans) == len(trained)
-    for number, place in enumerate(trained):
+    for number, position in enumerate(trained):
         part = parts[number] if own else "".join(parts)
         for end in template.ends:
-            part = part if end in str(turns[place]) else part.replace(end, "")
-        missing = find_turn(turns[place], part, history=False)
+            part = part if end in str(turns[position]) else part.replace(end, "")
+        missing = find_turn(turns[position], part, history=False)
         if missing is not None:
-            remedy = "set unroll: true" if place + 1 < len(turns) else "leave it out"
-            raise ValueError(_left_out("what is to be trained on", missing, place, remedy))
+            remedy = "set unroll: true" if position + 1 < len(turns) else "leave it out"
+            raise ValueError(_left_out("what is to be trained on", missing, position, remedy))
 
 
-def _left_out(what: str, missing: str, place: int, remedy: str) -> str:
+def _left_out(what: str, missing: str, position: int, remedy: str) -> str:
     return (
-        f"the chat template leaves out {what}, {missing!r:.60} of turn {place + 1}: {remedy}, or set "
+        f"the chat template leaves out {what}, {missing!r:.60} of turn {position + 1}: {remedy}, or set "
         "chat_template_path to a template that writes it"
     )
 
@@ -242,34 +246,34 @@ def _left_out(what: str, missing: str, place: int, remedy: str) -> str:
 # ---- where a turn is, without marks --------------------------------------------------------------------------------
 
 
-def _place(template: _Template, turns: list[dict[str, Any]], text: str, place: int) -> tuple[int, int]:
+def _place(template: _Template, turns: list[dict[str, Any]], text: str, position: int) -> tuple[int, int]:
     """The range of a turn, from what the generation prompt ends with to the end of the turn. Raises `ValueError`."""
-    start = _start(template, turns, text, place)
-    until, _ = template.write(turns[: place + 1])
+    start = _start(template, turns, text, position)
+    until, _ = template.write(turns[: position + 1])
     if text.startswith(until) and start is not None:
         return start, _without_tail(template, text, len(until))
     # The template writes a turn otherwise when others follow: look where an answer of another text would stand.
-    other = [*turns[:place], {"role": "assistant", "content": _PROBE}, *turns[place + 1 :]]
+    other = [*turns[:position], {"role": "assistant", "content": _PROBE}, *turns[position + 1 :]]
     before, _, after = template.write(other)[0].partition(_PROBE)
-    tail = template.write(other[: place + 1])[0].partition(_PROBE)[2]
+    tail = template.write(other[: position + 1])[0].partition(_PROBE)[2]
     opening = _opening(template, text)
     if start is None and opening and opening in before:
         start = before.rindex(opening) + len(opening)
     if start is None or not text.endswith(after) or not after.startswith(tail) or start > len(text) - len(after):
         raise ValueError(
-            f"the chat template does not mark the assistant's turns, and turn {place + 1} cannot be found in what it "
-            "writes: set chat_template_path to a template with {% generation %} around them, or unroll: true"
+            f"the chat template does not mark the assistant's turns, and turn {position + 1} cannot be found in what "
+            "it writes: set chat_template_path to a template with {% generation %} around them, or unroll: true"
         )
     return start, _without_tail(template, text, len(text) - len(after) + len(tail))
 
 
-def _start(template: _Template, turns: list[dict[str, Any]], text: str, place: int) -> int | None:
-    if place == 0:
+def _start(template: _Template, turns: list[dict[str, Any]], text: str, position: int) -> int | None:
+    if position == 0:
         return None if (opening := _opening(template, text)) is None else text.index(opening) + len(opening)
-    before, _ = template.write(turns[:place], add_generation_prompt=True)
+    before, _ = template.write(turns[:position], add_generation_prompt=True)
     if text.startswith(before):
         return len(before)
-    plainly, _ = template.write(turns[:place])
+    plainly, _ = template.write(turns[:position])
     opening = before[len(os.path.commonprefix([before, plainly])) :]
     return len(plainly) + len(opening) if opening and text.startswith(plainly + opening) else None
 
@@ -277,8 +281,8 @@ def _start(template: _Template, turns: list[dict[str, Any]], text: str, place: i
 def _opening(template: _Template, text: str) -> str | None:
     """What a generation prompt adds to a conversation, where it stands in `text`."""
     turns = [{"role": "user", "content": _PROBE}]
-    asked, plainly = template.write(turns, add_generation_prompt=True)[0], template.write(turns)[0]
-    opening = asked[len(plainly) :] if asked.startswith(plainly) else ""
+    opened, plainly = template.write(turns, add_generation_prompt=True)[0], template.write(turns)[0]
+    opening = opened[len(plainly) :] if opened.startswith(plainly) else ""
     return opening if opening and opening in text else None
 
 

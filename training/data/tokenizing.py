@@ -141,7 +141,9 @@ def _tokenized(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, settings
 
 def _length_without_end(labels: list[int], ends: set[int]) -> int:
     """Tokens up to the last target that is not an end-of-sequence token."""
-    return max((place + 1 for place, label in enumerate(labels) if label != IGNORED and label not in ends), default=0)
+    return max(
+        (position + 1 for position, label in enumerate(labels) if label != IGNORED and label not in ends), default=0
+    )
 
 
 def _check_loss(settings: _Settings, example: dict[str, Any]) -> None:
@@ -187,7 +189,9 @@ def _tokens(
     whole = settings.completion_only is False or (settings.completion_only is None and settings.assistant_only is False)
     if not any(turn["content"] or turn.get("tool_calls") for turn in completion):
         return _untrained(tokenizer, [*prompt, *completion], example)
-    return _of_spans(tokenizer, render_pair(tokenizer, prompt, completion, example, whole), settings)
+    tokens, labels, notes = _of_spans(tokenizer, render_pair(tokenizer, prompt, completion, example, whole), settings)
+    others = not whole and any(turn["role"] != "assistant" for turn in completion)
+    return tokens, labels, [*notes, "others"] if others else notes
 
 
 def _untrained(
@@ -242,12 +246,12 @@ def _of_spans(
     """Tokens of a rendered conversation; targets are those that share a character with a trained range."""
     if not tokenizer.is_fast:
         raise ValueError("conversations need a fast tokenizer, which knows where its tokens stand in the text")
-    tokens, offsets = _apart(tokenizer, rendered.text, {place for span in rendered.spans for place in span})
+    tokens, offsets = _apart(tokenizer, rendered.text, {position for span in rendered.spans for position in span})
     labels = [IGNORED] * len(tokens)
     for start, end in rendered.spans:
-        for place, (first, last) in enumerate(offsets):
+        for position, (first, last) in enumerate(offsets):
             if first < end and last > start:
-                labels[place] = tokens[place]
+                labels[position] = tokens[position]
     for start, end in rendered.spans:
         _check_decoded(tokenizer, rendered.text[start:end], labels)
     ends = {tokenizer.eos_token_id, *settings.base.ends}
@@ -303,13 +307,13 @@ def target_texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> tup
 
 def runs_of(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
     """The decoded text of every run of tokens that are trained on, or are not, and whether they are."""
-    ids, marked = row["input_ids"], [place > 0 and label != IGNORED for place, label in enumerate(row["labels"])]
+    ids, marked = row["input_ids"], [position > 0 and label != IGNORED for position, label in enumerate(row["labels"])]
     runs, start, before = [], 0, ""
-    for place in range(1, len(ids) + 1):
-        if place == len(ids) or marked[place] != marked[start]:
+    for position in range(1, len(ids) + 1):
+        if position == len(ids) or marked[position] != marked[start]:
             # As it stands after what comes before: decoders strip a first space.
-            until = _decode(tokenizer, ids[:place])
-            alone = _decode(tokenizer, ids[start:place])
+            until = _decode(tokenizer, ids[:position])
+            alone = _decode(tokenizer, ids[start:position])
             runs.append((until[len(before) :] if until.startswith(before) else alone, marked[start]))
-            start, before = place, until
+            start, before = position, until
     return runs
