@@ -82,7 +82,7 @@ def test_resume_with_two_processes(tmp_path, settings):
     assert done.returncode == 0, done.stderr[-3000:]
     whole, losses, middle = weights(tmp_path / "out"), logged(tmp_path / "out"), tmp_path / "out" / "checkpoint-2"
     assert all((middle / f"rng_state_{rank}.pth").exists() for rank in range(2)), "two processes that train alone"
-    done = launch_two(["--config", str(path), "--resume_from_checkpoint", str(best)])
+    done = launch_two(["--config", str(path), "--resume_from_checkpoint", str(middle)])
     assert done.returncode == 0, done.stderr[-3000:]
     assert same_bits(whole, weights(tmp_path / "out")) and losses == logged(tmp_path / "out")
     refused = launch_two(["--config", str(path)])
