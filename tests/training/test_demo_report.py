@@ -30,7 +30,8 @@ from training.demo.workspace import open_workspace
 PROBLEMS = 400
 PRODUCTS = {"base": 0.50, "l2d-1": 0.50, "l2d-3": 0.52, "l2d-7": 0.88, "l2d-15": 0.93, "l2d-31": 0.94, "l2d_once": 0.93,
             "corrupted-3": 0.80, "corrupted-7": 0.93, "corrupted-15": 0.96, "corrupted-31": 0.955,
-            "corrupted_once": 0.85, "noise_free": 0.99, "lora_sft": 0.99, "full_sft": 1.00}  # fmt: skip
+            "corrupted_once": 0.85, "warm-3": 0.7, "warm-7": 0.9,
+            "warm-15": 0.95, "warm-31": 0.95, "warm_once": 0.95, "noise_free": 0.99, "lora_sft": 0.99, "full_sft": 1.00}  # fmt: skip
 SUMS = {name: 1.0 for name in PRODUCTS} | {"l2d-15": 0.8, "lora_sft": 0.1, "full_sft": 0.0}
 SECONDS = {"l2d": 0.07, "corrupted": 0.07, "noise_free": 0.028, "lora_sft": 0.042, "full_sft": 0.035}
 
@@ -85,7 +86,7 @@ def interval(values):
 def test_table_by_scipy(results):
     header, *lines = table(read_demo(results))
     assert header == ["method", "T", *(f"{task}, {how}" for task in ("products", "sums") for how in DECODINGS)]
-    assert len(lines) == len(SETTINGS) == 15
+    assert len(lines) == len(SETTINGS) == 20
     for setting, line in zip(SETTINGS, lines, strict=True):
         cells = []
         for task, decoding in itertools.product(TASKS, DECODINGS):
@@ -93,7 +94,7 @@ def test_table_by_scipy(results):
             low, high = interval(values)
             cells.append(f"{values.mean():.3f} [{low:.3f}, {high:.3f}]")
         assert line[1:] == [str(setting.budget), *cells]
-    assert lines[10][0] == "control: one evaluation, L2D, t = 0.02"
+    assert lines[14][0] == "control: one evaluation, L2D, t = 0.02"
 
 
 def test_differences_by_scipy(results):
@@ -214,4 +215,4 @@ def test_report_leaves_all_files(tmp_path, capsys, monkeypatch):
     assert (out / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     assert all(str(out / name) in printed for name in ("report.md", "accuracy.png", "leaderboard.html"))
     assert terminal_table(read) in printed and traced == [changed_prompt(read)]
-    assert len(BUDGETS) == 5 and len(CURVES) == 2
+    assert len(BUDGETS) == 5 and len(CURVES) == 3

@@ -141,7 +141,7 @@ def test_step_without_its_output_has_failed(tmp_path):
         run_steps([python_step("lazy", "pass", tmp_path / "nothing")], workspace, {}, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["l2d", "corrupted", "noise_free", "lora_sft", "full_sft"])
+@pytest.mark.parametrize("name", ["l2d", "corrupted", "warm", "noise_free", "lora_sft", "full_sft"])
 def test_recipes_are_accepted_by_the_entry_point(tmp_path, name):
     write_recipes(tmp_path)
     for folder in ("base", "data"):  # what the steps before leave
@@ -149,16 +149,16 @@ def test_recipes_are_accepted_by_the_entry_point(tmp_path, name):
     (tmp_path / "data" / "products_train.jsonl").write_text("{}\n")
     recipe = read_recipe(["--config", str(tmp_path / "configs" / f"{name}.yaml")])
     assert recipe.model.method == (name if name.endswith("_sft") else "l2d")
-    assert recipe.settings == recipes(tmp_path)[name] and len(recipes(tmp_path)) == 5
+    assert recipe.settings == recipes(tmp_path)[name] and len(recipes(tmp_path)) == 6
     assert (recipe.training.corruption_rate > 0) == (name == "corrupted")
-    assert recipe.model.noise_free == (name == "noise_free")
+    assert recipe.model.noise_free == (name == "noise_free") and recipe.model.warm_start == (name == "warm")
 
 
 def test_every_setting_is_evaluated_in_both_ways(tmp_path, monkeypatch, capsys):
     steps = {step.name: step for step in build_steps(tmp_path)}
     assert {need for step in steps.values() for need in step.needs} <= set(steps)
     evaluations = [step for name, step in steps.items() if name.startswith("evaluate")]
-    assert len(evaluations) == len({step.output for step in evaluations}) == len(SETTINGS) == 15
+    assert len(evaluations) == len({step.output for step in evaluations}) == len(SETTINGS) == 20
     run: list[list[str]] = []
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: run.append(sys.argv))
     monkeypatch.setattr(sys, "argv", [])

@@ -286,7 +286,7 @@ def test_path_is_evaluated_at_the_time_that_validation_chooses(tmp_path, model):
 
 # ---- report ------------------------------------------------------------------------------------------------------
 
-SOLVED = {"plain": 0.7, "corrupted": 0.9, "carried": 0.95}
+SOLVED = {"plain": 0.7, "corrupted": 0.9, "carried": 0.95, "warm": 0.8, "warm_corrupted": 0.9, "warm_carried": 0.95}
 ABOUT = {"command": "the command", "date": "2026-01-02", "commit": "abc", "machine": "2 cores"}
 
 
@@ -302,7 +302,7 @@ def made_up(tmp_path_factory):
             (out / "runs" / name).mkdir()
             settings = [f"T{budget}" for budget in BUDGETS] + ["single"] if path else ["plain"]
             scores = {}
-            for setting in ["single"] if method == "noise_free" else settings:
+            for setting in ["single"] if method.endswith("noise_free") else settings:
                 share = SOLVED.get(method, 0.5) - (0.3 if setting == "single" and method == "carried" else 0.0)
                 greedy = [int(draw.random() < share - 0.03 * seed and depth == 1) for depth in depths]
                 scores[setting] = {"greedy": greedy, "sampled": [value * 0.6 for value in greedy]}
@@ -389,7 +389,7 @@ def test_results_can_be_computed_again_from_themselves(measured):
     again = {name: unpack_scores(packed) for name, packed in content["measured"].items()}
     assert json.loads(json.dumps(report.results(again, ABOUT))) == content
     assert report.markdown(again, ABOUT) == report.markdown(measured, ABOUT)
-    assert len(content["rows"]) == 2 * (3 + 3 * (len(BUDGETS) + 1))
+    assert len(content["rows"]) == 2 * (len(SOLVED) * (len(BUDGETS) + 1) + 1 + len(METHODS) - len(SOLVED))
 
 
 def test_report_holds_everything(measured):

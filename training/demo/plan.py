@@ -26,6 +26,7 @@ BUDGETS = (1, 3, 7, 15, 31)
 CURVES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> title, options beyond those of plain L2D, the first one
     "l2d": ("L2D", {}),
     "corrupted": ("L2D, corrupted training", {"corruption_rate": 0.3}),
+    "warm": ("L2D, warm start", {"warm_start": True}),
 }
 CONTROLS = {curve: f"{curve}_once" for curve in CURVES}  # the same path, evaluated once
 FINETUNED = {"lora_sft": "LoRA finetuning", "full_sft": "full finetuning"}

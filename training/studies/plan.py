@@ -35,7 +35,6 @@ _PATH = {
     "frequency_width": 64,
     "max_evaluations_per_pass": 4096,
 }
-_ROLLOUT = {"draws": 1, "rollout_evaluations": 8, "rollout_window": 4}
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,25 @@ class Method:
         return round(TASKS[task].steps / self.cost / 50) * 50
 
 
+_PLAIN = {**_PATH, "draws": 4}
+_CORRUPTED = {**_PLAIN, "corruption_rate": 0.3}
+_CARRIED = {**_PATH, "draws": 1, "rollout_evaluations": 8, "rollout_window": 4, "carried_state": True}
+_NOISE_FREE = {**_PATH, "noise_free": True}
+_LORA = {"method": "lora_sft", "learning_rate": 3e-3, "lora_rank": 32}
+_WARM = {"warm_start": True}
+
 METHODS = {
     method.name: method
     for method in (
-        Method("plain", "L2D, K = 4 draws", {**_PATH, "draws": 4}, 1.0, True),
-        Method("corrupted", "L2D, corrupted, q = 0.3, K = 4", {**_PATH, "draws": 4, "corruption_rate": 0.3}, 1.0, True),
-        Method("carried", "L2D, rollout + carried state", {**_PATH, **_ROLLOUT, "carried_state": True}, 1.3, True),
-        Method("noise_free", "control: noise-free path", {**_PATH, "noise_free": True}, 0.4, True),
-        Method("lora", "LoRA finetuning, r = 32", {"method": "lora_sft", "learning_rate": 3e-3, "lora_rank": 32}, 0.55),
+        Method("plain", "L2D, K = 4 draws", _PLAIN, 1.0, True),
+        Method("warm", "warm start: L2D, K = 4 draws", {**_PLAIN, **_WARM}, 1.0),
+        Method("corrupted", "L2D, corrupted, q = 0.3, K = 4", _CORRUPTED, 1.0, True),
+        Method("warm_corrupted", "warm start: corrupted", {**_CORRUPTED, **_WARM}, 1.0),
+        Method("carried", "L2D, rollout + carried state", _CARRIED, 1.3, True),
+        Method("warm_carried", "warm start: rollout + carried state", {**_CARRIED, **_WARM}, 1.3),
+        Method("noise_free", "control: noise-free path", _NOISE_FREE, 0.4, True),
+        Method("warm_noise_free", "warm start: noise-free path", {**_NOISE_FREE, **_WARM}, 0.4),
+        Method("lora", "LoRA finetuning, r = 32", _LORA, 0.55),
     )
 }
 

@@ -40,6 +40,13 @@ COMPARISONS: tuple[tuple[str, Key, Key], ...] = (
     ("corrupted at T = 15 against a noise-free path", ("corrupted", "T15"), ("noise_free", "single")),
     ("carried at T = 7 against a noise-free path", ("carried", "T7"), ("noise_free", "single")),
     ("carried at T = 7 against LoRA finetuning", ("carried", "T7"), ("lora", "plain")),
+    ("warm start: L2D, at T = 15", ("warm", "T15"), ("plain", "T15")),
+    ("warm start: corrupted, at T = 15", ("warm_corrupted", "T15"), ("corrupted", "T15")),
+    ("warm start: carried, at T = 7", ("warm_carried", "T7"), ("carried", "T7")),
+    ("warm start: noise-free path", ("warm_noise_free", "single"), ("noise_free", "single")),
+    ("more evaluations: warm L2D, T = 31 against one", ("warm", "T31"), ("warm", "single")),
+    ("more evaluations: warm carried, T = 7 against one", ("warm_carried", "T7"), ("warm_carried", "single")),
+    ("warm carried at T = 7 against LoRA finetuning", ("warm_carried", "T7"), ("lora", "plain")),
 )
 
 
