@@ -38,7 +38,7 @@ SECONDS = {"l2d": 0.07, "corrupted": 0.07, "noise_free": 0.028, "lora_sft": 0.04
 
 def write_results(out, changes=None, answers="right"):
     """Samples as the harness names and fills them, the times that were chosen, and the time that steps take."""
-    for folder, time in (("l2d", 0.02), ("corrupted", 0.1)):
+    for folder, time in (("l2d", 0.02), ("corrupted", 0.1), ("warm", 0.2)):
         (out / f"{folder}_controls.json").write_text(json.dumps({"best_time": time}))
     timing_file(out).write_text(json.dumps(SECONDS))
     ranks = np.random.default_rng(0).permutation(PROBLEMS)  # the same problems are hard for all settings, nearly
