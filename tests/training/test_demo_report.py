@@ -31,7 +31,8 @@ PROBLEMS = 400
 PRODUCTS = {"base": 0.50, "l2d-1": 0.50, "l2d-3": 0.52, "l2d-7": 0.88, "l2d-15": 0.93, "l2d-31": 0.94, "l2d_once": 0.93,
             "corrupted-3": 0.80, "corrupted-7": 0.93, "corrupted-15": 0.96, "corrupted-31": 0.955,
             "corrupted_once": 0.85, "warm-3": 0.7, "warm-7": 0.9,
-            "warm-15": 0.95, "warm-31": 0.95, "warm_once": 0.95, "noise_free": 0.99, "lora_sft": 0.99, "full_sft": 1.00}  # fmt: skip
+            "warm-15": 0.95, "warm-31": 0.95, "warm_once": 0.95,
+            "noise_free": 0.99, "lora_sft": 0.99, "full_sft": 1.00}  # fmt: skip
 SUMS = {name: 1.0 for name in PRODUCTS} | {"l2d-15": 0.8, "lora_sft": 0.1, "full_sft": 0.0}
 SECONDS = {"l2d": 0.07, "corrupted": 0.07, "noise_free": 0.028, "lora_sft": 0.042, "full_sft": 0.035}
 
