@@ -96,6 +96,16 @@ class DecodeRecord:
                 self.changes[row].append(changes[number])
         self.capped += int(solved.capped.view(shape)[:, :accepted].sum())
 
+    def _repr_html_(self) -> str:
+        names = ("nfe_requested", "nfe_computed", "passes", "changes")
+        lines = ["<tr><th>row</th><th>tokens</th>" + "".join(f"<th>{name}</th>" for name in names) + "</tr>"]
+        for row, tokens in enumerate(self.nfe_requested):
+            sums = [sum(getattr(self, name)[row]) for name in names]
+            cells = "".join(f"<td>{value} ({value / max(1, len(tokens)):.2f} each)</td>" for value in sums)
+            lines.append(f"<tr><td>{row}</td><td>{len(tokens)}</td>{cells}</tr>")
+        capped = f"<p>{self.capped} solves reached max_evaluations.</p>" if self.capped else ""
+        return f"<table>{''.join(lines)}</table>{capped}"
+
 
 class DraftLength:
     """How many tokens to draft: `most` while all rows mostly agree with the base, fewer or none where they do not.

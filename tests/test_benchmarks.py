@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.benchmarks import decode, released, scoring
+from tests.benchmarks import decode, released, scoring, serving
 from tests.benchmarks.models import make_base, make_model
 from tests.benchmarks.training import COMMON, main, make_rows, naive_loss, parse
 from tests.conftest import randomise_path, train_tokenizer
@@ -54,6 +54,13 @@ def test_every_evaluation_of_the_released_procedure_makes_the_vocabulary_anew(mo
     x0 = noise * model.config.noise_std
     solution = model.solve(state, torch.tensor([[7]]), x0, model.sampler({"budget": 7, "speculation": False}))
     assert solution.final_logits.argmax(-1).tolist() == token.tolist()
+
+
+def test_serving_figures(tmp_path):
+    """Two servers, each asked in turn."""
+    figures = serving.main([*TINY, "--gain", "3", "--budget", "3", "--tokens", "4", "--repeats", "2"])
+    assert [one["model"] for one in figures] == ["base", "T = 3"]
+    assert all(one["first_token_s"] > 0 and one["tokens_per_s"] > 0 for one in figures)
 
 
 def test_training_figures(tmp_path):

@@ -105,7 +105,8 @@ def _of_lm_eval(content: Mapping[str, Any], metric: str | None) -> Iterator[Meas
             continue
         kind, _, rest = chosen.partition(",")
         stderr = values.get(f"{kind}_stderr,{rest}")
-        sampler = {**ours["sampler"], **(ours.get("task_samplers") or {}).get(task, {})}
+        noted = (ours.get("task_samplers") or {}).get(task) or [{}]  # what its generation kwargs changed
+        sampler = {**ours["sampler"], **(noted[0] if len(noted) == 1 else {})}
         counts = (content.get("n-samples") or {}).get(task) or {}
         yield Measured(
             task=task,
@@ -113,7 +114,7 @@ def _of_lm_eval(content: Mapping[str, Any], metric: str | None) -> Iterator[Meas
             budget=_budget(sampler, ours),
             value=float(values[chosen]),
             stderr=stderr if isinstance(stderr, float) else None,
-            setting=_setting(sampler, ours, (content.get("configs") or {}).get(task) or {}),
+            setting=_setting(sampler, ours, (content.get("configs") or {}).get(task) or {}, len(noted)),
             documents=counts.get("effective"),
             fingerprint=ours.get("checkpoint_fingerprint"),
             base=ours.get("base_fingerprint"),
@@ -127,13 +128,15 @@ def _budget(sampler: Mapping[str, Any], ours: Mapping[str, Any]) -> float:
     return sampler["budget"]
 
 
-def _setting(sampler: Mapping[str, Any], ours: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+def _setting(sampler: Mapping[str, Any], ours: Mapping[str, Any], config: Mapping[str, Any], settings: int) -> str:
     words = unusual(sampler) if sampler["budget"] > 1 else []
     if sampler["budget"] > 1 and sampler.get("guidance_scale", 1.0) != 1.0:
         words.append(f"guidance {sampler['guidance_scale']:g} towards {sampler.get('guidance_class')}")
     decoding = config.get("generation_kwargs") or {}
     if decoding.get("do_sample") in (True, "true"):
         words.append(f"sampled at {decoding.get('temperature') or 1.0:g}")
-    if search := ours.get("token_search"):
+    if settings > 1:
+        words.append(f"{settings} samplers")
+    if search := sampler.get("token_search", ours.get("token_search")):
         words.append(str(search))
     return ", ".join(words)

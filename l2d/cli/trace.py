@@ -1,17 +1,17 @@
 """How tokens form: every evaluation of every generated token, as data.
 
 - `trace_prompt`: generate, then record each token's candidates over time -> `Trace`
-- `Trace`, `TokenTrace`, `Candidate`
+- `Trace`; what it holds is in `trace_data`
 
 The answer is what `generate` gives; its trajectories are solved again from the same noise, all positions at once.
 
 Legend: N generated tokens, E velocity evaluations (the output is read at evaluation E), d diffusion dimension.
 """
 
-import dataclasses
 from typing import Any
 
 from l2d.cli.session import Session, decoding_options
+from l2d.cli.trace_data import Candidate, TokenTrace, TraceData
 from l2d.sampler_config import SamplerConfig
 
 USUAL_LENGTH = 64
@@ -21,49 +21,16 @@ SHOWN = 6
 _BATCH = 512  # evaluations whose logits are computed at a time
 
 
-@dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A token that was likely at some evaluation; `probabilities` (E + 1,) of the network's own distribution."""
+class Trace(TraceData):
+    """A prompt's answer and how its tokens formed; notebooks show it as the page of `python -m l2d trace`."""
 
-    token: int
-    text: str
-    probabilities: list[float]
+    def _repr_html_(self) -> str:
+        from html import escape
 
+        from l2d.cli.trace_page import html_page
 
-@dataclasses.dataclass(frozen=True)
-class TokenTrace:
-    """One generated token.
-
-    chosen (E,): token chosen at each velocity evaluation; changes: numbers of the evaluations whose choice differs
-    from the one before; base_token: what the base would say here (argmax); asked, computed, rounds: its cost.
-    """
-
-    position: int
-    token: int
-    text: str
-    chosen: list[int]
-    chosen_texts: list[str]
-    changes: list[int]
-    base_token: int
-    base_text: str
-    candidates: list[Candidate]
-    nfe_requested: int
-    nfe_computed: int
-    passes: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Trace:
-    """A prompt's answer; `times` (E + 1,) of the evaluations, the last one gives the output."""
-
-    model: str
-    sampler: dict[str, Any]
-    decoding: dict[str, Any]
-    prompt: str
-    prompt_tokens: list[int]
-    answer: str
-    times: list[float]
-    tokens: list[TokenTrace]
+        page = escape(html_page(self), quote=True)  # in a frame: its style and script stay its own
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: 820px; border: 0"></iframe>'
 
 
 def trace_prompt(

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from l2d.cli.terminal import harmless, visible
-from l2d.cli.trace import TokenTrace, Trace
+from l2d.cli.trace_data import TokenTrace, TraceData
 
 WIDTH, HEIGHT = 760, 330
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 16, 14, 74
 _LEVELS = 6  # shades of compute
 
 
-def html_page(trace: Trace) -> str:
+def html_page(trace: TraceData) -> str:
     """The page of a trace."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # late: bad input needs no page
 

@@ -79,6 +79,22 @@ def test_results_are_read_from_wherever_they_are(evaluations, files):
         read_results(3)
 
 
+def test_generation_kwargs_count(l2d_dir):
+    """A task that changes the sampler, or samples, is a setting of its own."""
+    results = simple_evaluate(
+        model="l2d",
+        model_args={"pretrained": str(l2d_dir), "diffusion_budget": 3, "device": "cpu"},
+        tasks=["l2d_test_generate"],
+        task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
+        gen_kwargs="diffusion_budget=7,final_time=0.5,do_sample=true,temperature=0.5",
+        limit=2,
+        bootstrap_iters=0,
+    )
+    (one,) = read_results(results)
+    assert (one.budget, one.metric, one.documents) == (7, "exact_match", 2)
+    assert "to t = 0.5" in one.setting and "sampled at 0.5" in one.setting
+
+
 def test_settings_are_told_apart(evaluations):
     """Other samplers are curves of their own, and begin at the base."""
     other = json.loads(json.dumps(evaluations[3]["config"]["l2d"], default=str))

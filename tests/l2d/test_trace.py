@@ -4,8 +4,10 @@ Run: `python -m pytest tests/l2d/test_trace.py` (about 15 seconds)
 """
 
 import dataclasses
+import html
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -148,3 +150,18 @@ def test_page_in_a_browser(session, tmp_path):
         assert browser.run(current) == "token-4"
         assert browser.run("document.querySelectorAll('figure.current').length") == 1
         assert browser.messages == []
+
+
+def test_notebooks_show_the_page_and_the_record(session):
+    """The page in a frame of its own, and a table of what a generation cost."""
+    trace = trace_prompt(session, "<b>1 + 1</b> =", {"budget": 3}, max_new_tokens=3)
+    frame = trace._repr_html_()
+    (page,) = re.findall(r'<iframe srcdoc="([^"]*)"', frame)
+    assert html.unescape(page) == html_page(trace) and frame.count("<") == 2
+    ids = torch.tensor([trace.prompt_tokens])
+    _, record = session.model.generate(ids, sampler={"budget": 3}, max_new_tokens=3, return_record=True)
+    computed = sum(record.nfe_computed[0])
+    assert f"<td>3</td><td>9 (3.00 each)</td><td>{computed} ({computed / 3:.2f} each)</td>" in record._repr_html_()
+    assert "max_evaluations" not in record._repr_html_()
+    record.capped = 2
+    assert "2 solves reached max_evaluations" in record._repr_html_()

@@ -73,8 +73,12 @@ def accuracy(model: LlamaForCausalLM, input_ids: Tensor, labels: Tensor) -> floa
     return (right | (labels[:, 1:] == -100)).all(-1).double().mean().item()
 
 
-def train_base(data: Path, out: Path, log: Callable[[str], None] = print) -> dict[str, float]:
+def train_base(
+    data: Path, out: Path, log: Callable[[str], None] = print, target: float = TARGET_ACCURACY
+) -> dict[str, float]:
     """Trains a base on `data` until the target, saves it with its tokenizer in `out`; returns what it reached.
+
+    `target` is the share of the validation products that it must solve.
 
     Raises `RuntimeError` when `MAX_STEPS` are not enough.
     """
@@ -83,7 +87,7 @@ def train_base(data: Path, out: Path, log: Callable[[str], None] = print) -> dic
         {skill: encode_rows(read_rows(data / f"{skill}_{split}.jsonl"), tokenizer) for skill in SKILLS}
         for split in ("train", "validation")
     )
-    return pretrain(build_base(tokenizer), tokenizer, train, validation, out, TARGET_ACCURACY, MAX_STEPS, SEED, log)
+    return pretrain(build_base(tokenizer), tokenizer, train, validation, out, target, MAX_STEPS, SEED, log)
 
 
 def pretrain(
