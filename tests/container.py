@@ -7,6 +7,7 @@
 What needs root or an image is left out: FROM, `useradd`, USER, VOLUME, EXPOSE.
 """
 
+import argparse
 import json
 import os
 import re
@@ -79,7 +80,9 @@ def serve(place: Path, checkpoint: str, environment: dict[str, str]) -> str:
 
 def main() -> None:
     """Build and ask."""
-    checkpoint = str(Path(sys.argv[1]).resolve())
+    parser = argparse.ArgumentParser(prog="python -m tests.container", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", metavar="DIR", help="folder of an L2D checkpoint")
+    checkpoint = str(Path(parser.parse_args().folder).resolve())
     with tempfile.TemporaryDirectory() as folder:
         venv, root = Path(folder) / "venv", Path(folder) / "root"
         subprocess.run([sys.executable, "-m", "venv", venv], check=True)
