@@ -88,6 +88,7 @@ CASES = [
     # options
     _train("--learning_rat 1", "'learning_rat'", "did you mean 'learning_rate'", alone=True),
     _train("--lora-rnk 4", "'lora_rnk'", "did you mean 'lora_rank'"),
+    _train("--max_queries 64", "'max_queries'", "did you mean 'max_evaluations_per_pass'"),
     _train("--xyzzy 4", "'xyzzy'", "--help"),
     _train("stray", "stray", "usage"),
     _train("--draws many", "--draws", "usage"),

@@ -33,8 +33,7 @@ from training.data.ready import encode, keep
 from training.data.tokenizer import base_of, generation_config, load_tokenizer
 from training.data.tokenizing import IGNORED, runs_of, target_texts, tokenize
 from training.data.values import Unavailable
-from training.draws import window_length
-from training.microbatches import default_evaluations, layer_bytes
+from training.draws import default_evaluations, layer_bytes, window_length
 from training.recipe import Recipe
 
 ASSUMED_LENGTH, ASSUMED_RESPONSE = 700, 0.5  # mean tokens per example and share of targets, where the data are not here

@@ -34,8 +34,7 @@ from training.checks import check_objective, longest_example, refuse_ignored_by_
 from training.config import L2DTrainingConfig
 from training.data.ready import for_encoded_data, ready
 from training.data.tokenizer import base_of, prepare_tokenizer
-from training.draws import evaluation_targets, training_targets, window_length
-from training.microbatches import default_evaluations, split_targets
+from training.draws import default_evaluations, evaluation_targets, split_targets, training_targets, window_length
 from training.optimization import target_weights
 
 

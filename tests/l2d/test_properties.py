@@ -25,7 +25,7 @@ from l2d.sampling.stop_strings import TextStop
 from lm_eval_ext.arguments import ARGUMENTS, BUDGET, SAMPLER_ARGUMENTS, UsageError, parse_arguments
 from lm_eval_ext.requests.generate_until import AnswersGeneration
 from tests.conftest import TRAINING_TEXT, train_tokenizer
-from training.microbatches import split_targets
+from training.draws import split_targets
 from training.trainer import response_positions
 
 TOKENIZER = train_tokenizer()

@@ -40,7 +40,7 @@ MUTATIONS = [
     ),
     Mutation(
         "loss: sites of two microbatches are counted twice",
-        "training/microbatches.py",
+        "training/draws.py",
         "(number < start + most)",
         "(number <= start + most)",
         f"{_TRAINER}::test_pieces_change_nothing",

@@ -99,7 +99,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from l2d import L2DConfig, L2DForCausalLM
 from l2d.network.diffusion_path import NoisedTargets
 from tests.conftest import SIZES, randomise_path
-from training.microbatches import split_targets
+from training.draws import split_targets
 
 dist.init_process_group("gloo")
 

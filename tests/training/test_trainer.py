@@ -14,8 +14,7 @@ from tests.conftest import randomise_path
 from tests.training_runs import same_bits, sums
 from training.config import L2DTrainingConfig
 from training.data.ready import encode
-from training.draws import keyed_generator
-from training.microbatches import split_targets
+from training.draws import keyed_generator, split_targets
 from training.trainer import (
     L2DTrainer,
     classes_at,
