@@ -18,9 +18,9 @@ def main(arguments: list[str] | None = None) -> None:
         command = commands.add_parser(name, help=words, description=words)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        given.run(given)
+        options.run(options)
     except (OSError, ValueError) as error:
         parser.exit(1, f"l2d: {' '.join(str(error).split())}\n")
 

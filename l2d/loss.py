@@ -120,13 +120,13 @@ class _Flat:
 
 
 def _sources(
-    paths: TwoPaths, state: MainPathState, flat: _Flat, given: torch.Tensor, uniforms: torch.Tensor | None
+    paths: TwoPaths, state: MainPathState, flat: _Flat, tokens: torch.Tensor, uniforms: torch.Tensor | None
 ) -> torch.Tensor:
-    """Tokens (N,) that `x_t` is built from: those `given` (K, B, Q), at -1 a sample of the base's other tokens.
+    """Tokens (N,) that `x_t` is built from: `tokens` (K, B, Q), at -1 a sample of the base's other tokens.
 
     That sample is of the base's own distribution without the target: what is drawn is never the true token.
     """
-    sources = flat.of(given)
+    sources = flat.of(tokens)
     sampled = torch.nonzero(sources < 0, as_tuple=True)[0]
     if uniforms is None:
         raise ValueError("sources need uniforms, which fix the tokens that are sampled: set both or neither.")

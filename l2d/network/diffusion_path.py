@@ -181,7 +181,8 @@ class DiffusionPath(nn.Module):
         self.layers: Any = nn.ModuleList(DiffusionLayer(twin, width, hidden_size, gate) for twin in twins)
         self.output_modulation = modulation_head(width, hidden_size)
         self.noise_free, self.warm_start = config.noise_free, config.warm_start
-        self.interpolates = config.warm_start  # else the path's hidden state is added
+        # Set it to False to compare with `h_main + a(t) h`; not kept in checkpoints.
+        self.interpolates = config.warm_start
         if self.warm_start:
             self.input_projection.start_at_zero()
         # Initialised last, so that all other weights are those of a model without it.
