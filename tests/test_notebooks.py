@@ -32,7 +32,7 @@ def test_a_notebook_holds_outputs_of_a_whole_run(path):
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     text = path.read_text(encoding="utf-8")
     assert text.count("image/png") == 2 and "srcdoc" in text and '"output_type": "error"' not in text
-    assert "/home/" not in text and "site-packages" not in text and "stderr" not in text
+    assert "/home/" not in text and "site-packages" not in text and '"name": "stderr"' not in text
 
 
 def test_there_is_a_notebook():
