@@ -294,8 +294,11 @@ def verdict(
     return "not told apart"
 
 
-def shown(estimate: Estimate, digits: int = 3, signed: bool = False) -> str:
-    """`0.512 [0.480, 0.544]`: the value and its 95 % interval, if there is one."""
+def shown(estimate: Estimate, digits: int = 3, signed: bool = False, limits: Bounds = None) -> str:
+    """`0.512 [0.480, 0.544]`: the value and its 95 % interval, if there is one, as far as it is within `limits`."""
     sign, interval = "+" if signed else "", estimate.interval()
     text = f"{estimate.value:{sign}.{digits}f}"
-    return text if interval is None else f"{text} [{', '.join(f'{end:{sign}.{digits}f}' for end in interval)}]"
+    if interval is None:
+        return text
+    lowest, highest = limits or (-math.inf, math.inf)
+    return f"{text} [{', '.join(f'{min(max(end, lowest), highest):{sign}.{digits}f}' for end in interval)}]"

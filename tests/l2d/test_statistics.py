@@ -285,3 +285,9 @@ def test_holms_correction_by_hand():
     """Times 4, 3, 2, 1 in rising order, never falling, at most 1; an unknown p-value is not counted."""
     assert holm([0.04, 0.01, None, 0.03, 0.5]) == pytest.approx([0.09, 0.04, None, 0.09, 0.5])
     assert holm([0.6, 0.7]) == [1.0, 1.0] and holm([]) == [] and holm([None]) == [None]
+
+
+def test_shown_intervals_stay_within_limits():
+    estimate = Estimate(0.998, 0.002, 1000)
+    assert shown(estimate) == "0.998 [0.994, 1.002]" and shown(estimate, limits=(0, 1)) == "0.998 [0.994, 1.000]"
+    assert shown(Estimate(-0.5, 0.4, 3), signed=True, limits=(-1, 1)) == "-0.500 [-1.000, +1.000]"

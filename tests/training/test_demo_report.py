@@ -93,7 +93,7 @@ def test_table_by_scipy(results):
         for task, decoding in itertools.product(TASKS, DECODINGS):
             values = right_of(results, (setting.method, setting.budget, decoding, task))
             low, high = interval(values)
-            cells.append(f"{values.mean():.3f} [{low:.3f}, {high:.3f}]")
+            cells.append(f"{values.mean():.3f} [{max(low, 0):.3f}, {min(high, 1):.3f}]")
         assert line[1:] == [str(setting.budget), *cells]
     assert lines[14][0] == "control: one evaluation, L2D, t = 0.02"
 

@@ -260,7 +260,8 @@ def table(demo: Demo) -> list[list[str]]:
     lines = [["method", "T", *(f"{task.removeprefix('l2d_demo_')}, {decoding}" for decoding, task in columns)]]
     for setting in SETTINGS:
         scores = (mean(demo.answers[setting.method, setting.budget, *column].right) for column in columns)
-        lines.append([title(demo, setting.method), str(setting.budget), *map(shown, scores)])
+        cells = (shown(score, limits=(0.0, 1.0)) for score in scores)
+        lines.append([title(demo, setting.method), str(setting.budget), *cells])
     return lines
 
 

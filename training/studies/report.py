@@ -41,9 +41,10 @@ choose: the lowest loss among the times within one error of the highest exact ma
 sampling at temperature 1 gives the whole answer. Every training takes about the same processor time, for which methods
 with cheaper steps take more of them.
 
-Differences are paired by problem and by seed. Verdicts are at 5 % after Holm's correction for all of them together,
-separately over problems and over trainings. "Equal within {MARGIN:g}" is said where two one-sided tests, at 5 % each
-and not corrected, exclude a larger difference; "not told apart" says that the data do not decide.
+Differences are paired by problem and by seed, over the seeds that both methods have; means of methods with different
+seeds do not compare. Verdicts are at 5 % after Holm's correction for all of them together, separately over problems and
+over trainings. "Equal within {MARGIN:g}" is said where two one-sided tests, at 5 % each and not corrected, exclude a
+larger difference; "not told apart" says that the data do not decide.
 """
 
 
@@ -97,7 +98,7 @@ def _both(estimates: tuple[Estimate, Estimate]) -> dict[str, Any]:
 def markdown(tasks: dict[str, TaskScores], about: dict[str, str]) -> str:
     """`study.md`."""
     comparisons = compare(tasks)
-    text = ["# Does more compute help? A study on two tasks", ""]
+    text = ["# Does more compute help? A study", ""]
     text += [f"`{about['command']}`, {about['date']}, commit {about['commit']}, on {about['machine']}.", ""]
     text += [INTRODUCTION, "![accuracy against budget](study.png)", ""]
     text += ["## What the figures say", "", *(f"- {line}" for line in findings(tasks, comparisons)), ""]
@@ -179,10 +180,9 @@ def _score_lines(task: TaskScores) -> list[list[str]]:
 
 def _intervals(problems: Estimate, trainings: Estimate, signed: bool = False) -> str:
     """The value with both intervals; one that is not known is left out, and none leaves the range of the value."""
-    sign, interval = "+" if signed else "", trainings.interval()
-    lowest = -1.0 if signed else 0.0
-    ends = "" if interval is None else f" [{', '.join(f'{min(1.0, max(lowest, e)):{sign}.3f}' for e in interval)}]"
-    return shown(problems, signed=signed) + ends
+    limits = (-1.0 if signed else 0.0, 1.0)
+    first, second = (shown(one, signed=signed, limits=limits) for one in (problems, trainings))
+    return first + second.removeprefix(second.split(" ")[0])
 
 
 def _depth_lines(task: TaskScores) -> list[list[str]]:
