@@ -114,7 +114,9 @@ def markdown(tasks: dict[str, TaskScores], about: dict[str, str]) -> str:
         own = [one for one in comparisons if one.task == name]
         if own:
             text += ["Differences:", ""]
-            text += _table(["first against second", "decoding", "difference", "problems", "trainings"], _lines_of(own))
+            text += _table(
+                ["first against second", "decoding", "difference", "problems", "trainings (number)"], _lines_of(own)
+            )
     return "\n".join(text)
 
 
@@ -123,11 +125,13 @@ def findings(tasks: dict[str, TaskScores], comparisons: list[Comparison]) -> lis
     sentences = []
     for name, task in tasks.items():
         if "plain" in task.step_seconds:
-            times = [f"{METHODS[method].title} {task.relative_time(name, method):.1f}" for method in task.step_seconds]
-            steps = [f"{METHODS[method].steps(name):,}" for method in task.step_seconds]
+            times = (
+                f"{METHODS[method].title} {task.relative_time(name, method):.1f} ({METHODS[method].steps(name):,} steps)"
+                for method in task.step_seconds
+            )
             sentences.append(
-                f"{TASKS[name].title}, processor time of a training relative to plain L2D (median time of a step times "
-                f"{_joined(steps)} steps): {', '.join(times)}."
+                f"Processor time of a training relative to plain L2D's, the median time of a step times the number of "
+                f"steps ({TASKS[name].title}): {'; '.join(times)}."
             )
     for number, kind in enumerate(("over problems, for these trainings", "over trainings")):
         decided = [one for one in comparisons if one.verdicts()[number] in ("better", "worse")]
@@ -195,4 +199,9 @@ def _depth_lines(task: TaskScores) -> list[list[str]]:
 
 
 def _lines_of(comparisons: list[Comparison]) -> list[list[str]]:
-    return [[one.about, one.decoding, _intervals(*one.difference, signed=True), *one.verdicts()] for one in comparisons]
+    lines = []
+    for one in comparisons:
+        problems, trainings = one.verdicts()
+        difference, number = _intervals(*one.difference, signed=True), one.difference.trainings.units
+        lines.append([one.about, one.decoding, difference, problems, f"{trainings} ({number})"])
+    return lines
