@@ -126,7 +126,7 @@ def findings(tasks: dict[str, TaskScores], comparisons: list[Comparison]) -> lis
     for name, task in tasks.items():
         if "plain" in task.step_seconds:
             times = (
-                f"{METHODS[method].title} {task.relative_time(name, method):.1f} ({METHODS[method].steps(name):,} steps)"
+                f"{title(method)} {task.relative_time(name, method):.1f} ({METHODS[method].steps(name):,} steps)"
                 for method in task.step_seconds
             )
             sentences.append(
