@@ -5,12 +5,13 @@
 * rows are right by an independent count, and no prompt is in two splits
 * the recipes are ones that the trainer's entry point accepts; a folder continues where it stopped
 * greedy and sampled exact match, read off scores, are those of decoding
-* statistics of made-up results against scipy, in the table and in the figure
+* statistics of made-up results against scipy, in the table and in the figure; those of `docs/study.json`
 """
 
 import json
 import random
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +56,7 @@ from training.studies.scores import (
 )
 from training.studies.tasks import DEEPEST, IDLE, OPERATIONS, PARTS, RISING, STATES, TASKS
 
+DOCS = Path(__file__).parents[2] / "docs"
 ROWS = 400
 
 
@@ -411,6 +413,29 @@ def test_figure_and_files_are_written(made_up):
     assert (made_up / "study.png").read_bytes().startswith(b"\x89PNG")
     command = json.loads((made_up / "results.json").read_text())["command"]
     assert command.startswith("python -m training.studies.compute")
+
+
+def test_documented_study_follows_from_its_samples():
+    """`docs/study.md` ends with the report on `docs/study.json`, whose figures scipy finds in the samples, too."""
+    content = json.loads((DOCS / "study.json").read_text(encoding="utf-8"))
+    tasks = {name: unpack_scores(packed) for name, packed in content["measured"].items()}
+    about = {name: content[name] for name in ABOUT}
+    assert json.loads(json.dumps(report.results(tasks, about))) == content
+    text = report.markdown(tasks, about)
+    assert text[text.index(report.INTRODUCTION) :] in (DOCS / "study.md").read_text(encoding="utf-8")
+    for row in content["rows"] + content["comparisons"]:
+        keys = [row["first"], row["second"]] if "first" in row else [[row["method"], row["setting"]]]
+        by_seed = [tasks[row["task"]].outcomes[tuple(key)][row["decoding"]] for key in keys]
+        seeds = [seed for seed in by_seed[0] if all(seed in one for one in by_seed)]
+        values = np.array([by_seed[0][seed] - (by_seed[1][seed] if len(keys) > 1 else 0.0) for seed in seeds])
+        for kind, sample in (("problems", values.mean(0)), ("trainings", values.mean(1))):
+            estimate = row[kind]
+            assert estimate["value"] == pytest.approx(values.mean(), abs=1e-12) and estimate["units"] == len(sample)
+            if estimate["stderr"] is not None:
+                test = stats.ttest_1samp(sample, 0)
+                assert estimate["stderr"] == pytest.approx(stats.sem(sample))
+                assert estimate["p_value"] == pytest.approx(test.pvalue, rel=1e-6, abs=1e-300)
+                assert [estimate["low"], estimate["high"]] == pytest.approx(list(test.confidence_interval()), abs=1e-9)
 
 
 def test_base_is_trained_on_its_own_rows(tmp_path):
