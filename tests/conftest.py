@@ -59,8 +59,8 @@ SIZES = dict(
 )
 
 
-def train_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with `<pad>`, `<s>` (put first) and `</s>`."""
+def train_tokenizer(vocab_size: int = 400, texts: list[str] = TRAINING_TEXT) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer of `texts` with `<pad>`, `<s>` (put first) and `</s>`."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -70,7 +70,7 @@ def train_tokenizer(vocab_size: int = 400) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(TRAINING_TEXT, trainer)
+    backend.train_from_iterator(texts, trainer)
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=4096

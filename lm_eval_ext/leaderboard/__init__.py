@@ -7,6 +7,7 @@
 - `rows`: a model and setting with its scores; `comparisons`: paired tests against the base and the controls
 - `board`: comparability, averages, controls
 - `samples`, `plots`, `tables`, `page`: the drill-down, figures, Markdown, CSV and JSON, and the HTML page
+- `paper_table`: the paper's table, with its figures (`published.yaml`)
 
 Errors, intervals and tests are those of `l2d.statistics`.
 Nothing is imported here.

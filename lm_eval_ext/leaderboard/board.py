@@ -13,6 +13,7 @@ from l2d.statistics import Estimate, average, independent_average
 from lm_eval_ext.leaderboard.comparisons import compare_row, paired_scores
 from lm_eval_ext.leaderboard.files import Run, Skipped
 from lm_eval_ext.leaderboard.methods import CONTROLS
+from lm_eval_ext.leaderboard.paper_table import PaperRow, paper_rows
 from lm_eval_ext.leaderboard.protocol import differences, usual_protocol
 from lm_eval_ext.leaderboard.rows import Cell, Comparison, Row, build_rows, same_model
 
@@ -36,7 +37,7 @@ class Board:
     """All rows, the tasks and groups that are columns, what was skipped, and which controls are missing.
 
     controls: by base, kinds of controls that are present; usual: by task, the protocol most rows share.
-    margin: differences below it do not matter, `None` where nobody said so.
+    margin: differences below it do not matter, `None` where nobody said so. paper: rows of the paper's table.
     """
 
     rows: list[Row]
@@ -46,6 +47,7 @@ class Board:
     controls: dict[str, list[str]]
     usual: dict[str, dict[str, Any]]
     margin: float | None = None
+    paper: list[PaperRow] = dataclasses.field(default_factory=list)
 
     def comparisons(self) -> Iterator[tuple[Row, Cell, str, Comparison]]:
         """Every comparison, by row, task and what it is with ("base" or a kind of control)."""
@@ -90,7 +92,7 @@ def build_board(
     groups = _group_tasks(rows, tasks)
     for row in rows:
         row.averages = {group: means for group in groups if (means := _average(row, groups[group]))}
-    return Board(rows, tasks, groups, skipped, _controls(rows), usual, margin)
+    return Board(rows, tasks, groups, skipped, _controls(rows), usual, margin, paper_rows(runs))
 
 
 def group_of(task: str) -> str:

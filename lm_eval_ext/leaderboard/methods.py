@@ -3,6 +3,7 @@
 - `describe`: a run's `Setting`; `by_sampler`: a run in parts that have one each
 - `decoding_of`: how a task's answers were decoded
 - `Setting`: label, kind, base, sampler, decoding, trainable parameters, cost
+- `recipe_of`: the recipe of a checkpoint's folder
 - `KINDS`: the kinds of rows with their names, controls included
 
 Checkpoint folders are looked at where they still exist: a `recipe.yaml` tells finetuned models from plain ones, and the
@@ -163,7 +164,7 @@ def describe(run: Run) -> Setting:
     """The setting of `run`; unknown parts are `None`."""
     ours, arguments = run.l2d, run.model_args
     model = str(arguments.get("pretrained") or run.raw.get("model_name") or run.config.get("model") or "?")
-    recipe = _recipe(model)
+    recipe = recipe_of(model)
     sampler = ours.get("sampler") or {}
     adaptive = sampler.get("solver") in ADAPTIVE_SOLVERS and sampler.get("budget") != 1
     kind, base = _kind(run, model, sampler, recipe)
@@ -298,7 +299,7 @@ def count_parameters(folder: Path) -> int | None:
 
 
 @lru_cache(maxsize=1024)
-def _recipe(model: str) -> dict[str, Any]:
+def recipe_of(model: str) -> dict[str, Any]:
     """The `recipe.yaml` in the checkpoint's folder; empty where there is none."""
     try:
         recipe = yaml.safe_load((Path(model) / "recipe.yaml").read_text(encoding="utf-8"))

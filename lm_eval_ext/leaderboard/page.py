@@ -16,6 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from l2d.statistics import shown
+from lm_eval_ext.leaderboard import paper_table
 from lm_eval_ext.leaderboard.board import Board
 from lm_eval_ext.leaderboard.files import Run
 from lm_eval_ext.leaderboard.methods import KINDS
@@ -45,6 +46,7 @@ def html_page(board: Board, out: Path, title: str = "Leaderboard") -> str:
         js=Markup((here / "page.js").read_text(encoding="utf-8")),
         built=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         board=board,
+        paper=paper_table,
         kinds=KINDS,
         heads={task: _about(board, task) for task in board.tasks},
         lower={task: not _first(board, task).measure.higher_is_better for task in board.tasks},

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from l2d.statistics import Estimate, shown, verdict
+from lm_eval_ext.leaderboard import paper_table
 from lm_eval_ext.leaderboard.board import GROUP_RULE, Board
 from lm_eval_ext.leaderboard.comparisons import CONTROL_KINDS
 from lm_eval_ext.leaderboard.methods import CONTROL_NAMES, KINDS
@@ -98,6 +99,10 @@ def markdown(board: Board, out: Path) -> str:
             reasons = cell.reasons + [f"against its base: {reason}" for reason in cell.base_reasons]
             if reasons:
                 lines.append(f"- #{row.number}, {_plain(task)}: {_plain('; '.join(dict.fromkeys(reasons)))}")
+    if board.paper:
+        table = [[_plain(text) for text in paper_table.cells(row)] for row in board.paper]
+        lines += ["", "## The paper's table", "", *_table(paper_table.header(), table), ""]
+        lines += [f"- {_plain(note)}" for note in paper_table.notes(board.paper)]
     if board.tests:
         lines += ["", "## Paired differences", "", *_comparison_table(board)]
     if board.skipped:
@@ -216,6 +221,7 @@ def json_text(board: Board, out: Path) -> str:
         "controls": board.controls,
         "tests": board.tests,
         "margin": board.margin,
+        "paper_table": paper_table.records(board.paper),
         "left_out": [{**dataclasses.asdict(s), "file": relative(s.file, out)} for s in board.skipped],
     }
     return json.dumps(content, indent=1, ensure_ascii=False, default=str) + "\n"
