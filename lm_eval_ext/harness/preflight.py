@@ -47,6 +47,10 @@ def install(configuration: Any) -> None:
     @functools.wraps(build)
     def from_cli(cls, namespace):
         ours = getattr(namespace, "model", None) == MODEL
+        if "l2d_released" in str(getattr(namespace, "tasks", "")) and not getattr(namespace, "config", None):
+            from lm_eval_ext.released.preflight import check_command_line
+
+            check_command_line(vars(namespace))
         config = _one_line(build, cls, namespace) if ours else build(cls, namespace)
         if config.model != MODEL:
             model_args = config.model_args or {}

@@ -2,10 +2,11 @@
 
 - `released_benchmarks`: the benchmarks of a run's tasks
 - `allows_code`: whether the environment confirms running programs
-- `check_run`: options, data sets and the model's tokenizer; each mistake is one sentence
+- `check_run`, `check_command_line`: options, data sets and the model's tokenizer; each mistake is one sentence
 """
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from l2d.checkpoint.opening import Checkpoint
@@ -26,6 +27,18 @@ def released_benchmarks(tasks: Any) -> list[str]:
         member = benchmark_of(str(task))
         names += _MEMBERS if task in _GROUPS else [member] if member else []
     return list(dict.fromkeys(names))
+
+
+def check_command_line(given: Mapping[str, Any]) -> None:
+    """`check_run` for the options of the harness's command line, before it reads its tasks."""
+    tasks = given.get("tasks") or ()
+    tasks = tasks.split(",") if isinstance(tasks, str) else [name for task in tasks for name in str(task).split(",")]
+    benchmarks = released_benchmarks(tasks)
+    if benchmarks:
+        confirmed = given.get("confirm_run_unsafe_code") or allows_code()
+        check_run(
+            given.get("model"), given.get("model_args"), benchmarks, {**given, "confirm_run_unsafe_code": confirmed}
+        )
 
 
 def check_run(model: Any, model_args: Any, benchmarks: list[str], options: dict[str, Any]) -> None:
