@@ -16,7 +16,7 @@ from tests.training.test_trainer import batch_of, fix_noise, gradients, make_tra
 from tests.training_runs import sums
 from training.checkpointing.atomic import BaselineTrainer
 from training.config import L2DTrainingConfig
-from training.data.loading import encode
+from training.data.ready import encode
 from training.optimization import first_targets, logarithmic_warmup
 
 
