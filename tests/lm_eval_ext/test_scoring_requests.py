@@ -5,9 +5,12 @@ Run: `python -m pytest tests/lm_eval_ext/test_scoring_requests.py` (about 10 sec
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 
 from l2d.sampling.noise import request_key
 from lm_eval_ext.model import L2DLM
+from lm_eval_ext.requests.compute_record import RunRecord, sources
+from lm_eval_ext.requests.token_search import Candidate, best
 
 BUDGET = 7
 
@@ -54,3 +57,15 @@ def test_long_contexts_keep_their_end(l2d_dir):
     ((logprob, greedy),) = short._loglikelihood_tokens([(("a", "b"), context, continuation)], disable_tqdm=True)
     expected = by_hand(short, context, continuation, length=13)
     assert logprob == pytest.approx(expected[0], abs=1e-4) and greedy == expected[1]
+
+
+def test_the_best_candidate_has_the_highest_mean():
+    """Not the highest sum, by which short answers win."""
+    assert best([Candidate([1] * 2, -1.0), Candidate([1] * 10, -2.0), Candidate([1] * 5, -1.5)]).tokens == [1] * 10
+
+
+def test_seconds_of_a_batch_are_shared_by_solved_tokens():
+    record, requests = RunRecord(), [Instance("loglikelihood", {}, (name, "x"), n) for n, name in enumerate("ab")]
+    rows = [[7], [7, 7, 7]]
+    record.add_batch(sources(requests), rows, rows, rows, seconds=4.0)
+    assert [cost.seconds for cost in record.requests] == [1.0, 3.0]

@@ -20,7 +20,7 @@ MUTATIONS = [
         _statistics,
         "float(2 * stdtr(self.units - 1",
         "float(stdtr(self.units - 1",
-        f"{_STATISTICS}::test_mean_is_scipys",
+        f"{_STATISTICS}::test_paired_is_scipys",
     ),
     Mutation(
         "statistics: variance over n",
@@ -139,7 +139,7 @@ MUTATIONS = [
         _statistics,
         "interval = self.interval(1 - 2 * ALPHA)",
         "interval = self.interval(1 - ALPHA)",
-        f"{_STATISTICS}::test_equality_is_two_one_sided_tests",
+        f"{_STATISTICS}::test_equality_at_the_edge {_STATISTICS}::test_equality_is_two_one_sided_tests",
     ),
     # scoring requests
     Mutation(
@@ -175,7 +175,7 @@ MUTATIONS = [
         "lm_eval_ext/requests/token_search.py",
         "return self.likelihood / max(1, len(self.tokens))",
         "return self.likelihood",
-        f"{_MODEL}::test_best_of_n_takes_the_likeliest_sample",
+        "tests/lm_eval_ext/test_scoring_requests.py::test_the_best_candidate_has_the_highest_mean",
     ),
     Mutation(
         "search: the last token of a beam alone",
@@ -203,6 +203,6 @@ MUTATIONS = [
         "lm_eval_ext/requests/compute_record.py",
         "seconds * len(nfe_requested[number]) / total",
         "seconds / len(batch)",
-        f"{_MODEL}::test_every_request_has_its_cost",
+        "tests/lm_eval_ext/test_scoring_requests.py::test_seconds_of_a_batch_are_shared_by_solved_tokens",
     ),
 ]

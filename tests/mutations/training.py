@@ -93,7 +93,7 @@ MUTATIONS = [
         "training/draws.py",
         "strata = torch.arange(draws).unsqueeze(1) + torch.rand",
         "strata = torch.zeros(draws, 1) + draws * torch.rand",
-        f"{_TRAINER}::test_draws",
+        f"{_FACTORS}::test_times_of_evaluation_are_one_in_each_stratum",
     ),
     Mutation(
         "draws: the same noise in every step",
@@ -238,11 +238,11 @@ MUTATIONS = [
         f"{_DATA}::test_long_examples",
     ),
     Mutation(
-        "data: the first answer loses its prompt",
+        "data: an answer has the first turn alone as its prompt",
         "training/data/conversations.py",
-        '{"prompt": turns[:place], "completion": [turn]}',
+        '{"prompt": turns[:position], "completion": [turn]}',
         '{"prompt": turns[:1], "completion": [turn]}',
-        f"{_DATA}::test_sharegpt_conversations",
+        "tests/training/test_values.py",
     ),
     Mutation(
         "data: null is a word",

@@ -10,7 +10,7 @@ from l2d import L2DConfig
 from tests.training.test_trainer import batch_of, make_trainer  # noqa: F401  a fixture among them
 from training.checkpointing.resume import CHECKSUMS, changed_files, write_checksums
 from training.config import L2DTrainingConfig
-from training.draws import training_targets
+from training.draws import evaluation_targets, training_targets
 
 INDEX, TARGETS = torch.tensor([[2, 3, 4, 7], [0, 1, -1, -1]]), torch.tensor([[9, 17, 33, 65], [129, 257, 0, 0]])
 
@@ -48,6 +48,13 @@ def test_times_of_training_have_the_chosen_density(tmp_path, power):
     times = torch.cat([noised.time.flatten() for noised in draws(tmp_path, 20, time_power=power)])
     assert times.mean().item() == pytest.approx(1 / (power + 1), abs=0.015)
     assert times.square().mean().item() == pytest.approx(1 / (2 * power + 1), abs=0.015)
+
+
+def test_times_of_evaluation_are_one_in_each_stratum(tmp_path):
+    args = L2DTrainingConfig(output_dir=str(tmp_path), bf16=False, eval_draws=8)
+    time = evaluation_targets(L2DConfig(diffusion_dim=4), args, INDEX, TARGETS, None, [[1, 2], [3]]).time
+    strata = torch.arange(8)[:, None].expand(8, 6)
+    assert torch.equal((time[:, INDEX >= 0] * 8).long().sort(0).values, strata)
 
 
 def test_classes_are_dropped_at_their_rate(tmp_path):
