@@ -137,7 +137,8 @@ def test_recipes_and_resuming_follow_the_declarations_of_a_checkpoint(tmp_path):
         assert options[name].metadata["help"].lower() == known[name].help.lower() + "."
     assert {"noise_std", "carried_state", "sampler"} < set(L2D_SETTINGS)
     L2DConfig().save_pretrained(tmp_path)
-    other = {"variant": "full", "guidance_classes": ["math"], "carried_state": True, "noise_free": True}
+    other = {"variant": "full", "guidance_classes": ["math"]}
+    other |= {"carried_state": True, "noise_free": True, "warm_start": True}
     for name in (name for name, one in known.items() if one.of_the_weights):
         changed = other[name] if name in other else 2 * (known[name].default or 0.25)
         now = L2DConfig(**{name: changed})

@@ -28,6 +28,8 @@ def run(given: argparse.Namespace) -> None:
     if not folder.is_dir():
         raise ValueError(f"pretrained={given.folder!r} is not a directory: give the folder of an L2D checkpoint.")
     config = read_config_file(folder)
+    if given.push:
+        check_push(given.push)
     from l2d.card.results import curves, read_results
     from l2d.card.text import RESULTS, write_card
 
@@ -46,12 +48,19 @@ def run(given: argparse.Namespace) -> None:
         print(push(folder, given.push, given.private))
 
 
-def push(folder: Path, name: str, private: bool = False) -> str:
-    """Upload a checkpoint with its card, curve and results as `name`, which is made if need be; returns its address."""
-    from huggingface_hub import HfApi, constants
+def check_push(name: str) -> None:
+    """Raise `ValueError` if no hub can be reached, before anything is written."""
+    from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         raise ValueError(f"--push {name} reaches no hub while HF_HUB_OFFLINE is set: unset one of them.")
+
+
+def push(folder: Path, name: str, private: bool = False) -> str:
+    """Upload a checkpoint with its card, curve and results as `name`, which is made if need be; returns its address."""
+    from huggingface_hub import HfApi
+
+    check_push(name)
     api = HfApi()
     name = api.create_repo(name, private=private or None, exist_ok=True).repo_id
     ignored = ["checkpoint-*", "*/*"]

@@ -11,6 +11,7 @@ _CONTROLS = ("Cc", "Cs", "Zl", "Zp")
 """Categories of characters that a terminal obeys, or cannot write."""
 _DIRECTIONS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069\u206a\u206b\u206c\u206d\u206e\u206f"
 """Embeddings, overrides and isolates of direction, which rearrange what stands around them."""
+_BYTE_ORDER_MARK = "\ufeff"
 _SHADES = (236, 23, 29, 36, 43)  # terminal colours, dark to bright
 
 
@@ -33,7 +34,7 @@ def harmless(text: str) -> str:
 
 
 def _is_harmless(letter: str) -> bool:
-    return unicodedata.category(letter) not in _CONTROLS and letter not in _DIRECTIONS
+    return unicodedata.category(letter) not in _CONTROLS and letter not in _DIRECTIONS and letter != _BYTE_ORDER_MARK
 
 
 def shade(text: str, share: float, colour: bool) -> str:

@@ -99,7 +99,7 @@ def test_a_shard_of_the_data_cannot_be_read(nursery, training_settings, tmp_path
         _cut(next(path.glob("*.arrow")) if kind == "arrow" else path, 0.61)
     settings = {**training_settings, "dataset": path, "output_dir": tmp_path / "out"}
     done = nursery.run(TRAIN, "--config", write_recipe(tmp_path / "recipe.yaml", **settings))
-    refused(done, "error: dataset=", str(path))
+    refused(done, "error: " if kind == "jsonl" else "error: dataset=", str(path))
     assert not (tmp_path / "out").exists()
 
 

@@ -205,7 +205,7 @@ def answer(tokens: list[int], stops: list[str]) -> tuple[str, int]:
     criterion = TextStop(TOKENIZER, stops, prompt_length=0)
     count = next((n for n in range(1, len(tokens) + 1) if criterion.reached(tokens[:n])), len(tokens))
     harness = SimpleNamespace(think_end_token=None, tok_decode=TOKENIZER.decode)
-    return AnswersGeneration._text(harness, tokens[:count], stops), count
+    return AnswersGeneration._text(harness, tokens[:count], SimpleNamespace(special_tokens=False, stops=stops)), count
 
 
 @settings(max_examples=150)
