@@ -130,9 +130,9 @@ def _documents(runs: list[Run], name: str) -> int:
 def _notes(run: Run) -> list[str]:
     """What the call changed of the protocol."""
     tasks = [run.raw["configs"].get(f"l2d_released_{name}") or {} for name in BENCHMARKS]
-    metadata: dict[str, Any] = next((task["metadata"] for task in tasks if task.get("metadata")), {})
+    substituted = any((task.get("metadata") or {}).get("released_rows") == "substitute" for task in tasks)
     notes = [f"limit {run.config['limit']:g}"] if run.config.get("limit") else []
-    notes += ["substitutes for missing rows"] if metadata.get("released_rows") else []
+    notes += ["substitutes for missing rows"] if substituted else []
     overrides = run.config.get("gen_kwargs")
     return notes + ([f"gen_kwargs {overrides}"] if overrides else [])
 

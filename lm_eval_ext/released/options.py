@@ -1,7 +1,7 @@
 """What `--metadata` may set for the tasks `l2d_released_*`.
 
 - `template_option`: `released_template`, one of the release's chat templates in place of the tokenizer's
-- `uses_substitutes`: `released_rows`, whether rows that an offline copy lacks are replaced
+- `row_source`: `released_rows`, whether rows that a local copy lacks are replaced
 - `sampler_defaults`: what a task sets for `--model l2d`, unless model args or generation kwargs do
 - `benchmark_of`: the benchmark of a task's name
 """
@@ -14,9 +14,9 @@ from lm_eval_ext.released.benchmarks import BENCHMARKS
 PREFIX = "l2d_released"
 TEMPLATES = ("fixed_date_llama3", "base_llama")
 """Llama instruct models: Llama 3.1's template with a fixed date. Llama 3.1 8B with LoRA: a plain one."""
-SUBSTITUTE = "substitute"
-"""Value of `released_rows`: HumanEval's rows are rebuilt from openai/openai_humaneval by the description of
-codeparrot/instructhumaneval, and MATH's shots are `SUBSTITUTE_SHOTS` of its test split, which are left out of the
+SUBSTITUTE, RELEASED = "substitute", "released"
+"""Values of `released_rows`. Substitutes: HumanEval's rows are rebuilt from openai/openai_humaneval by the description
+of codeparrot/instructhumaneval, and MATH's shots are `SUBSTITUTE_SHOTS` of its test split, which are left out of the
 evaluation. Results say so; they are not the released ones."""
 SUBSTITUTE_SHOTS = [5, 1005, 2005, 3005, 4005]
 """Rows of five subjects with solutions of usual length."""
@@ -29,9 +29,9 @@ def template_option(metadata: dict[str, Any]) -> str | None:
     return _option(metadata, "released_template", TEMPLATES)
 
 
-def uses_substitutes(metadata: dict[str, Any]) -> bool:
-    """Whether missing rows are replaced."""
-    return _option(metadata, "released_rows", (SUBSTITUTE,)) is not None
+def row_source(metadata: dict[str, Any]) -> str | None:
+    """`RELEASED`, `SUBSTITUTE`, or `None`: the released rows, and substitutes for what a local copy lacks."""
+    return _option(metadata, "released_rows", (RELEASED, SUBSTITUTE))
 
 
 def _option(metadata: dict[str, Any], name: str, allowed: tuple[str, ...]) -> str | None:

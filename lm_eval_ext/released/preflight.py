@@ -12,7 +12,7 @@ from typing import Any
 from l2d.checkpoint.opening import Checkpoint
 from lm_eval_ext.arguments import UsageError, one_line, parse_arguments
 from lm_eval_ext.released.benchmarks import BENCHMARKS, SHOTS
-from lm_eval_ext.released.options import PREFIX, benchmark_of, template_option, uses_substitutes
+from lm_eval_ext.released.options import PREFIX, benchmark_of, row_source, template_option
 from lm_eval_ext.released.rows import load
 
 _GROUPS = (PREFIX, f"{PREFIX}_greedy")
@@ -70,7 +70,7 @@ def check_run(model: Any, model_args: Any, benchmarks: list[str], options: dict[
     metadata = options.get("metadata") or getattr(options.get("task_manager"), "metadata", None) or {}
     template = template_option(metadata)
     for name in benchmarks:
-        load(name, uses_substitutes(metadata))
+        load(name, row_source(metadata))
     tokenizer = _tokenizer(model, model_args)
     if tokenizer is not None and template is None and getattr(tokenizer, "chat_template", None) is None:
         raise UsageError(

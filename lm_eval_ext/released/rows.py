@@ -1,12 +1,13 @@
 """The data sets of the six benchmarks.
 
 - `Rows`: problems of a benchmark, and the shots of each
-- `load`: reads them, with `datasets`
+- `load`: reads them, with `datasets`; where a local copy lacks some, substitutes, with a warning
 - `rebuilt`: a row of instructhumaneval, from HumanEval's
 """
 
 import functools
 import re
+from pathlib import Path
 from typing import Any
 
 from lm_eval_ext.arguments import UsageError
@@ -15,10 +16,12 @@ from lm_eval_ext.released.options import SUBSTITUTE, SUBSTITUTE_SHOTS
 
 
 class Rows:
-    """All rows of a benchmark: `test` (a `datasets.Dataset`), and the shots of a row."""
+    """All rows of a benchmark: `test` (a `datasets.Dataset`), the shots of a row, whether some are `substituted`."""
 
-    def __init__(self, name: str, test: Any, pool: Any, substitutes: list[int] | None = None):
-        self.benchmark, self.test = BENCHMARKS[name], test
+    def __init__(
+        self, name: str, test: Any, pool: Any, substitutes: list[int] | None = None, substituted: bool = False
+    ):
+        self.benchmark, self.test, self.substituted = BENCHMARKS[name], test, substituted
         self.shot_numbers = substitutes or self.benchmark.shot_rows(len(pool))
         self._left_out = set(substitutes or ())
         self._shots: dict[str | None, list[Row]] = {}
@@ -38,31 +41,39 @@ class Rows:
         return number in self._left_out
 
 
-@functools.lru_cache(maxsize=len(BENCHMARKS))
-def load(name: str, substitute: bool = False) -> Rows:
-    """Rows of a benchmark; `UsageError` in one sentence if a data set or a split of it cannot be read."""
+@functools.lru_cache(maxsize=2 * len(BENCHMARKS))
+def load(name: str, source: str | None = None) -> Rows:
+    """Rows of a benchmark; `source` is that of `row_source`.
+
+    Raises `UsageError` in one sentence if a data set or a split of it cannot be read.
+    """
     benchmark = BENCHMARKS[name]
-    if substitute and name == "humaneval":
-        test = _read("openai/openai_humaneval", None)["test"].map(rebuilt)
-        return Rows(name, test, test)
-    splits = _read(benchmark.path, benchmark.config, hint=name in ("humaneval", "math"))
-    if substitute and name == "math":
-        return Rows(name, splits["test"], splits["test"], SUBSTITUTE_SHOTS)
+    if source == SUBSTITUTE or (source is None and _lacks(name)):
+        if name == "humaneval":
+            test = _read("openai/openai_humaneval", None)["test"].map(rebuilt)
+            return Rows(name, test, test, substituted=True)
+        if name == "math":
+            test = _read(benchmark.path, benchmark.config)["test"]
+            return Rows(name, test, test, SUBSTITUTE_SHOTS, substituted=True)
+    splits = _read(benchmark.path, benchmark.config)
     for split in ("test", benchmark.shots_from):
         if split not in splits:
             raise UsageError(
                 f"data set {benchmark.path!r} has no split {split!r} here, which l2d_released_{name} takes rows from: "
-                f"get the whole data set{_HINT if name == 'math' else ''}."
+                "get the whole data set."
             )
     return Rows(name, splits["test"], splits[benchmark.shots_from])
 
 
-_HINT = (
-    f""", or give --metadata '{{"released_rows": "{SUBSTITUTE}"}}' for other rows in its place, see docs/released.md"""
-)
+def _lacks(name: str) -> bool:
+    """Whether the current directory holds a copy of the data that lacks released rows, and substitutes for them."""
+    benchmark = BENCHMARKS[name]
+    if name == "humaneval":
+        return not Path(benchmark.path).is_dir() and Path("openai/openai_humaneval").is_dir()
+    return name == "math" and Path(benchmark.path).is_dir() and "train" not in _read(benchmark.path, benchmark.config)
 
 
-def _read(path: str, config: str | None, hint: bool = False) -> Any:
+def _read(path: str, config: str | None) -> Any:
     import datasets
 
     try:
@@ -71,7 +82,7 @@ def _read(path: str, config: str | None, hint: bool = False) -> Any:
         reason = " ".join(str(error).split()).rstrip(".")
         raise UsageError(
             f"data set {path!r} cannot be read ({type(error).__name__}: {reason[:200]}): connect to a hub, or run "
-            f"where there is a folder of that name{_HINT if hint else ''}."
+            "where there is a folder of that name."
         ) from error
 
 

@@ -5,6 +5,7 @@
 """
 
 import functools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,12 +20,13 @@ from lm_eval_ext.harness import special_tokens
 from lm_eval_ext.released.answers import judge
 from lm_eval_ext.released.benchmarks import BENCHMARKS, KS, MAX_TOKENS, Row, is_shot, messages
 from lm_eval_ext.released.math_answers import RAISED
-from lm_eval_ext.released.options import template_option, uses_substitutes
+from lm_eval_ext.released.options import SUBSTITUTE, row_source, template_option
 from lm_eval_ext.released.programs import assemble, pass_rates, passes
 from lm_eval_ext.released.rendering import fits, render, template_text
 from lm_eval_ext.released.rows import load
 
 special_tokens.install(HFLM)
+eval_logger = logging.getLogger("lm_eval.tasks.l2d_released")
 
 
 class ReleasedTask(ConfigurableTask):
@@ -39,7 +41,14 @@ class ReleasedTask(ConfigurableTask):
         self.name = options["benchmark"]
         self.benchmark = BENCHMARKS[self.name]
         self.template = template_option(options)
-        self.rows = load(self.name, uses_substitutes(options))
+        self.rows = load(self.name, row_source(options))
+        if self.rows.substituted:
+            config = {**config, "metadata": {**options, "released_rows": SUBSTITUTE}}  # so results say it, too
+            eval_logger.warning(
+                "l2d_released_%s: %s here, and scores are not the released ones; see released_rows in docs/released.md",
+                self.name,
+                "rows are rebuilt from openai/openai_humaneval" if self.name == "humaneval" else "shots are test rows",
+            )
         self.left_out = 0
         self._numbers: list[int] = []  # rows that are asked, or with --samples positions in that list
         self._lm: Any = None

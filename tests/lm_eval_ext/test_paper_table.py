@@ -87,7 +87,6 @@ def test_the_whole_sweep_makes_the_papers_table(checkpoints, monkeypatch, capsys
     plan["model_args"] |= {"device": "cpu", "dtype": "float32"}
     plan["run"] |= {"limit": 2, "gen_kwargs": "max_gen_toks=1"}
     plan["points"]["token_search"]["token_search"] = "best_of_2"
-    plan["run"]["metadata"]["released_rows"] = "substitute"
     (checkpoints / "sweep.yaml").write_text(yaml.safe_dump(plan))
     assert sweep.main(["sweep.yaml"]) == 0, capsys.readouterr().out
     board = write_leaderboard([checkpoints / plan["output"]], checkpoints / "report", only=("md", "json", "html"))

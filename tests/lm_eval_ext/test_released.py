@@ -12,6 +12,7 @@ from lm_eval.tasks import TaskManager
 
 from lm_eval_ext.arguments import UsageError
 from lm_eval_ext.released.answers import judge
+from lm_eval_ext.released.benchmarks import BENCHMARKS
 from lm_eval_ext.released.math_answers import equal, extract
 from lm_eval_ext.released.programs import pass_at_k, pass_rates, passes
 from lm_eval_ext.released.rows import load
@@ -181,8 +182,9 @@ def test_substitutes_for_missing_rows(oracle, monkeypatch):
     )
     monkeypatch.setattr("lm_eval_ext.released.rows.SUBSTITUTE_SHOTS", [1, 2, 3, 4, 5])
     load.cache_clear()
-    with pytest.raises(UsageError, match="has no split 'train' here.*released_rows.*substitute"):
-        evaluate(oracle, ["l2d_released_math"])
+    for source in (None, "released"):  # there is no local copy
+        with pytest.raises(UsageError, match="has no split 'train' here.*get the whole data set"):
+            evaluate(oracle, ["l2d_released_math"], metadata={"released_rows": source} if source else None)
     monkeypatch.setattr(Oracle, "_decode", lambda self, batch, *_: pytest.fail("nothing is to be generated"))
     manager = TaskManager(include_path=str(FOLDER), include_defaults=False, metadata={"released_rows": "substitute"})
     tasks = manager.load(["l2d_released_math", "l2d_released_humaneval"])["tasks"]
@@ -191,6 +193,31 @@ def test_substitutes_for_missing_rows(oracle, monkeypatch):
         task.build_all_requests(limit=3, apply_chat_template=True, chat_template=oracle.apply_chat_template)
     assert [instance.doc_id for instance in tasks["l2d_released_math"].instances] == [0, 6, 7]
     assert "Write a function plus_5(x) to solve" in tasks["l2d_released_humaneval"].instances[0].args[0]
+    load.cache_clear()
+
+
+def test_a_local_copy_without_some_rows_gets_substitutes(tmp_path, monkeypatch, caplog):
+    """Of MATH's training split and of instructhumaneval; never where the released rows are demanded."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("DigitalLearningGmbH/MATH-lighteval", "openai/openai_humaneval"):
+        (tmp_path / folder).mkdir(parents=True)
+    rows = {name: made_up(BENCHMARKS[name].path)["test"] for name in ("math", "humaneval")}
+
+    def read(path, name):
+        if "instruct" in path:
+            raise FileNotFoundError(path)
+        return {"test": rows["humaneval" if "humaneval" in path else "math"]}
+
+    monkeypatch.setattr(datasets, "load_dataset", read)
+    monkeypatch.setattr("lm_eval_ext.released.rows.SUBSTITUTE_SHOTS", [1, 2, 3, 4, 5])
+    for name, message in (("math", "shots are test rows"), ("humaneval", "rebuilt from openai/openai_humaneval")):
+        load.cache_clear()
+        manager = TaskManager(include_path=str(FOLDER), include_defaults=False)
+        (task,) = manager.load([f"l2d_released_{name}"])["tasks"].values()
+        assert task.rows.substituted and task.config.metadata["released_rows"] == "substitute"
+        assert message in caplog.text
+        with pytest.raises(UsageError, match="has no split 'train'|cannot be read"):
+            load(name, "released")
     load.cache_clear()
 
 
@@ -204,7 +231,7 @@ def test_substitutes_for_missing_rows(oracle, monkeypatch):
         ({"fewshot_as_multiturn": False}, "--fewshot_as_multiturn false"),
         ({"cache_requests": True}, "--cache_requests"),
         ({"metadata": {"released_template": "chatml"}}, "released_template='chatml' is not known"),
-        ({"metadata": {"released_rows": "all"}}, "released_rows='all' is not known: use substitute"),
+        ({"metadata": {"released_rows": "all"}}, "released_rows='all' is not known: use released or substitute"),
     ],
 )
 def test_refusals_before_a_model_is_loaded(options, sentence, monkeypatch):
