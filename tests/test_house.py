@@ -494,3 +494,17 @@ def test_the_method_page_names_what_exists():
         assert not missing, f"{file} does not define {missing}"
     for file in re.findall(r"`([\w/]+\.py)`", text):
         assert (REPOSITORY / file).is_file(), file
+
+
+@pytest.mark.parametrize("page", ["promises.md", "threats.md"])
+def test_named_tests_exist(page):
+    """`FILE::NAME` of a table's row, and `::NAME` after it, are tests of that file."""
+    for row in (REPOSITORY / "docs" / page).read_text(encoding="utf-8").splitlines():
+        file = None
+        for path, name in re.findall(r"`(tests/[\w/]+\.py)?(?:::(test_\w+))?`", row):
+            file = path or file
+            if file:
+                assert (REPOSITORY / file).is_file(), file
+            if name:
+                assert file and f"def {name}(" in (REPOSITORY / file).read_text(encoding="utf-8"), f"{file}::{name}"
+        assert not re.search(r"`(?!tests/)[\w/]*test_\w+\.py", row), f"name the folder: {row}"
