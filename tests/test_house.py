@@ -27,7 +27,7 @@ from packaging.utils import canonicalize_name
 
 from tests.conftest import REPOSITORY
 from tests.environments import CONSTRAINTS
-from tests.versions import requirements
+from tests.versions import CORE, requirements
 
 PACKAGES = ("l2d", "lm_eval_ext", "training")
 DOCUMENTS = [
@@ -276,6 +276,7 @@ def test_bounds_and_pins_agree():
         assert asked.specifier.contains(pins[canonicalize_name(asked.name)].removeprefix("==")), text
     oldest = requirements("oldest")
     assert all("==" in text for text in oldest) and len(requirements("newest")) == len(oldest)
+    assert all((REPOSITORY / "tests" / f"{name}.py").is_file() for name in CORE)
 
 
 def test_no_module_of_ours_is_exempt_from_type_checks():

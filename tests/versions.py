@@ -23,10 +23,11 @@ from packaging.requirements import Requirement
 from tests.environments import REPOSITORY, Environment, torch_pin
 
 CORE = (
-    "test_solvers", "test_sampler_config", "test_sampling", "test_model", "test_architectures", "test_edge_cases",
-    "test_trace", "test_training_config", "test_training_data", "test_training_losses", "test_training_mixture",
-    "test_training_recipes", "test_training_trainer", "test_training_entry", "test_lm_eval_arguments",
-    "test_lm_eval_bridge", "test_lm_eval_parts", "test_lm_eval_model", "test_lm_eval_paper", "test_hub",
+    "l2d/test_fixed_grid", "l2d/test_sampler_config", "l2d/test_sampling", "l2d/test_model", "l2d/test_architectures",
+    "l2d/test_edge_cases", "l2d/test_trace", "l2d/test_warm_start", "l2d/test_hub", "training/test_config",
+    "training/test_data", "training/test_losses", "training/test_mixture", "training/test_recipes",
+    "training/test_trainer", "training/test_entry", "lm_eval_ext/test_arguments", "lm_eval_ext/test_plugin",
+    "lm_eval_ext/test_parts", "lm_eval_ext/test_model", "lm_eval_ext/test_released",
 )  # fmt: skip
 TOOLS = ("aiohttp", "hatchling", "hypothesis", "pytest", "tensorboard")
 """Of the extra `test`, what the core needs."""
