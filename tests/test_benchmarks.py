@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from tests.benchmarks import decode, released, scoring, serving
+from tests.benchmarks import decode, released, scoring, serving, warm_start
 from tests.benchmarks.models import make_base, make_model
 from tests.benchmarks.training import COMMON, main, make_rows, naive_loss, parse
 from tests.conftest import randomise_path, train_tokenizer
+from tests.training_runs import write_jsonl
 from training.config import L2DTrainingConfig
 from training.trainer import L2DTrainer, response_positions
 
@@ -95,3 +96,19 @@ def test_the_naive_step_has_the_same_loss(tmp_path, monkeypatch):
     noised.noise = noise.gather(1, index[..., None].expand(-1, -1, 8))[None]
     trainer._draw = lambda *args: noised
     assert trainer.compute_loss(model, batch).item() == pytest.approx(naive.item(), rel=1e-5)
+
+
+def test_warm_start(base_dir, tmp_path, capsys):
+    """Both starts on the same rows: losses, bins of time, changes of the choice; heads may have their own rate."""
+    rows = [{"question": f"{n} and {n}?", "answer": f"It is {2 * n}."} for n in range(12)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    common = ["--base", str(base_dir), "--data", str(data), "--steps", "2", "--batch", "4", "--held-out", "4"]
+    common += ["--first-held-out", "8", "--scratch", str(tmp_path), "--json", str(tmp_path / "out.json")]
+    warm_start.main([*common, "--published", "1e-3", "--warm", "1e-3", "1e-2", "--heads", "0.5"])
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert [(one["start"], one["learning_rate"]) for one in results] == [
+        ("published", 1e-3), ("warm", 1e-3), ("warm", 1e-2)
+    ]  # fmt: skip
+    assert all(len(one["losses"]) == 2 and len(one["changes"]) == 13 for one in results)
+    assert results[0]["losses"][0] == pytest.approx(results[1]["losses"][0], rel=0.05)  # both begin as the base
+    assert capsys.readouterr().out.count("held-out loss") == 3

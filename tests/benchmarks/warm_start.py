@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 
 from l2d import L2DConfig, L2DForCausalLM
 from training.config import L2DTrainingConfig
-from training.trainer import L2DTrainer
+from training.trainer import L2DTrainer, response_positions
 
 STARTS = ("published", "warm", "added")
 
@@ -46,7 +46,7 @@ def rows_of(path: Path, first: int, count: int) -> Dataset:
 def train(options: argparse.Namespace, start: str, rate: float) -> dict[str, Any]:
     """One training: its losses, what it measures on held-out rows, and the processor time of a step."""
     torch.manual_seed(0)
-    config = L2DConfig(warm_start=start != "published", noise_std=options.noise_std)
+    config = L2DConfig(warm_start=start != "published", noise_std=options.noise_std, variant=options.variant)
     model = L2DForCausalLM.from_base(options.base, config, dtype=torch.bfloat16)
     if start == "added":
         model.path.interpolates = False
@@ -71,13 +71,48 @@ def train(options: argparse.Namespace, start: str, rate: float) -> dict[str, Any
     )
     tokenizer = AutoTokenizer.from_pretrained(options.base)
     data = rows_of(options.data, 0, options.steps * options.batch)
-    held_out = rows_of(options.data, 7000, options.held_out)
+    held_out = rows_of(options.data, options.first_held_out, options.held_out)
     trainer = L2DTrainer(model, args, train_dataset=data, eval_dataset=held_out, processing_class=tokenizer)
+    if options.heads != 1:
+        set_rate_of_heads(trainer, rate * options.heads)
     begun = time.process_time()
     trainer.train()
     seconds = (time.process_time() - begun) / options.steps
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"start": start, "learning_rate": rate, "losses": losses, "seconds": seconds, "held_out": trainer.evaluate()}
+    result = {"start": start, "learning_rate": rate, "losses": losses, "seconds": seconds}
+    return {**result, "held_out": trainer.evaluate(), "changes": changes(trainer, min(8, options.held_out))}
+
+
+def set_rate_of_heads(trainer: L2DTrainer, rate: float) -> None:
+    """Give the modulation heads a learning rate of their own."""
+    optimizer = trainer.create_optimizer()
+    heads = {id(p) for name, p in trainer.model.trained_parameters() if "modulation" in name}
+    for group in list(optimizer.param_groups):
+        own = [p for p in group["params"] if id(p) in heads]
+        group["params"] = [p for p in group["params"] if id(p) not in heads]
+        optimizer.add_param_group({**{name: value for name, value in group.items() if name != "params"},
+                                   "params": own, "lr": rate, "initial_lr": rate})  # fmt: skip
+
+
+@torch.no_grad()
+def changes(trainer: L2DTrainer, count: int, budget: int = 15) -> dict[str, float]:
+    """How often the chosen token differs from that of the evaluation before, by time, at the targets of some rows.
+
+    The first choice is compared with the base's, at t = 0; the sum is the number of changes per token.
+    """
+    model, totals, sites = trainer.model.eval(), None, 0
+    for row in range(count):
+        batch = trainer.data_collator([trainer.eval_dataset[row]])
+        index, _ = response_positions(batch["labels"])
+        state = model.paths.main_path(batch["input_ids"])
+        generator = torch.Generator().manual_seed(row)
+        x0 = torch.randn(*index.shape, model.config.diffusion_dim, generator=generator) * model.config.noise_std
+        solved = model.solve(state, index, x0, {"budget": budget, "speculation": False})
+        chosen = solved.chosen[:, 0]  # (E, Q)
+        changed = (chosen.diff(dim=0) != 0).sum(1)
+        totals, sites = changed if totals is None else totals + changed, sites + index.shape[1]
+    times = solved.evaluation_times[1:].tolist()
+    return {f"{time:.2f}": int(total) / sites for time, total in zip(times, totals.tolist(), strict=True)}
 
 
 def shown(result: dict[str, Any]) -> str:
@@ -90,6 +125,8 @@ def shown(result: dict[str, Any]) -> str:
         f"{result['start']:>9}  rate {result['learning_rate']:g}  training loss {means}  held-out loss "
         f"{held_out['eval_loss']:.3f}, accuracy {held_out['eval_accuracy']:.3f}  by time "
         + ", ".join(f"{name.replace('_', '-')}: {value:.2f}" for name, value in sorted(bins.items()))
+        + "  changes of the choice at "
+        + ", ".join(f"t = {name}: {value:.3f}" for name, value in result["changes"].items())
         + f"  {result['seconds']:.0f} s of processor time a step"
     )
 
@@ -102,11 +139,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16, help="examples per step, a multiple of 4")
     parser.add_argument("--held-out", type=int, default=32, help="rows that are measured in the end")
-    parser.add_argument("--published", type=float, nargs="*", default=[1e-3], help="learning rates of the published start")
-    parser.add_argument("--warm", type=float, nargs="*", default=[1e-3], help="learning rates of the warm start")
+    parser.add_argument("--first-held-out", type=int, default=7000, help="number of the first of them")
+    parser.add_argument(
+        "--published", type=float, nargs="*", default=[1e-3], help="learning rates of the published start"
+    )
+    parser.add_argument("--warm", type=float, nargs="*", default=[1e-3], help="learning rates, warm start")
     parser.add_argument("--added", type=float, nargs="*", default=[], help="the same of the warm start's added form")
     parser.add_argument("--noise-std", type=float, default=64.0)
     parser.add_argument("--time-power", type=float, default=1.0)
+    parser.add_argument(
+        "--heads", type=float, default=1.0, help="learning rate of modulation heads over that of the rest"
+    )
+    parser.add_argument("--variant", choices=("lora", "full"), default="lora")
     parser.add_argument("--scratch", type=Path, default=Path("warm_start"), help="folder for what trainers write")
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args(arguments)
