@@ -7,10 +7,12 @@ Both guard against accidents; whoever can write the files can also write a new d
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
+
+from l2d.network.quantized import weight_parts
 
 _SAMPLE = 1 << 16
 
@@ -30,15 +32,26 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor], warm_start: bool = False
     return digest.hexdigest()[:32]
 
 
+def _stored(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and values of all parameters, each once, quantized ones in parts."""
+    parts: dict[int, list[torch.Tensor]] = {}
+    for module in model.modules():
+        if (held := weight_parts(module)) is not None:
+            parts[id(module.weight)] = held
+    for name, parameter in model.named_parameters():
+        held = parts.get(id(parameter))
+        yield from [(name, parameter)] if held is None else ((f"{name}.{n}", part) for n, part in enumerate(held))
+
+
 @torch.no_grad()
 def fingerprint(model: nn.Module) -> str:
     """SHA-256 (32 hex digits) over names, shapes and up to 65,536 values per tensor, rounded to bfloat16.
 
-    Tied tensors count once. Any finetuning of the base changes it; so does another revision. Raises `ValueError` for
-    tensors on the meta device, which hold no weights.
+    Tied tensors count once; of a quantized layer its codes and scales count. Any finetuning of the base changes it; so
+    does another revision. Raises `ValueError` for tensors on the meta device, which hold no weights.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
+    for name, tensor in sorted(_stored(model), key=lambda pair: pair[0]):
         if tensor.is_meta:
             raise ValueError(f"fingerprint of {name!r} needs weights, and it is on the meta device: load it first.")
         step = max(1, tensor.numel() // _SAMPLE)

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
-from l2d.checkpoint import loading as checkpoint
+from l2d.checkpoint import bases
+from l2d.checkpoint.loading import load_parts
 from l2d.checkpoint.opening import Checkpoint
 from l2d.config import L2DConfig, SamplerConfig
 from l2d.generation import generate
@@ -86,23 +87,29 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
     def from_base(
         cls, base: PreTrainedModel | str | os.PathLike, config: L2DConfig | None = None, **load_kwargs: Any
     ) -> "L2DForCausalLM":
-        """A fresh model around `base` (loaded from a hub name or folder with `load_kwargs` where it is not a model).
+        """A fresh model around `base`, which is loaded with `load_kwargs` where it is a hub name or a folder.
 
+        It may be a model, an adapter of PEFT, which is merged into its base, or with `gguf_file` a file of the folder.
         At initialisation the path changes nothing: every budget gives the base's own logits.
         """
         config = copy.deepcopy(config) if config is not None else L2DConfig()
         if not isinstance(base, (PreTrainedModel, str, os.PathLike)):
             raise ValueError(
-                f"base is a {type(base).__name__}: give a model of transformers (compile it afterwards), a hub name or "
-                "a folder."
+                f"base is a {type(base).__name__}: give a model of transformers (compile it afterwards; with an "
+                "adapter merged), a hub name or a folder, which may be an adapter's."
             )
         if not isinstance(base, PreTrainedModel):
-            config.base_revision = load_kwargs.get("revision", config.base_revision)
-            base = checkpoint.load_base(base, **load_kwargs)
-        config.base_name_or_path = config.base_name_or_path or checkpoint.base_name(base)
-        checkpoint.describe_base(config, base)
+            for name, recorded in (("revision", "base_revision"), ("gguf_file", "base_gguf_file")):
+                load_kwargs[name] = load_kwargs.get(name, getattr(config, recorded))
+                setattr(config, recorded, load_kwargs[name])
+            base = bases.load_base(base, **load_kwargs)
+        config.base_name_or_path = config.base_name_or_path or bases.base_name(base)
+        bases.describe_base(config, base)
         config.base_fingerprint = None if next(base.parameters()).is_meta else fingerprint(base)
-        return cls(config, base=base)
+        model = cls(config, base=base)
+        if config.base_name_or_path:  # one without a name may get it before it is saved
+            model.warn_of_lost_base()
+        return model
 
     @classmethod
     def from_pretrained(
@@ -124,7 +131,7 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         tensor is missing, unexpected, of another shape or not finite, and where the tensors are not those that were
         saved (see `digest`).
         """
-        parts = checkpoint.load_parts(pretrained_model_name_or_path, base=base, config=config, **kwargs)
+        parts = load_parts(pretrained_model_name_or_path, base=base, config=config, **kwargs)
         model = cls(parts.config, base=parts.base)
         parts.fill(dict(model.trained_parameters()))
         if parts.config.variant == "full":  # copies of the base's projections run in the base's dtype
@@ -148,6 +155,7 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"state_dict lacks {len(missing)} trained tensors, {missing[0]!r} first.")
         trained = {name: full[name].contiguous() for name in self._trained_names}
         if kwargs.get("is_main_process", True):
+            self.warn_of_lost_base()
             if os.path.isfile(save_directory):
                 raise ValueError(f"save_directory={os.fspath(save_directory)!r} is a file: give a folder.")
             self.config.tensors_digest = tensors_digest(trained, self.config.warm_start)
@@ -158,6 +166,11 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
                 f"save_directory={os.fspath(save_directory)!r} could not be written to its end ({error}): make room "
                 "and save again, what is there now will not load."
             ) from error
+
+    def warn_of_lost_base(self) -> None:
+        """Warn, once for each reason, where the base that is recorded is not this one or could not be loaded."""
+        if reason := bases.cannot_come_back(self.config, self.base):
+            logger.warning_once(f"A checkpoint of this L2D model will not load by itself: {reason}.")
 
     def trained_parameters(self):
         """Iterate over (name, parameter) of all trained weights, in a fixed order."""

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from l2d.checkpoint.loading import load_base
+from l2d.checkpoint.bases import load_base
 from l2d.cli.parser import Parser
 from l2d.config import L2DConfig, base_config_from_dict
 from l2d.modeling import L2DForCausalLM

@@ -197,7 +197,8 @@ def _checkpoint(values: dict[str, Any]) -> Checkpoint | None:
     others = {name: str(ARGUMENTS[name].check(values[name])) for name in ("revision", "base") if name in values}
     if isinstance(pretrained, (str, Path)):
         opened = open_checkpoint(pretrained, **others)
-        check_base(opened.base or "")
+        if opened.base is not None:
+            check_base(opened.base, opened.gguf_file)
         return opened
     if not isinstance(pretrained, Checkpoint) and not hasattr(pretrained, "config"):
         raise UsageError(f"pretrained={pretrained!r} must be the folder or hub name of an L2D checkpoint.")

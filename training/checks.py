@@ -19,13 +19,14 @@ from transformers import PreTrainedConfig
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from l2d.checkpoint.hub import looks_local
+from l2d.checkpoint.opening import check_base
 from l2d.config import L2DConfig
 from training.checkpointing.resume import NO_RESUME
 from training.config import L2D_SETTINGS, CommandArguments, L2DTrainingConfig, ModelArguments
 from training.console import RANK
 from training.data.options import DataArguments, check_file, mapping, one_of
 
-_PATH_ONLY = set(L2D_SETTINGS) - {"base_revision", "lora_rank", "lora_alpha"}
+_PATH_ONLY = set(L2D_SETTINGS) - {"base_revision", "base_gguf_file", "lora_rank", "lora_alpha"}
 L2D_ONLY = _PATH_ONLY | {
     "guidance_column", "guidance_class", "guidance_map",
     "draws", "max_evaluations_per_pass", "time_power", "corruption_rate", "corruption_base_share",
@@ -113,8 +114,8 @@ def _refuse_foreign(model: ModelArguments, set_options: set[str]) -> None:
 def _check_data(model: ModelArguments, data: DataArguments, training: L2DTrainingConfig) -> None:
     """Base and data: what is named must be there."""
     base = model.base or ""
-    if looks_local(base) and not os.path.isdir(base) and model.base_config is None:
-        raise ValueError(f"base={model.base!r} is not a folder: give the folder or the hub name of the base model.")
+    if os.path.isdir(base) or model.base_config is None:
+        check_base(base, model.base_gguf_file)
     if model.tokenizer and looks_local(model.tokenizer) and not os.path.isdir(model.tokenizer):
         raise ValueError(f"tokenizer={model.tokenizer!r} is not a directory: give a directory or a hub name.")
     if model.base_revision is not None and os.path.isdir(base):

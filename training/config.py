@@ -37,8 +37,11 @@ class ModelArguments:
     """The method, the base, and the shape of the diffusion path (names and defaults of `L2DConfig`)."""
 
     method: str = field(default="l2d", metadata={"help": "l2d, lora_sft or full_sft."})
-    base: str | None = field(default=None, metadata={"help": "Hub name or folder of the pre-trained causal LM."})
+    base: str | None = field(
+        default=None, metadata={"help": "Hub name or folder of the pre-trained causal LM, or of a PEFT adapter."}
+    )
     base_revision: str | None = of_checkpoint("base_revision")
+    base_gguf_file: str | None = of_checkpoint("base_gguf_file")
     tokenizer: str | None = field(
         default=None,
         metadata={"help": "Hub name or folder of the tokenizer, where it is not the base's own (same vocabulary)."},
@@ -89,6 +92,10 @@ class ModelArguments:
             self.base = os.path.abspath(self.base)
         if self.tokenizer is not None and os.path.isdir(self.tokenizer):
             self.tokenizer = os.path.abspath(self.tokenizer)
+
+    def base_options(self) -> dict[str, Any]:
+        """What names the base beside `base`, under the names of transformers' `from_pretrained`."""
+        return {"revision": self.base_revision, "gguf_file": self.base_gguf_file}
 
     def lora_config(self) -> Any:
         """PEFT's configuration for `lora_sft`, `None` for other methods."""

@@ -24,6 +24,7 @@ import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from l2d.checkpoint import bases
 from l2d.network.cross_entropy import chunk_rows
 from training.checks import longest_example
 from training.config import L2DTrainingConfig
@@ -95,8 +96,8 @@ def base_configuration(recipe: Recipe) -> PreTrainedConfig:
         with open(model.base_config, encoding="utf-8") as file:
             return AutoConfig.for_model(**json.load(file))
     try:
-        return AutoConfig.from_pretrained(
-            base, revision=model.base_revision, trust_remote_code=recipe.training.trust_remote_code
+        return bases.base_configuration(
+            base, **model.base_options(), trust_remote_code=recipe.training.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ValueError(
@@ -139,7 +140,7 @@ def read_data(recipe: Recipe) -> Any:
             raise
         say(f"examples are not shown: {' '.join(str(error).split())[:200]}")
         return None
-    base = base_of(config, generation_config(str(model.base)))
+    base = base_of(config, generation_config(str(model.base), model.base_gguf_file))
     if evaluation is not None:
         say(encode(evaluation, tokenizer, training, limit, "eval", base)[1])
     if data.streaming:

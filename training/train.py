@@ -99,7 +99,7 @@ def prepare(recipe: Recipe) -> Job:
     limit = longest_example(config, base, training.max_length)
     with training.main_process_first(desc="preparing data"):
         tokenizer = load_tokenizer(model, training)
-        facts = base_of(config, generation_config(base))
+        facts = base_of(config, generation_config(base, model.base_gguf_file))
         train, evaluation = load_examples(data, model.guidance_classes, training.seed, training.dataset_num_proc)
         if evaluation is not None:
             evaluation, summary = encode(evaluation, tokenizer, training, limit, "eval", facts)
@@ -129,13 +129,13 @@ def say_expected(data: Any, train: Any, evaluation: Any) -> None:
 
 def base_config(recipe: Recipe) -> Any:
     """The base's configuration. Raises `ValueError`."""
-    from transformers import AutoConfig
+    from l2d.checkpoint.bases import base_configuration
+    from training.data.options import named
 
     model, training = recipe.model, recipe.training
+    base = named("base", model.base)
     try:
-        config = AutoConfig.from_pretrained(
-            model.base, revision=model.base_revision, trust_remote_code=training.trust_remote_code
-        )
+        config = base_configuration(base, **model.base_options(), trust_remote_code=training.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ValueError(f"base={model.base!r} is neither a model's folder nor a model on the hub: {error}") from error
     if config.model_type == "l2d":
@@ -148,7 +148,7 @@ def build_trainer(job: Job) -> Any:
     import torch
     from transformers import set_seed
 
-    from l2d.checkpoint.loading import load_base
+    from l2d.checkpoint.bases import load_base
     from training.data.options import named
 
     model, training = job.recipe.model, job.recipe.training
@@ -156,7 +156,7 @@ def build_trainer(job: Job) -> Any:
     mixed = training.bf16 or training.fp16
     dtype = model.dtype or ("auto" if mixed and model.method != "full_sft" else "float32")
     options = {
-        "revision": model.base_revision,
+        **model.base_options(),
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
         "attn_implementation": model.attn_implementation,
         "trust_remote_code": training.trust_remote_code,

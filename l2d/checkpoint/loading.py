@@ -2,8 +2,6 @@
 
 - `load_parts`: configuration, base and trained tensors of a checkpoint, which `L2DForCausalLM` puts together
 - `config_from`, `load_tokenizer`: the configuration object and the tokenizer of an open checkpoint
-- `load_base`, `base_name`, `describe_base`: the frozen base and what a checkpoint records of it
-- `in_dtype`: a loaded base in another dtype, as transformers loads it
 - `read_tensors`: trained tensors of a checkpoint folder, whole or sharded (safetensors only)
 
 A checkpoint is refused without its base, with another base, with missing, extra, misshapen or non-finite tensors, and
@@ -12,18 +10,15 @@ Settings may be edited: they are checked by their ranges.
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Mapping
-from copy import deepcopy
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.utils import (
     CONFIG_NAME,
     GENERATION_CONFIG_NAME,
@@ -31,69 +26,19 @@ from transformers.utils import (
     SAFE_WEIGHTS_NAME,
 )
 
+from l2d.checkpoint.bases import (
+    ACCESS_ARGUMENTS,
+    HUB_ARGUMENTS,
+    base_options,
+    describe_base,
+    in_dtype,
+    load_base,
+    tokenizer_place,
+)
 from l2d.checkpoint.hub import checkpoint_folder
-from l2d.checkpoint.opening import Checkpoint, base_location, open_checkpoint
+from l2d.checkpoint.opening import Checkpoint, base_location, open_checkpoint, read_mapping
 from l2d.config import L2DConfig, base_config_from_dict
 from l2d.integrity import fingerprint, tensors_digest
-
-_ACCESS_ARGUMENTS = ("cache_dir", "token", "local_files_only", "force_download")  # to the checkpoint and to its base
-_PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HUB_ARGUMENTS = ("revision", "subfolder", *_ACCESS_ARGUMENTS)
-
-
-def base_name(base: PreTrainedModel) -> str | None:
-    """Where `base` was loaded from: the absolute path of a folder, or a hub name; `None` if it never was."""
-    name = base.config._name_or_path or None
-    return str(Path(name).resolve()) if name and Path(name).is_dir() else name
-
-
-def describe_base(config: L2DConfig, base: PreTrainedModel) -> None:
-    """Record the base's configuration in `config`, and the token ids that transformers reads from there."""
-    description = base.config.to_dict()
-    for volatile in ("_name_or_path", "transformers_version"):
-        description.pop(volatile, None)
-    config.base_config = description
-    text = base.config.get_text_config()
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(config, name, getattr(text, name, None))
-    config.vocab_size = text.vocab_size
-    config.hidden_size = text.hidden_size
-    config.tie_word_embeddings = False  # the base ties its own
-
-
-def load_base(name: str | os.PathLike, **kwargs: Any) -> PreTrainedModel:
-    """Load a base by folder or hub name; `dtype` defaults to the one it is stored in."""
-    kwargs.setdefault("dtype", "auto")
-    try:
-        known = {key: value for key, value in kwargs.items() if key in (*_HUB_ARGUMENTS, "trust_remote_code")}
-        model_type = AutoConfig.from_pretrained(name, **known).model_type
-        if model_type != "l2d":
-            base, info = AutoModelForCausalLM.from_pretrained(name, output_loading_info=True, **kwargs)
-            if lacking := sorted(info["missing_keys"]):
-                raise ValueError(f"its files lack {len(lacking)} tensors, {lacking[0]!r} first")
-            return base
-    except (ImportError, OSError, ValueError, SafetensorError, UnpicklingError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ValueError(
-            f"base={os.fspath(name)!r} could not be loaded ({reason}); give a folder or hub name of the base model."
-        ) from error
-    raise ValueError(f"base={os.fspath(name)!r} is itself an L2D checkpoint; name the model that it was trained on.")
-
-
-def in_dtype(base: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A copy of `base` in `dtype`, with the values that transformers' `from_pretrained(dtype=dtype)` gives.
-
-    `base.to(dtype)` would also round buffers that are computed in float32, such as the rotary frequencies. Raises
-    `ValueError` for a quantized base.
-    """
-    if any(p.dtype not in _PLAIN for p in base.parameters()):
-        raise ValueError(f"dtype={dtype} cannot be applied to a quantized base: leave dtype out.")
-    places = getattr(base, "hf_device_map", None) or {"": next(base.parameters()).device}
-    copy = type(base).from_pretrained(
-        None, config=deepcopy(base.config), state_dict=base.state_dict(), dtype=dtype, device_map=places
-    )
-    copy.config._name_or_path, copy.generation_config = base.config._name_or_path, deepcopy(base.generation_config)
-    return copy
 
 
 @dataclasses.dataclass
@@ -152,17 +97,17 @@ def load_parts(
         raise ValueError(f"config={config!r} must be an L2DConfig; leave it out to take that of the checkpoint.")
     for internal in ("_from_auto", "adapter_kwargs", "_commit_hash"):
         kwargs.pop(internal, None)
-    hub = {key: kwargs.pop(key) for key in _HUB_ARGUMENTS if key in kwargs}
+    hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
     if not isinstance(name, Checkpoint) and os.path.isdir(name):
         hub.pop("revision", None)  # as in transformers
-    access = {key: value for key, value in hub.items() if key in _ACCESS_ARGUMENTS}
+    access = {key: value for key, value in hub.items() if key in ACCESS_ARGUMENTS}
     if config is None or isinstance(name, Checkpoint):
         opened = open_checkpoint(name, **hub)
         config, base = config or config_from(opened), opened.base if base is None else base
         folder, name = opened.folder, opened.name
     else:
         folder = checkpoint_folder(name, **hub)
-        trained_with = bool((_read_json(folder, CONFIG_NAME) or {}).get("warm_start"))
+        trained_with = bool((read_mapping(folder, CONFIG_NAME) or {}).get("warm_start"))
         if trained_with != config.warm_start:
             raise ValueError(
                 f"config has warm_start={config.warm_start}, and pretrained={os.fspath(name)!r} was trained with "
@@ -178,7 +123,7 @@ def load_parts(
         base = in_dtype(base, dtype) if convert and base.dtype != dtype else base  # the caller's model stays as it is
     else:
         where = base_location(os.fspath(name), config.base_name_or_path, base)
-        options = {"revision": config.base_revision, **access, **kwargs}
+        options = {**base_options(config, where, replaced=base is not None), **access, **kwargs}
         base = load_base(where, **options, **({"dtype": dtype} if convert else {}))
         as_stored = base
         if convert and not _is_recorded_base(config, base):  # float16 cannot hold all that the fingerprint looks at
@@ -193,7 +138,7 @@ def load_parts(
     if not config.base_config:
         describe_base(config, base)
     generation_config = None
-    if _read_json(folder, GENERATION_CONFIG_NAME) is not None:
+    if read_mapping(folder, GENERATION_CONFIG_NAME) is not None:
         generation_config = GenerationConfig.from_pretrained(folder)
     return CheckpointParts(os.fspath(name), config, base, tensors, generation_config)
 
@@ -223,32 +168,21 @@ def load_tokenizer(source: Checkpoint | str, **options: Any) -> Any:
         if source.settings.base_config:  # the base's type and name help to choose the class
             options["config"] = base_config_from_dict(source.settings.base_config)
             options["config"]._name_or_path = source.base_location
+        if source.tokenizer_source == source.base_location:
+            options["gguf_file"] = source.gguf_file
         source = source.tokenizer_source
     try:
+        source, options = tokenizer_place(source, **options)
         return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"tokenizer={source!r} cannot be loaded: {reason}") from error
 
 
-def _read_json(name: str | os.PathLike, file: str) -> dict[str, Any] | None:
-    """Content of a checkpoint's JSON file, `None` if it has none. Raises `ValueError`."""
-    path = Path(name) / file
-    if not path.is_file():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it holds no mapping")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read ({error}): the file is damaged, restore it or save again.") from error
-    return content
-
-
 def read_tensors(name: str | os.PathLike) -> dict[str, torch.Tensor]:
     """All tensors of the checkpoint in folder `name` on the CPU; `ValueError` names a missing or unreadable file."""
     files = {SAFE_WEIGHTS_NAME}
-    index = _read_json(name, SAFE_WEIGHTS_INDEX_NAME)
+    index = read_mapping(name, SAFE_WEIGHTS_INDEX_NAME)
     if index is not None:
         shards = index.get("weight_map")
         if not isinstance(shards, dict) or not all(isinstance(f, str) and f == Path(f).name for f in shards.values()):

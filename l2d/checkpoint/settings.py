@@ -47,6 +47,9 @@ class CheckpointSettings:
 
     base_name_or_path: str | None = setting(None, _text, "hub name or folder of the frozen base, which is loaded there")
     base_revision: str | None = setting(None, _text, "revision of the base on the hub")
+    base_gguf_file: str | None = setting(
+        None, _text, "GGUF file with the base's weights, configuration and tokenizer, by its name in the base's folder"
+    )
     base_fingerprint: str | None = setting(None, _text, "hash of the base's weights; another base is refused")
     base_config: dict[str, Any] | None = setting(None, optional(_mapping), "the base's own configuration")
     variant: str = setting(

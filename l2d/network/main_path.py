@@ -20,6 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from l2d.network.onednn import linear
+from l2d.network.quantized import plain_tensor
 
 
 class _DecoderOutput(BaseModelOutputWithPast):
@@ -62,10 +63,11 @@ class Decoder:
         """Determine by a probe whether the base divides or multiplies by `logits_scaling`."""
         weight = self.embeddings.weight
         for part in (weight, getattr(self.lm_head, "weight", weight)):
-            if not isinstance(part, torch.Tensor):
+            if not isinstance(part, torch.Tensor) or not plain_tensor(part):
+                head = f"{type(self.lm_head).__module__}.{type(self.lm_head).__name__}"
                 raise ValueError(
-                    f"the base's output head is a {type(self.lm_head).__module__}.{type(self.lm_head).__name__}, whose "
-                    "weights cannot be read: load the base unquantized."
+                    f"the base's embedding or output head, a {head}, has quantized weights: leave these two layers as "
+                    "they are, or load the base unquantized."
                 )
             if part.is_meta or not part.numel():  # not loaded, or kept elsewhere (offloaded, ZeRO 3)
                 return

@@ -17,6 +17,7 @@ from torch import nn
 from l2d.network.embeddings import full_precision, version
 from l2d.network.onednn import packed_linear, serves
 from l2d.network.path_layers import ADAPTER
+from l2d.network.quantized import plain_linear
 
 _SHARE = 0.25  # of the free memory that merged weights may take
 
@@ -28,7 +29,7 @@ def _projections(module: nn.Module) -> list[Any]:
     adapted = [
         m
         for m in module.modules()
-        if isinstance(m, LoraLayer) and ADAPTER in m.lora_A and isinstance(m.get_base_layer(), nn.Linear)
+        if isinstance(m, LoraLayer) and ADAPTER in m.lora_A and plain_linear(m.get_base_layer())
     ]
     if adapted:
         return adapted

@@ -21,6 +21,7 @@ from l2d.config import L2DConfig
 from l2d.network.attention import IMPLEMENTATION, SiteLayout
 from l2d.network.embeddings import at_least_float32
 from l2d.network.main_path import Decoder, LayerState
+from l2d.network.quantized import FrozenLinear, known_linear, quantized_linear
 
 ADAPTER = "diffusion"
 _UNUSED_PROJECTIONS = ("k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj")  # the latter two: latent attention
@@ -236,10 +237,37 @@ def _refuse_unknown_parts(layer: Any, known: list[nn.Module], model_type: str) -
 def _structural_copy(module: nn.Module, config: PreTrainedConfig | None = None) -> nn.Module:
     """A copy of the module tree that shares every parameter and buffer with the original."""
     memo: dict[int, object] = {id(t): t for t in itertools.chain(module.parameters(), module.buffers())}
+    memo |= {id(m): FrozenLinear(m) for m in module.modules() if quantized_linear(m)}
     original = getattr(module, "config", None)
     if original is not None:
         memo[id(original)] = config if config is not None else original
     return copy.deepcopy(module, memo)
+
+
+def _refuse_adapters(base: nn.Module) -> None:
+    """Raise `ValueError` for a base with layers that PEFT has put its own around."""
+    wrapped = [name for name, module in base.named_modules() if type(module).__module__.split(".")[0] == "peft"]
+    if wrapped:
+        raise ValueError(
+            f"the base has adapters in it ({wrapped[0]}): give the adapter's folder or hub name as base, or merge it "
+            "first with merge_and_unload() and save the result."
+        )
+
+
+def _refuse_unknown_linears(attention: nn.Module, mlp: nn.Module) -> None:
+    """Raise `ValueError` for linear layers of a class on top of which nothing would be trained."""
+    for module in (attention, mlp):
+        part: Any
+        for name, part in module.named_modules():
+            multiplies = type(part).__name__.endswith("Linear") or isinstance(part, nn.Linear)
+            multiplies |= hasattr(part, "in_features") and hasattr(part, "out_features")
+            multiplies |= module is attention and name in _UNUSED_PROJECTIONS
+            if multiplies and not known_linear(part):
+                kind = f"{type(part).__module__}.{type(part).__name__}"
+                raise ValueError(
+                    f"the base's {type(module).__name__} has a {name} of the class {kind}, which the diffusion path "
+                    "cannot train on: load the base unquantized, or quantized by bitsandbytes or torchao."
+                )
 
 
 def _targets(attention: nn.Module, mlp: nn.Module) -> tuple[list[str], list[str]]:
@@ -261,6 +289,9 @@ def _inject_lora(module: nn.Module, names: list[str], config: L2DConfig) -> None
         return
     # PEFT would look at the module's configuration and rename targets of mixture-of-experts models; these are named.
     holder = nn.ModuleDict({"module": module})
+    first: Any = module.get_submodule(names[0])
+    place = first.weight.device  # PEFT asks a parameter, and quantized layers have none here
+    holder.register_parameter("place", nn.Parameter(torch.empty(0, device=place), requires_grad=False))
     from peft import LoraConfig, inject_adapter_in_model  # late: peft may be what imports us, through transformers
 
     pattern = "|".join(name.replace(".", r"\.") for name in names)
@@ -283,12 +314,12 @@ def _inject_lora(module: nn.Module, names: list[str], config: L2DConfig) -> None
 def _clone_parameters(module: nn.Module, names: list[str]) -> None:
     for name in names:
         linear = module.get_submodule(name)
+        if isinstance(linear, FrozenLinear):
+            raise ValueError(
+                f"variant='full' trains copies of the base's projections, and {name} is quantized: use variant='lora', "
+                "or load the base unquantized."
+            )
         for key, parameter in list(linear.named_parameters(recurse=False)):
-            if parameter.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-                raise ValueError(
-                    f"variant='full' trains copies of the base's projections, and {name} is quantized "
-                    f"({parameter.dtype}): use variant='lora', or load the base unquantized."
-                )
             setattr(linear, key, nn.Parameter(parameter.detach().clone()))
 
 
@@ -297,9 +328,11 @@ def build_twin(decoder: Decoder, base_config: PreTrainedConfig, config: L2DConfi
 
     Raises `ValueError` for a base whose layers are laid out in an unknown way.
     """
+    _refuse_adapters(decoder.base)
     twins = []
     for layer in decoder.layers:
         base_attention, base_mlp = _parts(layer, base_config.model_type)
+        _refuse_unknown_linears(base_attention, base_mlp)
         slots = _norm_slots(layer)
         norms = [norm for norm in slots.values() if norm is not None]
         _refuse_unknown_parts(layer, [base_attention, base_mlp, *norms], base_config.model_type)

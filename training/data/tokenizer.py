@@ -11,6 +11,7 @@ import os
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from l2d.checkpoint.bases import base_configuration, tokenizer_place
 from training.config import L2DTrainingConfig, ModelArguments
 from training.data.options import named
 from training.data.values import Unavailable
@@ -31,8 +32,10 @@ def base_of(config: PreTrainedConfig, generation: GenerationConfig | None) -> Ba
     return Base(getattr(config.get_text_config(), "vocab_size", None), tuple(ends))
 
 
-def generation_config(base: str) -> GenerationConfig | None:
-    """The base's generation settings, where it has a file of them."""
+def generation_config(base: str, gguf_file: str | None = None) -> GenerationConfig | None:
+    """The base's generation settings, where it has a file of them; a GGUF file's are in its configuration."""
+    if gguf_file is not None:
+        return GenerationConfig.from_model_config(base_configuration(base, gguf_file=gguf_file))
     if os.path.isdir(base) and not os.path.isfile(os.path.join(base, "generation_config.json")):
         return None
     try:
@@ -49,11 +52,9 @@ def load_tokenizer(model: ModelArguments, training: L2DTrainingConfig) -> PreTra
     source = model.tokenizer or named("base", model.base)
     name = f"{'tokenizer' if model.tokenizer else 'base'}={source!r}"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source,
-            revision=None if model.tokenizer else model.base_revision,
-            trust_remote_code=training.trust_remote_code,
-        )
+        options = {} if model.tokenizer else model.base_options()
+        place, options = tokenizer_place(source, **options, trust_remote_code=training.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError) as error:
         kind = ValueError if os.path.isdir(source) else Unavailable
         raise kind(f"{name} has no tokenizer that can be loaded: {error}") from error

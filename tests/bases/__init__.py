@@ -1,0 +1,1 @@
+"""Bases of every kind: GGUF files, adapters, quantized models."""

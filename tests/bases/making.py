@@ -1,0 +1,146 @@
+"""Small bases of every kind, made on the spot, and what a user does with one.
+
+- `write_gguf`: a GGUF file with the weights and the tokenizer of a tiny Llama
+- `write_adapter`: a PEFT adapter on a base
+- `Journey`: trains a few steps on a base, and looks at the checkpoint in a process of its own
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.conftest import REPOSITORY
+from tests.training_runs import SMALL, sums, train_here, write_jsonl, write_recipe
+
+SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+"""Sizes that 4-bit formats can hold: rows of a multiple of 64."""
+
+
+def write_gguf(base: Path, file: Path, kind: str = "F32") -> None:
+    """Write the Llama in folder `base` as a GGUF file whose matrices are of `kind` (F32, Q8_0, Q4_1)."""
+    import gguf
+
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        AutoTokenizer.from_pretrained(base),
+    )
+    config = model.config
+    file.parent.mkdir(parents=True, exist_ok=True)
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    _add_tokenizer(writer, tokenizer)
+    quantization = gguf.GGMLQuantizationType[kind]
+    for name, tensor in model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
+        values = (tensor if heads is None else _interleaved(tensor, heads)).numpy()
+        if values.ndim > 1 and kind != "F32":
+            writer.add_tensor(_gguf_name(name), gguf.quants.quantize(values, quantization), raw_dtype=quantization)
+        else:
+            writer.add_tensor(_gguf_name(name), values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of a projection in the order that GGUF's rotary embedding wants: pairs side by side."""
+    return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape).contiguous()
+
+
+def _gguf_name(name: str) -> str:
+    parts = {
+        "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output", "model.layers": "blk",
+        "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down", "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+    }  # fmt: skip
+    for theirs, ours in parts.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def _add_tokenizer(writer: Any, tokenizer: Any) -> None:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    tokens = sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().get)
+    special = set(tokenizer.all_special_tokens)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3 if token in special else 1 for token in tokens])
+    writer.add_token_merges([" ".join(pair) for pair in backend["model"]["merges"]])
+    writer.add_bos_token_id(tokenizer.bos_token_id)
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(tokenizer.chat_template)
+
+
+def write_adapter(base: Path, folder: Path, seed: int = 3, **settings: Any) -> None:
+    """Write a PEFT LoRA adapter with random weights on `base`."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False, **settings)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config).save_pretrained(folder)
+
+
+_LOOK = """
+import contextlib, io, json, sys
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from l2d.__main__ import main
+from lm_eval_ext.model import L2DLM
+
+checkpoint, theirs, chat = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
+prompts = ["Question: how many?", "The cat sat", "Natalia sold 48 clips"]
+until = {"until": ["\\n"], "max_gen_toks": 6}
+
+def scored(lm):
+    texts = lm.generate_until([Instance("generate_until", {}, (p, dict(until)), i) for i, p in enumerate(prompts)])
+    pairs = [(p, c) for p in prompts for c in (" yes", " 24")]
+    return [texts, lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])]
+
+found = {"l2d": scored(L2DLM(checkpoint, device="cpu", batch_size=2, diffusion_budget=1))}
+found["hf"] = scored(HFLM(device="cpu", batch_size=2, **theirs)) if theirs else None
+with contextlib.redirect_stdout(io.StringIO()) as printed:
+    main(["chat", checkpoint, *chat])
+print("FOUND" + json.dumps({**found, "chat": printed.getvalue()}))
+"""
+
+
+class Journey:
+    """What a user does: trains on `base` with `recipe`, and looks at the checkpoint in a new process.
+
+    Attributes:
+        checkpoint: folder of the trained model.
+        l2d, hf: texts and log-likelihoods of `lm_eval`'s classes, of the checkpoint at budget 1, and with arguments
+            `theirs` of the base.
+        chat: what a chat with the checkpoint prints.
+    """
+
+    def __init__(self, folder: Path, base: Path | str, theirs: dict[str, Any], **recipe: Any):
+        self.checkpoint = folder / "l2d"
+        settings = {**SMALL, "variant": "lora", "lora_rank": 2, "base": str(base), **recipe}
+        data = write_jsonl(folder / "data.jsonl", sums(8))
+        train_here(write_recipe(folder / "recipe.yaml", **settings, dataset=data, output_dir=self.checkpoint))
+        chat = ["--budget", "3", "--device", "cpu", "--max-new-tokens", "3", "--tint"]
+        command = [sys.executable, "-c", _LOOK, str(self.checkpoint), json.dumps(theirs), *chat]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, input="How many?\n")
+        assert done.returncode == 0, done.stderr
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+        found = json.loads(line.removeprefix("FOUND"))
+        self.l2d, self.hf, self.chat = found["l2d"], found["hf"], found["chat"]
