@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.benchmarks import decode, released, scoring, serving, warm_start
+from tests.benchmarks import decode, launches, released, scoring, serving, warm_start
 from tests.benchmarks.models import make_base, make_model
 from tests.benchmarks.training import COMMON, main, make_rows, naive_loss, parse
 from tests.conftest import randomise_path, train_tokenizer
@@ -24,6 +24,15 @@ def test_decoding_figures(tmp_path):
     assert all(one["ratio"] == one["token_s"] / one["plain_step_s"] > 1 for one in figures)
     written = json.loads(file.read_text())
     assert written["batch_size"] == 2 and written["results"][1]["ratio"] == figures[1]["ratio"]
+
+
+def test_launches(tmp_path):
+    """Plain decoding waits once a token, for its own end; T = 1 is plain decoding and little more."""
+    figures = launches.main(["--layers", "1", "--threads", "1", "--lines", "1", "--json", str(tmp_path / "out.json")])
+    plain, base, drafted, undrafted, sequential = figures
+    assert plain["synchronisations"] == 1 and plain["ratio"] == 1 < base["ratio"] < 2
+    assert plain["launches"] < drafted["launches"] < undrafted["launches"] < sequential["launches"]
+    assert json.loads((tmp_path / "out.json").read_text())["results"] == figures
 
 
 def test_scoring_figures(tmp_path):
