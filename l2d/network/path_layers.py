@@ -21,7 +21,7 @@ from l2d.config import L2DConfig
 from l2d.network.attention import IMPLEMENTATION, SiteLayout
 from l2d.network.embeddings import at_least_float32
 from l2d.network.main_path import Decoder, LayerState
-from l2d.network.quantized import FrozenLinear, known_linear, quantized_linear
+from l2d.network.quantized import FrozenLinear, known_linear, plain_tensor, quantized_linear
 
 ADAPTER = "diffusion"
 _UNUSED_PROJECTIONS = ("k_proj", "v_proj", "kv_a_proj_with_mqa", "kv_b_proj")  # the latter two: latent attention
@@ -262,7 +262,9 @@ def _refuse_unknown_linears(attention: nn.Module, mlp: nn.Module) -> None:
             multiplies = type(part).__name__.endswith("Linear") or isinstance(part, nn.Linear)
             multiplies |= hasattr(part, "in_features") and hasattr(part, "out_features")
             multiplies |= module is attention and name in _UNUSED_PROJECTIONS
-            if multiplies and not known_linear(part):
+            multiplies &= module is attention or _ROUTERS.isdisjoint(name.split("."))
+            codes = not all(plain_tensor(parameter) for parameter in part.parameters(recurse=False))
+            if (multiplies or codes) and not known_linear(part):
                 kind = f"{type(part).__module__}.{type(part).__name__}"
                 raise ValueError(
                     f"the base's {type(module).__name__} has a {name} of the class {kind}, which the diffusion path "
