@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     import torch
 
     from l2d.modeling import L2DForCausalLM
+    from training.data.options import DataArguments
 
 TIMES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 BUDGETS = (1, 3, 7, 15, 31)
@@ -264,10 +265,7 @@ def _read_data(
 
     from l2d.checkpoint.loading import load_tokenizer
     from training.budget_metrics import padded
-    from training.config import L2DTrainingConfig
-    from training.data.loading import load_split
     from training.data.options import DataArguments
-    from training.data.ready import encode
 
     recipe = _recipe(checkpoint.folder)
     data = DataArguments(
@@ -277,18 +275,27 @@ def _read_data(
         columns=options.columns if options.columns is not None else recipe.get("columns"),
         unroll=recipe.get("unroll", False),
     )
-    examples = load_split("data", data)
-    if options.limit is not None:
-        examples = examples.select(range(min(options.limit, len(examples))))
-    training = L2DTrainingConfig(output_dir="unused", report_to="none", too_long="drop", bf16=False)
     tokenizer = load_tokenizer(checkpoint)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"the tokenizer of {checkpoint.name!r} has no end-of-sequence token: set it in its folder.")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    longest = checkpoint.settings.longest or sys.maxsize
-    encoded, summary = encode(examples, tokenizer, training, longest, "data")
+    encoded, summary = encode_split(data, tokenizer, checkpoint.settings.longest or sys.maxsize, options.limit)
     print(summary, flush=True)
     return padded(list(encoded), tokenizer.pad_token_id, torch.device("cpu"))
+
+
+def encode_split(data: "DataArguments", tokenizer: Any, longest: int, limit: int | None = None) -> tuple[Any, str]:
+    """The first `limit` examples of `data` with `input_ids` and `labels`, without those that are longer than
+    `longest`, and a line that says how many there are. Raises `ValueError`."""
+    from training.config import L2DTrainingConfig
+    from training.data.loading import load_split
+    from training.data.ready import encode
+
+    examples = load_split("data", data)
+    if limit is not None:
+        examples = examples.select(range(min(limit, len(examples))))
+    training = L2DTrainingConfig(output_dir="unused", report_to="none", too_long="drop", bf16=False)
+    return encode(examples, tokenizer, training, longest, "data")
 
 
 def _recipe(folder: str) -> dict[str, Any]:

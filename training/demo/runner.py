@@ -2,7 +2,7 @@
 
 * `Step`: one command, with the output that it leaves and the steps that must come before it
 * `run_steps`: some at a time, one thread each; output to log files, progress and times to the terminal; a step that
-  fails ends the run with the last lines of its log
+  fails ends the run with the last lines of its log, and so does a time limit, with SIGTERM to what still runs
 * `run_or_exit`: the same for a command, which ends with a message
 """
 
@@ -26,6 +26,10 @@ LAST_LINES = 20
 
 class StepFailed(RuntimeError):
     """A step's command failed; the message holds the end of its log."""
+
+
+class OutOfTime(RuntimeError):
+    """The time that the run was given is over; the message says what was ended."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,20 @@ class _Running:
     started: float
 
 
-def run_steps(steps: list[Step], workspace: Workspace, environment: dict[str, str], cwd: Path, slots: int = 2) -> None:
+def run_steps(
+    steps: list[Step],
+    workspace: Workspace,
+    environment: dict[str, str],
+    cwd: Path,
+    slots: int = 2,
+    until: float | None = None,
+) -> None:
     """Run all steps that are not complete, in the order given as far as `needs` and `slots` allow.
 
-    Raises `StepFailed`, after ending the other running steps.
+    Args:
+        until: time of `time.monotonic` at which running steps get SIGTERM, on which a training saves itself.
+
+    Raises `StepFailed` or, when the time is over before all is done, `OutOfTime`, after ending all running steps.
     """
     screen = _Screen()
     waiting = [step for step in steps if not workspace.complete(step.name, step.output)]
@@ -84,6 +98,9 @@ def run_steps(steps: list[Step], workspace: Workspace, environment: dict[str, st
                 complete.add(one.step.name)
                 result = f": {one.step.result()}" if one.step.result else ""
                 screen.line(f"[{len(complete):2d}/{total}] {one.step.name}, {seconds:.0f} s{result}")
+            if until is not None and time.monotonic() >= until and (waiting or running):
+                ended = ", ".join(one.step.name for one in running) or "nothing"
+                raise OutOfTime(f"the time is over with {len(complete)} of {total} steps complete; ended: {ended}")
             screen.status(lambda: "   ".join(_progress(one) for one in running))
             time.sleep(POLL_SECONDS)
     finally:
@@ -107,10 +124,13 @@ def environment(out: Path) -> dict[str, str]:
     return {**os.environ, **fixed}
 
 
-def run_or_exit(steps: list[Step], workspace: Workspace, slots: int = 2) -> None:
-    """Run all steps; a failed or interrupted one ends the process with a message and exit status 1 or 130."""
+def run_or_exit(steps: list[Step], workspace: Workspace, slots: int = 2, until: float | None = None) -> None:
+    """Run all steps; a failed or interrupted one ends the process with a message and exit status 1 or 130.
+
+    Raises `OutOfTime` where a time limit is given, see `run_steps`.
+    """
     try:
-        run_steps(steps, workspace, environment(workspace.folder), ROOT, slots)
+        run_steps(steps, workspace, environment(workspace.folder), ROOT, slots, until)
     except StepFailed as error:
         print("error:", error, file=sys.stderr)
         print("the same command continues from here", file=sys.stderr)

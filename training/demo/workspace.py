@@ -31,12 +31,12 @@ class Layout:
     @property
     def state(self) -> str:
         """Name of the file that says which steps are complete."""
-        return f"{self.noun}.json"
+        return self.contents[-1]
 
     @property
     def draft(self) -> str:
         """Name of that file while it is written."""
-        return f".{self.noun}.json"
+        return f".{self.state}"
 
 
 class Workspace:

@@ -1,0 +1,110 @@
+"""Runs the study of a real model: `python -m training.studies.real --base BASE --out FOLDER [--minutes M]`.
+
+* an interrupted run continues, a training from its last checkpoint; so does one whose time is over
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+
+from l2d.cli.parser import Parser
+from training.demo.plan import write_configs
+from training.demo.runner import OutOfTime, run_or_exit
+from training.demo.workspace import Workspace, open_workspace
+from training.studies.real.data import targets_per_example, write_data
+from training.studies.real.plan import LAYOUT, METHODS, Settings, build_steps, has_bf16, recipes, steps_for
+
+BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DATA = "openai/gsm8k"
+EPOCH = 938_000  # supervised tokens of GSM8K's training split with SmolLM2's tokenizer
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m training.studies.real", description="What does L2D do to a real model?")
+    parser.add_argument("--base", default=BASE, help=f"folder or hub name of a chat model (default: {BASE})")
+    parser.add_argument("--data", default=DATA, help=f"folder or hub name of GSM8K (default: {DATA})")
+    parser.add_argument("--out", type=Path, default=Path("real"), help="folder for all results (default: real)")
+    parser.add_argument(
+        "--targets", type=int, default=EPOCH, help=f"supervised tokens of every training (default: an epoch, {EPOCH:,})"
+    )
+    parser.add_argument(
+        "--held-out", type=int, default=64, help="last rows of the training split for validation (default: 64)"
+    )
+    parser.add_argument("--methods", help=f"run the steps of these only, with commas: {','.join(METHODS)}")
+    parser.add_argument("--minutes", type=float, help="stop after so long; the same command continues")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="steps at a time (default: 1)")
+    parser.add_argument("--overwrite", action="store_true", help="replace the study that the folder holds")
+    return parser
+
+
+def main() -> None:
+    """Run the command; user errors and failed steps end with a message and exit status 2 or 1."""
+    options = _parser().parse_args()
+    out = options.out.absolute()
+    until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the running steps, too
+    try:
+        chosen = _chosen(options.methods)
+        workspace = _open(options, out)
+    except OSError as error:
+        sys.exit(_refused(f"OUT={options.out} cannot be written to ({error}): choose another folder with OUT=."))
+    except ValueError as error:
+        sys.exit(_refused(" ".join(str(error).split())))
+    steps = build_steps(out, chosen)
+    print(f"study in {out}: hours on 2 cores; every step's output is in logs/", flush=True)
+    try:
+        run_or_exit(steps, workspace, options.processes, until)
+    except OutOfTime as error:
+        print(f"{error}; the same command continues from here", flush=True)
+
+
+def _open(options: argparse.Namespace, out: Path) -> Workspace:
+    """The folder with its data and recipes. Raises `ValueError`."""
+    for name in ("targets", "held_out", "processes"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}={getattr(options, name)} must be at least 1.")
+    if options.minutes is not None and not options.minutes > 0:
+        raise ValueError(f"minutes={options.minutes} must be above 0.")
+    settings = Settings(_folder(options.base), _source(options.data), options.targets, options.held_out, has_bf16())
+    workspace = open_workspace(out, settings.record(), options.overwrite, LAYOUT)
+    write_data(settings.data, Path(settings.base), out / "data", settings.held_out)
+    (out / "runs").mkdir(exist_ok=True)
+    steps = steps_for(settings.targets, targets_per_example(out / "data"))
+    write_configs(recipes(out, settings, steps), out / "configs")
+    return workspace
+
+
+def _chosen(methods: str | None) -> list[str]:
+    """The methods whose steps are run. Raises `ValueError`."""
+    names = list(METHODS) if methods is None else methods.split(",")
+    if unknown := [name for name in names if name not in METHODS]:
+        raise ValueError(f"methods={methods!r} holds {unknown[0]!r}, which is none of {', '.join(METHODS)}.")
+    return [name for name in METHODS if name in names]
+
+
+def _folder(base: str) -> str:
+    """The folder of a base; one on the hub is fetched, since all steps run offline. Raises `ValueError`."""
+    if os.path.isdir(base):
+        return os.path.abspath(base)
+    try:
+        return snapshot_download(base)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"base={base!r} is neither a model's folder nor a model on the hub: {error}") from error
+
+
+def _source(data: str) -> str:
+    return os.path.abspath(data) if os.path.exists(data) else data
+
+
+def _refused(message: str) -> int:
+    print("error:", message, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()

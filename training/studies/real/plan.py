@@ -1,0 +1,140 @@
+"""What the study of a real model runs: methods, recipes, and the steps as commands that a user could type.
+
+* `METHODS`: every method with its options, the most telling ones first
+* `Settings`: what was asked for
+* `recipes`: one YAML file per method
+* `build_steps`: trainings (`python -m training.train`), which continue from their last checkpoint
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.demo.runner import Step
+from training.demo.workspace import Layout
+from training.studies.real.data import LONGEST
+
+LAYOUT = Layout(
+    "study of a real model",
+    ("real.md", "real.png", "results.json", "data", "runs", "configs", "logs", "cache", "real.json"),
+)
+BATCH, AT_ONCE = 16, 4  # examples of a step, and of a microbatch
+CHECKPOINTS = 8  # of a training: what a killed one continues from
+PROCESSOR_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
+_TRAINING = {
+    "per_device_train_batch_size": AT_ONCE,
+    "gradient_accumulation_steps": BATCH // AT_ONCE,
+    "lr_scheduler_type": "constant_with_warmup",  # so that a checkpoint on the way is a shorter training
+    "activation_checkpointing": False,
+    "max_length": LONGEST,
+    "logging_steps": 1,
+    "save_strategy": "steps",
+    "resume_from_checkpoint": "auto",
+    "report_to": "none",
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train, `name` in folders and results.
+
+    Attributes:
+        title: in tables and figures.
+        options: of the recipe.
+    """
+
+    name: str
+    title: str
+    options: dict[str, Any]
+
+
+_PATH = {"method": "l2d", "variant": "lora", "lora_rank": 32, "learning_rate": 1e-3}
+_WARM = {**_PATH, "warm_start": True}
+_LORA = {"method": "lora_sft", "lora_rank": 32, "learning_rate": 1e-3}
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("warm", "L2D, warm start", _WARM),
+        Method("lora_all", "LoRA finetuning, all linear layers", _LORA),
+        Method("warm_noise_free", "control: noise-free path, warm start", {**_WARM, "noise_free": True}),
+        Method("plain", "L2D as published", _PATH),
+        Method("warm_corrupted", "L2D, warm start, corrupted, q = 0.3", {**_WARM, "corruption_rate": 0.3}),
+        Method("lora_qv", "LoRA finetuning, q and v", {**_LORA, "lora_target_modules": ["q_proj", "v_proj"]}),
+        Method("full", "full finetuning", {"method": "full_sft", "learning_rate": 1e-4}),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What was asked for; a folder continues with the same settings only.
+
+    Attributes:
+        base: folder of the base.
+        data: folder or hub name of GSM8K.
+        targets: supervised tokens of every training.
+        held_out: rows of the training split for validation.
+        bf16: whether trainings run in bfloat16.
+    """
+
+    base: str
+    data: str
+    targets: int
+    held_out: int
+    bf16: bool
+
+    def record(self) -> dict[str, Any]:
+        """Plain values, with the options of every method."""
+        return {**vars(self), "methods": {name: method.options for name, method in METHODS.items()}}
+
+
+def has_bf16() -> bool:
+    """Whether the processor has instructions for bfloat16."""
+    file = Path("/proc/cpuinfo")
+    text = file.read_text(encoding="utf-8") if file.exists() else ""
+    flags = {
+        flag
+        for line in text.splitlines()
+        if line.lower().startswith(("flags", "features"))
+        for flag in line.split(":")[-1].split()
+    }
+    return not flags.isdisjoint(PROCESSOR_FLAGS)
+
+
+def steps_for(targets: int, per_example: float) -> int:
+    """Training steps that see `targets` supervised tokens, at least."""
+    return math.ceil(targets / (per_example * BATCH))
+
+
+def recipes(out: Path, settings: Settings, steps: int) -> dict[str, dict[str, Any]]:
+    """The recipe of every method."""
+    common = {
+        "base": settings.base,
+        "dataset": str(out / "data" / "train.jsonl"),
+        "max_steps": steps,
+        "warmup_steps": steps // 10,
+        "save_steps": math.ceil(steps / CHECKPOINTS),
+        "bf16": settings.bf16,
+        **_TRAINING,
+    }
+    return {
+        name: {**common, **method.options, "output_dir": str(run_folder(out, name))} for name, method in METHODS.items()
+    }
+
+
+def run_folder(out: Path, method: str) -> Path:
+    """Where the training of a method is."""
+    return out / "runs" / method
+
+
+def build_steps(out: Path, methods: list[str]) -> list[Step]:
+    """All steps of some methods, the most telling first."""
+    return [_training(out, name) for name in methods]
+
+
+def _training(out: Path, name: str) -> Step:
+    config, last = out / "configs" / f"{name}.yaml", run_folder(out, name) / "recipe.yaml"
+    return Step(f"train {name}", (sys.executable, "-m", "training.train", "--config", str(config)), last)
