@@ -3,20 +3,22 @@
 # make coverage   the same tests, and which lines they run: at least 90 % of them
 # make demo    the demo, about 10 minutes on 2 cores; OUT=FOLDER for another folder, OVERWRITE=1 to replace a finished one
 # make study   the study of training options, about an hour on 2 cores; OUT and OVERWRITE as for the demo
+# make real    the study of a real model, hours on 2 cores; BASE=FOLDER_OR_HUB_NAME, OUT as for the demo, and more
+#              options in ARGS='--minutes 60 --targets 300000'; the same command continues
 # make clean   removes the environment and what tools leave behind; demos stay
 # PROCESSES=  tests in one process instead of two
 # PYTHON=...   the Python that the environment is made with, 3.11 or newer
 
 PYTHON ?= python3
 VENV := .venv
-OUT ?= $(if $(filter study,$(MAKECMDGOALS)),study,demo)
+OUT ?= $(if $(filter study real,$(MAKECMDGOALS)),$(MAKECMDGOALS),demo)
 PROCESSES ?= -n 2 --dist loadfile
 STAMP := $(VENV)/.l2d-setup
 TORCH := $(shell grep '^torch==' constraints.txt)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup test coverage demo study clean
+.PHONY: setup test coverage demo study real clean
 
 setup: $(STAMP)
 
@@ -48,6 +50,9 @@ demo: setup
 
 study: setup
 	$(VENV)/bin/python -m training.studies.compute --out '$(OUT)' $(if $(OVERWRITE),--overwrite)
+
+real: setup
+	$(VENV)/bin/python -m training.studies.real --out '$(OUT)' $(if $(BASE),--base '$(BASE)') $(if $(OVERWRITE),--overwrite) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -51,12 +51,19 @@ def single_evaluation(time: float) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What one sampler setting reached: per example (E,) float64, targets, correct ones, and summed NLL in nats."""
+    """What one sampler setting reached, per example (E,) float64.
+
+    Attributes:
+        counts, right: targets, and correct ones. nll_sums: summed negative log-probability of the targets in nats.
+        computed, passes: evaluations that the network computed, and batched passes of the path, summed over targets.
+    """
 
     sampler: SamplerConfig
     counts: "torch.Tensor"
     right: "torch.Tensor"
     nll_sums: "torch.Tensor"
+    computed: "torch.Tensor"
+    passes: "torch.Tensor"
 
     @property
     def exact(self) -> "torch.Tensor":
@@ -109,7 +116,7 @@ def measure(
     settings, counts = model.sampler(sampler), is_target.sum(1).double().cpu()
     if not bool((counts > 0).all()):
         raise ValueError("is_target marks no target in some row: leave out examples without an answer.")
-    right, nll_sums = torch.zeros_like(counts), torch.zeros_like(counts)
+    right, nll_sums, computed, passes = (torch.zeros_like(counts) for _ in range(4))
     for start in range(0, len(ids), batch_size):
         rows = slice(start, start + batch_size)
         width = int(mask[rows].sum(1).max())
@@ -117,7 +124,9 @@ def measure(
         scored = model.score(ids[rows, :width], mask[rows, :width], continuation_mask=targets, sampler=settings)
         right[rows] = (scored.greedy & targets).sum(1).double().cpu()
         nll_sums[rows] = -scored.logprobs.double().masked_fill(~targets, 0).sum(1).cpu()
-    return Measurement(settings, counts, right, nll_sums)
+        computed[rows] = scored.nfe_computed.sum(1).double().cpu()
+        passes[rows] = scored.passes.sum(1).double().cpu()
+    return Measurement(settings, counts, right, nll_sums, computed, passes)
 
 
 def best_single_evaluation(

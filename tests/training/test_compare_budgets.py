@@ -51,7 +51,8 @@ def rows_of(model, sampler, count=24):
 def made(exact, nll=1.0, **sampler):
     """A measurement of answers of two tokens."""
     right = torch.tensor([2.0 if one else 1.0 for one in exact], dtype=torch.float64)
-    return Measurement(SamplerConfig(**sampler), torch.full_like(right, 2), right, torch.full_like(right, 2 * nll))
+    twos = torch.full_like(right, 2)
+    return Measurement(SamplerConfig(**sampler), twos, right, nll * twos, computed=twos, passes=twos)
 
 
 @pytest.mark.parametrize("sampler", [single_evaluation(0.5), {"budget": 7}, {"budget": 1}], ids=["once", "7", "base"])

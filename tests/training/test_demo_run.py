@@ -18,7 +18,7 @@ from training.demo import __main__ as demo
 from training.demo import timing
 from training.demo.evaluate import evaluate
 from training.demo.plan import CONTROLS, LAYOUT, SETTINGS, build_steps, recipes, write_recipes
-from training.demo.runner import Step, StepFailed, run_steps
+from training.demo.runner import OutOfTime, Step, StepFailed, run_steps
 from training.demo.workspace import LOCK, open_workspace
 from training.recipe import read_recipe
 
@@ -133,6 +133,34 @@ def test_failing_step_ends_the_others_and_shows_its_log(tmp_path):
         run_steps([slow, bad], workspace, {}, tmp_path)
     assert time.monotonic() - started < 300
     assert workspace.seconds == {}
+
+
+def test_time_that_is_over_ends_steps_with_sigterm(tmp_path, capsys):
+    """A step that saves itself on SIGTERM is waited for, and is not complete; the next run begins with it."""
+    workspace = open_workspace(tmp_path / "demo", SETTING, False, LAYOUT)
+    saved, begun = tmp_path / "saved", tmp_path / "begun"
+    code = (
+        f"import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: ({write(saved)}, sys.exit(0))); "
+        f"{write(begun)}; time.sleep(600)"
+    )
+    steps = [
+        python_step("first", write(tmp_path / "first"), tmp_path / "first"),
+        python_step("long", code, tmp_path / "long", needs=("first",)),
+        python_step("last", write(tmp_path / "last"), tmp_path / "last", needs=("first",)),
+    ]
+
+    class OnceItRuns(float):
+        """A time that is over as soon as the long step runs."""
+
+        def __le__(self, now):
+            return begun.exists()
+
+    with pytest.raises(OutOfTime, match="the time is over with 1 of 3 steps complete; ended: long"):
+        run_steps(steps, workspace, {}, tmp_path, slots=1, until=OnceItRuns())
+    assert saved.exists() and not (tmp_path / "last").exists()
+    assert set(workspace.seconds) == {"first"}
+    with pytest.raises(OutOfTime, match="ended: nothing"):
+        run_steps(steps, workspace, {}, tmp_path, slots=0, until=time.monotonic())
 
 
 def test_step_without_its_output_has_failed(tmp_path):

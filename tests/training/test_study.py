@@ -415,12 +415,18 @@ def test_figure_and_files_are_written(made_up):
     assert command.startswith("python -m training.studies.compute")
 
 
+def nine_digits(number: str) -> float:
+    """The last digits of a sum differ from one processor to another."""
+    return float(f"{float(number):.9g}")
+
+
 def test_documented_study_follows_from_its_samples():
     """`docs/study.md` ends with the report on `docs/study.json`, whose figures scipy finds in the samples, too."""
     content = json.loads((DOCS / "study.json").read_text(encoding="utf-8"))
     tasks = {name: unpack_scores(packed) for name, packed in content["measured"].items()}
     about = {name: content[name] for name in ABOUT}
-    assert json.loads(json.dumps(report.results(tasks, about))) == content
+    again = json.loads(json.dumps(report.results(tasks, about)), parse_float=nine_digits)
+    assert again == json.loads(json.dumps(content), parse_float=nine_digits)
     text = report.markdown(tasks, about)
     assert text[text.index(report.INTRODUCTION) :] in (DOCS / "study.md").read_text(encoding="utf-8")
     for row in content["rows"] + content["comparisons"]:

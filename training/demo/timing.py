@@ -1,15 +1,16 @@
 """How much processor time a training step of every recipe takes.
 
-    python -m training.demo.timing OUT.json NAME=RECIPE.yaml ...
+    python -m training.demo.timing OUT.json NAME=RECIPE.yaml ... [--turns N] [--warm-up N] [--steps N]
 
 * the recipes take turns, a few steps each, in one process on one thread: whatever else the machine does meanwhile
   slows all of them
 * the first steps of every turn warm up and do not count; the result is the median over all other steps
 """
 
+import argparse
 import json
+import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -36,11 +37,14 @@ class _StepTimes(TrainerCallback):
         self.seconds.append(time.process_time() - self.started)
 
 
-def seconds_per_step(configs: dict[str, Path], turns: int = TURNS, steps: int = STEPS) -> dict[str, float]:
+def seconds_per_step(
+    configs: dict[str, Path], turns: int = TURNS, steps: int = STEPS, warm_up: int = WARM_UP
+) -> dict[str, float]:
     """Median processor time in seconds of a training step, by recipe; nothing is written."""
     measured: dict[str, list[float]] = {name: [] for name in configs}
     with tempfile.TemporaryDirectory() as folder:
-        fixed = ["--max_steps", str(WARM_UP + steps), "--output_dir", folder, "--overwrite_output_dir", "true"]
+        fixed = ["--max_steps", str(warm_up + steps), "--output_dir", folder, "--overwrite_output_dir", "true"]
+        fixed += ["--save_strategy", "no", "--resume_from_checkpoint", "null"]
         trainers = {
             name: build_trainer(prepare(read_recipe(["--config", str(config), *fixed])))
             for name, config in configs.items()
@@ -51,12 +55,26 @@ def seconds_per_step(configs: dict[str, Path], turns: int = TURNS, steps: int = 
                 trainer.add_callback(times)
                 trainer.train()
                 trainer.remove_callback(times)
-                measured[name] += times.seconds[WARM_UP:]
+                measured[name] += times.seconds[warm_up:]
     return {name: round(statistics.median(seconds), 5) for name, seconds in measured.items()}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(prog="python -m training.demo.timing", description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, metavar="OUT.json")
+    parser.add_argument("recipes", nargs="+", metavar="NAME=RECIPE.yaml")
+    parser.add_argument("--turns", type=int, default=TURNS, help="of every recipe")
+    parser.add_argument("--warm-up", type=int, default=WARM_UP, help="first steps of a turn, which do not count")
+    parser.add_argument("--steps", type=int, default=STEPS, help="steps of a turn that count")
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    named = dict(argument.split("=", 1) for argument in sys.argv[2:])
-    seconds = seconds_per_step({name: Path(config) for name, config in named.items()})
-    Path(sys.argv[1]).write_text(json.dumps(seconds) + "\n", encoding="utf-8")
+    named = {name: Path(file) for name, file in (word.split("=", 1) for word in options.recipes)}
+    seconds = seconds_per_step(named, options.turns, options.steps, options.warm_up)
+    draft = options.out.with_suffix(".partial")
+    draft.write_text(json.dumps(seconds) + "\n", encoding="utf-8")
+    os.replace(draft, options.out)
+
+
+if __name__ == "__main__":
+    main()

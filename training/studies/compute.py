@@ -6,8 +6,6 @@
 """
 
 import argparse
-import json
-import os
 import signal
 import sys
 import time
@@ -16,6 +14,7 @@ from pathlib import Path
 from training.demo.plan import write_configs
 from training.demo.runner import run_or_exit
 from training.demo.workspace import open_workspace
+from training.studies.packing import write_json
 from training.studies.plan import LAYOUT, build_steps, recipes
 from training.studies.tasks import TASKS
 
@@ -67,9 +66,7 @@ def write_report(out: Path, quick: bool = False) -> None:
 
     tasks = {task: scores for task in TASKS if (scores := read_scores(out, task)) is not None}
     about = circumstances(f"python -m training.studies.compute --out {out.name}" + " --quick" * quick)
-    draft = out / ".results.json"
-    draft.write_text(json.dumps(results(tasks, about), indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, out / "results.json")
+    write_json(results(tasks, about), out / "results.json", indent=1)
     (out / "study.md").write_text(markdown(tasks, about), encoding="utf-8")
     draw(tasks, out / "study.png")
 

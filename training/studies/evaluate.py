@@ -13,8 +13,6 @@ Legend: N problems, S positions.
 """
 
 import dataclasses
-import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ from training import compare_budgets
 from training.compare_budgets import single_evaluation
 from training.demo.base import encode_rows
 from training.demo.data import read_rows
+from training.studies.packing import write_json
 
 BUDGETS = (3, 7, 15, 31)  # T = 1 is the base, which is measured itself
 BATCH = 256
@@ -117,10 +116,7 @@ def evaluate(checkpoint: Path, data: Path) -> dict[str, Any]:
 
 def main(checkpoint: Path, data: Path, out: Path) -> None:
     """Evaluate and write a JSON file, never half of one."""
-    content = evaluate(checkpoint, data)
-    draft = out.with_suffix(".partial")
-    draft.write_text(json.dumps(content) + "\n", encoding="utf-8")
-    os.replace(draft, out)
+    write_json(evaluate(checkpoint, data), out)
 
 
 if __name__ == "__main__":

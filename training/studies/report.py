@@ -105,16 +105,16 @@ def markdown(tasks: dict[str, TaskScores], about: dict[str, str]) -> str:
     for name, task in tasks.items():
         title = TASKS[name].title
         text += [f"## {title[0].upper()}{title[1:]}", ""]
-        steps = _joined([f"{steps:,}" for steps in task.base_steps.values()])
+        steps = joined([f"{steps:,}" for steps in task.base_steps.values()])
         text += [f"{len(task.depths):,} problems; the bases were trained for {steps} steps.", ""]
-        text += _table(["method", "setting", *DECODINGS], _score_lines(task))
+        text += table(["method", "setting", *DECODINGS], _score_lines(task))
         if len(set(task.depths)) > 1:
             depths = sorted(set(task.depths))
-            text += ["Greedy, by depth:", "", *_table(["method", "setting", *map(str, depths)], _depth_lines(task))]
+            text += ["Greedy, by depth:", "", *table(["method", "setting", *map(str, depths)], _depth_lines(task))]
         own = [one for one in comparisons if one.task == name]
         if own:
             text += ["Differences:", ""]
-            text += _table(
+            text += table(
                 ["first against second", "decoding", "difference", "problems", "trainings (number)"], _lines_of(own)
             )
     return "\n".join(text)
@@ -149,11 +149,13 @@ def findings(tasks: dict[str, TaskScores], comparisons: list[Comparison]) -> lis
     return sentences
 
 
-def _table(header: list[str], lines: list[list[str]]) -> list[str]:
+def table(header: list[str], lines: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table, with an empty one after it."""
     return ["| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines]] + [""]
 
 
-def _joined(words: list[str]) -> str:
+def joined(words: list[str]) -> str:
+    """`a, b and c`."""
     return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 

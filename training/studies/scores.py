@@ -9,9 +9,7 @@ Differences are paired: by problem, and by seed, since methods of one seed share
 by `l2d.statistics`.
 """
 
-import base64
 import json
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ import numpy as np
 
 from l2d.statistics import Estimate, Trainings, holm, over_trainings, verdict
 from training.studies.evaluate import BUDGETS
+from training.studies.packing import pack, unpack
 from training.studies.plan import METHODS, Run, base_seeds, result_file, timing_file
 
 DECODINGS = ("greedy", "sampled")
@@ -128,12 +127,11 @@ def unpack_scores(content: dict[str, Any]) -> TaskScores:
 
 
 def _pack(values: Any) -> str:
-    steps = np.round(np.asarray(values, dtype=np.float64) * 255).astype(np.uint8)
-    return base64.b64encode(zlib.compress(steps.tobytes(), 9)).decode()
+    return pack(np.round(np.asarray(values, dtype=np.float64) * 255).astype(np.uint8))
 
 
 def _unpack(text: str) -> np.ndarray:
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8) / 255
+    return unpack(text, np.uint8) / 255
 
 
 # ---- statistics --------------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 
 * `data`: GSM8K as questions of a user and answers of an assistant; how many supervised tokens there are
 * `plan`: methods, recipes and steps; all training through `python -m training.train`
+* `evaluate`: scores of one model at all budgets, with their cost; `equal`: of a checkpoint at equal processor time
+* `tidy`: what a finished training needs no more
+* `scores`: what was measured, read back, and its statistics; `report`, `plot`: `real.md`, `results.json`, `real.png`
 
 All trainings see the same rows in the same order, so equally many supervised tokens. The command continues where it
 stopped, a training from its last checkpoint. Steps, logs and the record of complete ones are those of the demo.

@@ -35,9 +35,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--held-out", type=int, default=64, help="last rows of the training split for validation (default: 64)"
     )
+    parser.add_argument(
+        "--problems", type=int, default=1319, help="test problems that are scored, the first ones (default: all 1,319)"
+    )
     parser.add_argument("--methods", help=f"run the steps of these only, with commas: {','.join(METHODS)}")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command continues")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="steps at a time (default: 1)")
+    parser.add_argument("--report", action="store_true", help="only write tables and figure of what was measured")
     parser.add_argument("--overwrite", action="store_true", help="replace the study that the folder holds")
     return parser
 
@@ -50,30 +54,65 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the running steps, too
     try:
         chosen = _chosen(options.methods)
-        workspace = _open(options, out)
+        settings = _settings(options)
+        if options.report:
+            sys.exit(_report_only(out, settings, options.problems))
+        workspace = _open(options, settings, out)
     except OSError as error:
         sys.exit(_refused(f"OUT={options.out} cannot be written to ({error}): choose another folder with OUT=."))
     except ValueError as error:
         sys.exit(_refused(" ".join(str(error).split())))
-    steps = build_steps(out, chosen)
     print(f"study in {out}: hours on 2 cores; every step's output is in logs/", flush=True)
+    steps = build_steps(out, settings, options.problems, chosen)
+    for step in steps:
+        step.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         run_or_exit(steps, workspace, options.processes, until)
     except OutOfTime as error:
         print(f"{error}; the same command continues from here", flush=True)
+    write_report(out, settings, options.problems)
 
 
-def _open(options: argparse.Namespace, out: Path) -> Workspace:
-    """The folder with its data and recipes. Raises `ValueError`."""
-    for name in ("targets", "held_out", "processes"):
+def write_report(out: Path, settings: Settings, problems: int) -> bool:
+    """Write tables, plain values and figure of what was measured; whether anything was."""
+    from training.studies.packing import write_json
+    from training.studies.real.plot import draw
+    from training.studies.real.report import markdown, results
+    from training.studies.real.scores import read_study
+    from training.studies.report import circumstances
+
+    study = read_study(out, problems)
+    if study is None:
+        return False
+    command = f"python -m training.studies.real --out {out.name} --targets {settings.targets} --problems {problems}"
+    about = {**circumstances(command), "base": Path(settings.base).name, "settings": settings.record()}
+    write_json(results(study, about), out / "results.json", indent=1)
+    (out / "real.md").write_text(markdown(study, about), encoding="utf-8")
+    draw(study, out / "real.png")
+    print(f"see {out / 'real.md'}", flush=True)
+    return True
+
+
+def _report_only(out: Path, settings: Settings, problems: int) -> int:
+    if write_report(out, settings, problems):
+        return 0
+    return _refused(f"OUT={out} holds nothing that was measured on problems={problems}: run the study first.")
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    """What was asked for. Raises `ValueError`."""
+    for name in ("targets", "held_out", "problems", "processes"):
         if getattr(options, name) < 1:
             raise ValueError(f"{name}={getattr(options, name)} must be at least 1.")
     if options.minutes is not None and not options.minutes > 0:
         raise ValueError(f"minutes={options.minutes} must be above 0.")
-    settings = Settings(_folder(options.base), _source(options.data), options.targets, options.held_out, has_bf16())
+    return Settings(_folder(options.base), _source(options.data), options.targets, options.held_out, has_bf16())
+
+
+def _open(options: argparse.Namespace, settings: Settings, out: Path) -> Workspace:
+    """The folder with its data and recipes. Raises `ValueError`."""
     workspace = open_workspace(out, settings.record(), options.overwrite, LAYOUT)
     write_data(settings.data, Path(settings.base), out / "data", settings.held_out)
-    (out / "runs").mkdir(exist_ok=True)
     steps = steps_for(settings.targets, targets_per_example(out / "data"))
     write_configs(recipes(out, settings, steps), out / "configs")
     return workspace

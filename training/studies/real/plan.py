@@ -3,9 +3,10 @@
 * `METHODS`: every method with its options, the most telling ones first
 * `Settings`: what was asked for
 * `recipes`: one YAML file per method
-* `build_steps`: trainings (`python -m training.train`), which continue from their last checkpoint
+* `build_steps`: trainings (`python -m training.train`), which continue from their last checkpoint, and evaluations
 """
 
+import json
 import math
 import sys
 from dataclasses import dataclass
@@ -18,10 +19,11 @@ from training.studies.real.data import LONGEST
 
 LAYOUT = Layout(
     "study of a real model",
-    ("real.md", "real.png", "results.json", "data", "runs", "configs", "logs", "cache", "real.json"),
+    ("real.md", "real.png", "results.json", "data", "runs", "scores", "configs", "logs", "cache", "real.json"),
 )
 BATCH, AT_ONCE = 16, 4  # examples of a step, and of a microbatch
 CHECKPOINTS = 8  # of a training: what a killed one continues from
+EQUAL_TIME_BUDGET = 15
 PROCESSOR_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 _TRAINING = {
     "per_device_train_batch_size": AT_ONCE,
@@ -130,11 +132,84 @@ def run_folder(out: Path, method: str) -> Path:
     return out / "runs" / method
 
 
-def build_steps(out: Path, methods: list[str]) -> list[Step]:
-    """All steps of some methods, the most telling first."""
-    return [_training(out, name) for name in methods]
+def losses_file(out: Path, method: str) -> Path:
+    """Training loss of every step."""
+    return out / "runs" / f"{method}-losses.json"
+
+
+def timing_file(out: Path) -> Path:
+    """Processor time of a training step of every method."""
+    return out / "runs" / "seconds.json"
+
+
+def score_file(out: Path, name: str, problems: int) -> Path:
+    """What was measured of a method, of `base`, or of a method at equal time, on so many test problems."""
+    return out / "scores" / f"gsm8k-{problems}" / f"{name}.json"
+
+
+def at_equal_time(method: str) -> str:
+    """What folders and results call a method at equal processor time."""
+    return f"{method}-equal-time"
+
+
+def build_steps(out: Path, settings: Settings, problems: int, methods: list[str]) -> list[Step]:
+    """All steps of some methods, the most telling first.
+
+    Args:
+        problems: of the test split that are scored, the first ones.
+    """
+    steps = [_evaluation(out, settings, problems, "base", Path(settings.base))]
+    for name in methods:
+        train = f"train {name}"
+        steps.append(_training(out, name))
+        steps.append(_evaluation(out, settings, problems, name, run_folder(out, name), train))
+        steps.append(_step(f"tidy {name}", losses_file(out, name), "real.tidy", run_folder(out, name), train))
+    configs = [f"{name}={out / 'configs' / name}.yaml" for name in METHODS]
+    timing = _python("training.demo.timing", timing_file(out), *configs, "--turns", 2, "--warm-up", 1, "--steps", 2)
+    steps.append(Step("time", timing, timing_file(out)))
+    return steps + [_equal_time(out, settings, problems, name) for name in methods]
+
+
+def _python(*arguments: Any) -> tuple[str, ...]:
+    return (sys.executable, "-m", *map(str, arguments))
+
+
+def _step(name: str, output: Path, module: str, *arguments: Any) -> Step:
+    *words, needs = arguments
+    return Step(name, _python(f"training.studies.{module}", *words, output), output, (needs,))
 
 
 def _training(out: Path, name: str) -> Step:
-    config, last = out / "configs" / f"{name}.yaml", run_folder(out, name) / "recipe.yaml"
-    return Step(f"train {name}", (sys.executable, "-m", "training.train", "--config", str(config)), last)
+    last = run_folder(out, name) / "recipe.yaml"  # not the folder, whose checkpoints a killed training needs
+    return Step(f"train {name}", _python("training.train", "--config", out / "configs" / f"{name}.yaml"), last)
+
+
+def _options(out: Path, settings: Settings, problems: int) -> tuple[Any, ...]:
+    """Of the evaluation of a model."""
+    data, dtype = out / "data", "bfloat16" if settings.bf16 else "float32"
+    rows = ("--rows", data / "test.jsonl", "--limit", problems, "--choosing", data / "validation.jsonl")
+    return ("--base", settings.base, *rows, "--dtype", dtype)
+
+
+def _evaluation(out: Path, settings: Settings, problems: int, name: str, folder: Path, *needs: str) -> Step:
+    file = score_file(out, name, problems)
+    command = _python("training.studies.real.evaluate", folder, file, *_options(out, settings, problems))
+    return Step(f"evaluate {name} on {problems}", command, file, needs, result=lambda: summary(file))
+
+
+def _equal_time(out: Path, settings: Settings, problems: int, method: str) -> Step:
+    name = at_equal_time(method)
+    file = score_file(out, name, problems)
+    options = (*_options(out, settings, problems), "--budgets", EQUAL_TIME_BUDGET)
+    command = (timing_file(out), method, run_folder(out, method), file, *options)
+    needs = ("time", f"train {method}")
+    step = _python("training.studies.real.equal", *command)
+    return Step(f"evaluate {name} on {problems}", step, file, needs, result=lambda: summary(file))
+
+
+def summary(file: Path) -> str:
+    """Token accuracy of every setting that was measured."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    targets = sum(content["targets"])
+    shares = (f"{name} {sum(score['right']) / targets:.3f}" for name, score in content["scores"].items())
+    return "token accuracy " + ", ".join(shares)

@@ -1,0 +1,188 @@
+"""What the study of a real model measured: outcomes per problem, and the statistics that follow from them.
+
+* `Study`: everything; `read_study` reads it from the folder of a run, `pack_study` and `unpack_study` turn it into
+  plain values and back, so that `results.json` is complete in itself
+* `METRICS`, `score`: token accuracy, loss, and exact match of whole solutions
+* `COMPARISONS`, `compare`: the differences that the study is about, with p-values corrected for their number
+
+Every error is over problems: the tokens of one problem are one cluster. Differences are paired by problem.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2d.statistics import Estimate, holm, mean, paired, ratio, verdict
+from training.studies.packing import pack, unpack
+from training.studies.real.equal import saved_steps
+from training.studies.real.evaluate import BUDGETS
+from training.studies.real.plan import METHODS, at_equal_time, losses_file, run_folder, score_file, timing_file
+
+Key = tuple[str, str]
+"""Method, and setting: `T3` and so on, `single`, or `plain`."""
+SETTINGS = {**{f"T{budget}": f"T = {budget}" for budget in BUDGETS}, "single": "one evaluation", "plain": ""}
+METRICS = {"accuracy": "token accuracy", "loss": "loss", "exact": "whole solutions"}
+EQUAL = {name: at_equal_time(name) for name in METHODS}
+# (what it is about, first method and setting, second method and setting): first minus second
+COMPARISONS: tuple[tuple[str, Key, Key], ...] = (
+    ("L2D, warm start, at T = 15 against the base", ("warm", "T15"), ("base", "plain")),
+    ("L2D as published at T = 15 against the base", ("plain", "T15"), ("base", "plain")),
+    ("warm start, at T = 15", ("warm", "T15"), ("plain", "T15")),
+    ("more evaluations: warm start, T = 31 against T = 3", ("warm", "T31"), ("warm", "T3")),
+    ("more evaluations: warm start, T = 15 against one", ("warm", "T15"), ("warm", "single")),
+    ("corruption, warm start, at T = 15", ("warm_corrupted", "T15"), ("warm", "T15")),
+    ("warm start at T = 15 against a noise-free path", ("warm", "T15"), ("warm_noise_free", "single")),
+    ("warm start at T = 15 against LoRA, all layers", ("warm", "T15"), ("lora_all", "plain")),
+    ("warm start at T = 15 against LoRA, q and v", ("warm", "T15"), ("lora_qv", "plain")),
+    ("warm start at T = 15 against full finetuning", ("warm", "T15"), ("full", "plain")),
+    ("noise-free path against LoRA, all layers", ("warm_noise_free", "single"), ("lora_all", "plain")),
+    ("equal time: warm start at T = 15 against LoRA, all", (EQUAL["warm"], "T15"), (EQUAL["lora_all"], "plain")),
+    (
+        "equal time: noise-free path against LoRA, all",
+        (EQUAL["warm_noise_free"], "single"),
+        (EQUAL["lora_all"], "plain"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one method reached at one setting.
+
+    Attributes:
+        right: (N,) right targets of every problem. nll: (N,) loss in nats, summed over them.
+        cost: evaluations and passes of the path per scored token, and in `plain_steps` the time of a decoded token.
+    """
+
+    right: np.ndarray
+    nll: np.ndarray
+    cost: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Study:
+    """Everything that was measured.
+
+    Attributes:
+        targets: (N,) of every problem.
+        outcomes: by method and setting.
+        times: method -> time of its single evaluation.
+        checkpoints: method -> training step of what was measured.
+        losses: method -> training loss of every step.
+        seconds: method -> processor time of a training step.
+    """
+
+    targets: np.ndarray
+    outcomes: dict[Key, Outcome]
+    times: dict[str, float]
+    checkpoints: dict[str, int]
+    losses: dict[str, list[float]]
+    seconds: dict[str, float]
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_study(out: Path, problems: int) -> Study | None:
+    """What the folder holds of so many test problems; `None` before anything was measured."""
+    targets: list[int] = []
+    outcomes: dict[Key, Outcome] = {}
+    times, checkpoints = {}, {}
+    for name in ("base", *METHODS, *EQUAL.values()):
+        content = _read(score_file(out, name, problems))
+        if content is None:
+            continue
+        targets = content["targets"]
+        if "best" in content["times"]:
+            times[name] = content["times"]["best"]
+        if content["model"].startswith("checkpoint-"):
+            checkpoints[name] = int(content["model"].removeprefix("checkpoint-"))
+        elif name in METHODS:
+            checkpoints[name] = saved_steps(run_folder(out, name))[-1]
+        for setting, score in content["scores"].items():
+            outcomes[name, setting] = _outcome(score)
+    if not outcomes:
+        return None
+    losses = {name: found for name in METHODS if (found := _read(losses_file(out, name))) is not None}
+    return Study(np.array(targets, np.int16), outcomes, times, checkpoints, losses, _read(timing_file(out)) or {})
+
+
+def _read(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def _outcome(score: dict[str, Any]) -> Outcome:
+    cost = {"evaluations": score["evaluations"], "passes": score["passes"]}
+    cost["plain_steps"] = score["decoding"]["plain_steps"] if "decoding" in score else 1.0
+    return Outcome(np.array(score["right"], np.int16), np.array(score["nll"], np.float32), cost)
+
+
+def pack_study(study: Study) -> dict[str, Any]:
+    """Plain values of everything; arrays are compressed, as text."""
+    packed = {
+        " ".join(key): {"right": pack(one.right), "nll": pack(one.nll), "cost": one.cost}
+        for key, one in study.outcomes.items()
+    }
+    return {**vars(study), "targets": pack(study.targets), "outcomes": packed}
+
+
+def unpack_study(content: dict[str, Any]) -> Study:
+    """What `pack_study` made, after a way through JSON."""
+    outcomes = {}
+    for name, one in content["outcomes"].items():
+        method, setting = name.split()
+        right, nll = unpack(one["right"], np.int16), unpack(one["nll"], np.float32)
+        outcomes[method, setting] = Outcome(right, nll, one["cost"])
+    return Study(**{**content, "targets": unpack(content["targets"], np.int16), "outcomes": outcomes})
+
+
+# ---- statistics --------------------------------------------------------------------------------------------------
+
+
+def score(study: Study, key: Key, metric: str) -> Estimate:
+    """One of `METRICS` of a method at a setting."""
+    one = study.outcomes[key]
+    if metric == "exact":
+        return mean(one.right == study.targets)
+    return ratio(one.right if metric == "accuracy" else one.nll, study.targets)
+
+
+def difference(study: Study, first: Key, second: Key, metric: str) -> Estimate:
+    """First minus second, on the same problems."""
+    one, other = study.outcomes[first], study.outcomes[second]
+    if metric == "exact":
+        return paired(one.right == study.targets, other.right == study.targets)
+    sums = (one.right - other.right) if metric == "accuracy" else (one.nll - other.nll)
+    return ratio(sums, study.targets)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One difference of `COMPARISONS`; `adjusted`: its p-value after Holm's correction."""
+
+    about: str
+    first: Key
+    second: Key
+    metric: str
+    difference: Estimate
+    adjusted: float | None
+
+    @property
+    def verdict(self) -> str:
+        """In words, by the corrected p-value."""
+        return verdict(self.difference, higher_is_better=self.metric != "loss", corrected=self.adjusted)
+
+
+def compare(study: Study) -> list[Comparison]:
+    """All comparisons that were measured; they are corrected together."""
+    measured = [
+        (about, first, second, metric, difference(study, first, second, metric))
+        for about, first, second in COMPARISONS
+        if first in study.outcomes and second in study.outcomes
+        for metric in METRICS
+    ]
+    adjusted = holm([one[-1].p_value for one in measured])
+    return [Comparison(*one, p_value) for one, p_value in zip(measured, adjusted, strict=True)]
