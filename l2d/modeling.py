@@ -89,7 +89,8 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> "L2DForCausalLM":
         """A fresh model around `base`, which is loaded with `load_kwargs` where it is a hub name or a folder.
 
-        It may be a model, an adapter of PEFT, which is merged into its base, or with `gguf_file` a file of the folder.
+        It may be a model, an adapter of PEFT, which is merged into its base, or with `gguf_file` a file of the folder;
+        `load_in_4bit=True` and the like quantize it, see `QUANTIZATION`.
         At initialisation the path changes nothing: every budget gives the base's own logits.
         """
         config = copy.deepcopy(config) if config is not None else L2DConfig()

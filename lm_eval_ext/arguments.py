@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from l2d.checkpoint.opening import Checkpoint, check_base, open_checkpoint
+from l2d.checkpoint.quantization import QUANTIZATION, recorded_quantization
 from l2d.checkpoint.settings import CheckpointSettings
 from l2d.sampler_config import REMOVED, SamplerConfig
 from l2d.settings import Kind, Setting, declared, matching, refused, truth, whole
@@ -148,10 +149,21 @@ HARNESS_ARGUMENTS: dict[str, Setting] = {
 SAMPLER_ARGUMENTS: dict[str, str] = {one.argument: name for name, one in declared(SamplerConfig).items()}
 """Name for users -> field of `SamplerConfig`. Each may also come with a task's or a run's generation kwargs."""
 
+_AS_RECORDED: dict[str, Setting] = {
+    "gguf_file": _harness(_name, "as recorded", "GGUF file that holds the base; none but the recorded one"),
+    **{
+        name: dataclasses.replace(
+            one, default=None, default_words="as recorded", help=f"{one.help}; as it was trained on"
+        )
+        for name, one in QUANTIZATION.items()
+    },
+}
+
 _ALL: dict[str, Setting] = {
     "pretrained": _harness(_anything, "none", "folder or hub name of the L2D checkpoint (required)"),
     "revision": _harness(_version, "none", "version of a checkpoint on the hub; a folder has none"),
     "base": _harness(_folder, "none", "base to load in place of the recorded one; its fingerprint must match"),
+    **_AS_RECORDED,
     **{one.argument: one for one in declared(SamplerConfig).values()},
     SEARCH: _harness(Kind("best_of_N, beam_N or none", lambda name, value: token_search(value)), "none",
                      "search over generated texts, ranked by the model's own likelihood"),
@@ -183,6 +195,7 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
         model: Any = values["pretrained"] if checkpoint is None else None
         config = model.config if checkpoint is None else checkpoint.settings
         sampler = fitted(config.default_sampler(**changes), config)
+        _check_recorded(values, checkpoint)
     return Settings(checkpoint, model, sampler, search, harness)
 
 
@@ -207,6 +220,24 @@ def _checkpoint(values: dict[str, Any]) -> Checkpoint | None:
         if value != getattr(pretrained, name, None):
             raise UsageError(f"{name}={value!r} does not apply to {what} already: leave it out.")
     return pretrained if isinstance(pretrained, Checkpoint) else None
+
+
+def _check_recorded(values: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+    """Raise `ValueError` for arguments that would load the base otherwise than it was in training."""
+    given = {name: ARGUMENTS[name].check(values[name]) for name in _AS_RECORDED if name in values}
+    if not given:
+        return
+    if checkpoint is None:
+        raise ValueError(f"{next(iter(given))} does not apply to a model that is loaded already: leave it out.")
+    found = recorded_quantization(checkpoint.settings.base_config) or {}
+    trained = {name: found.get(name, False) for name in QUANTIZATION} | {"quantization_config": found}
+    trained["gguf_file"] = checkpoint.gguf_file
+    for name, value in given.items():
+        if value != trained[name]:
+            raise ValueError(
+                f"{name}={value!r} is not how the base of {checkpoint.name!r} was loaded in training "
+                f"({trained[name]!r}), which its path belongs to: leave it out."
+            )
 
 
 def fitted(sampler: SamplerConfig, config: CheckpointSettings) -> SamplerConfig:

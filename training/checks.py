@@ -20,6 +20,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from l2d.checkpoint.hub import looks_local
 from l2d.checkpoint.opening import check_base
+from l2d.checkpoint.quantization import QUANTIZATION, check_quantization, quantizing
 from l2d.config import L2DConfig
 from training.checkpointing.resume import NO_RESUME
 from training.config import L2D_SETTINGS, CommandArguments, L2DTrainingConfig, ModelArguments
@@ -27,7 +28,7 @@ from training.console import RANK
 from training.data.options import DataArguments, check_file, mapping, one_of
 
 _PATH_ONLY = set(L2D_SETTINGS) - {"base_revision", "base_gguf_file", "lora_rank", "lora_alpha"}
-L2D_ONLY = _PATH_ONLY | {
+L2D_ONLY = _PATH_ONLY | set(QUANTIZATION) | {
     "guidance_column", "guidance_class", "guidance_map",
     "draws", "max_evaluations_per_pass", "time_power", "corruption_rate", "corruption_base_share",
     "rollout_evaluations", "rollout_window", "guidance_dropout", "eval_draws", "time_bins", "eval_budgets",
@@ -59,6 +60,9 @@ NEEDS = {  # what has no effect without another option
     "eval_sample_tokens": "eval_samples",
     "packing_strategy": "packing",
     "liger_kernel_config": "use_liger_kernel",
+    "bnb_4bit_quant_type": "load_in_4bit",
+    "bnb_4bit_compute_dtype": "load_in_4bit",
+    "bnb_4bit_use_double_quant": "load_in_4bit",
     "dataloader_persistent_workers": "dataloader_num_workers",
 }
 
@@ -87,6 +91,7 @@ def check_recipe(
             raise ValueError(f"{name} would be ignored: set {other} too, or leave it out.")
     _check_data(model, data, training)
     _check_loss_average(model, training)
+    _check_quantization(model)
     if model.method == "l2d":
         _check_l2d(model, data, training)
     check_batches(training)
@@ -133,6 +138,18 @@ def _check_data(model: ModelArguments, data: DataArguments, training: L2DTrainin
         raise ValueError(f"chat_template_path={training.chat_template_path!r} must be a Jinja file that exists.")
     if not data.has_eval and (training.eval_strategy != "no" or training.eval_on_start):
         raise ValueError("eval_strategy asks for evaluation, and there are no data: set eval_split or eval_holdout.")
+
+
+def _check_quantization(model: ModelArguments) -> None:
+    """What quantizes the base can be followed, by the variant and the launcher too."""
+    check_quantization(vars(model))
+    name = quantizing(vars(model))
+    if name and model.variant == "full":
+        raise ValueError(f"variant=full trains copies of the base's projections, and {name} quantizes them: use lora.")
+    if name and sharded():
+        raise ValueError(
+            f"{name} was not tried with a sharded model: launch with training/accelerate_configs/ddp.yaml."
+        )
 
 
 def longest_example(config: PreTrainedConfig, base: str | None, max_length: int | None) -> int:

@@ -18,6 +18,7 @@ import torch
 from transformers.trainer_pt_utils import AcceleratorConfig
 from trl import SFTConfig
 
+from l2d.checkpoint.quantization import QUANTIZATION, quantizing
 from l2d.checkpoint.settings import CheckpointSettings
 from l2d.config import L2DConfig
 from l2d.settings import declared
@@ -30,6 +31,11 @@ def of_checkpoint(name: str) -> Any:
     """A field with the default and the help that `CheckpointSettings` declares."""
     one = declared(CheckpointSettings)[name]
     return field(default=one.default, metadata={"help": f"{one.help[0].upper()}{one.help[1:]}."})
+
+
+def of_quantization(name: str) -> Any:
+    """A field with the default and the help that `QUANTIZATION` declares."""
+    return field(default=QUANTIZATION[name].default, metadata={"help": f"{QUANTIZATION[name].help.capitalize()}."})
 
 
 @dataclass
@@ -57,6 +63,12 @@ class ModelArguments:
             "mixed precision, float32 otherwise and for full_sft. What is trained is always float32."
         },
     )
+    load_in_4bit: bool = of_quantization("load_in_4bit")
+    load_in_8bit: bool = of_quantization("load_in_8bit")
+    bnb_4bit_quant_type: str = of_quantization("bnb_4bit_quant_type")
+    bnb_4bit_compute_dtype: str | None = of_quantization("bnb_4bit_compute_dtype")
+    bnb_4bit_use_double_quant: bool = of_quantization("bnb_4bit_use_double_quant")
+    quantization_config: dict[str, Any] | str | None = of_quantization("quantization_config")
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa or flash_attention_2."})
     variant: str = of_checkpoint("variant")
     lora_rank: int = field(default=32, metadata={"help": "Rank, for variant lora and for lora_sft."})
@@ -83,6 +95,9 @@ class ModelArguments:
         if self.dtype is not None:
             one_of("dtype", self.dtype, ("auto", "float32", "bfloat16", "float16"))
         self.sampler = mapping("sampler", self.sampler)
+        self.quantization_config = mapping("quantization_config", self.quantization_config)
+        for name, one in QUANTIZATION.items():
+            setattr(self, name, one.check(getattr(self, name)))
         at_least("lora_rank", self.lora_rank, 1)
         if self.lora_alpha is None:
             self.lora_alpha = 64.0 if self.method == "lora_sft" else 32.0
@@ -96,6 +111,11 @@ class ModelArguments:
     def base_options(self) -> dict[str, Any]:
         """What names the base beside `base`, under the names of transformers' `from_pretrained`."""
         return {"revision": self.base_revision, "gguf_file": self.base_gguf_file}
+
+    def quantization(self) -> dict[str, Any]:
+        """The settings that quantize the base when it is loaded; empty where it stays as it is stored."""
+        settings = {name: getattr(self, name) for name in QUANTIZATION}
+        return {name: value for name, value in settings.items() if value is not None} if quantizing(settings) else {}
 
     def lora_config(self) -> Any:
         """PEFT's configuration for `lora_sft`, `None` for other methods."""

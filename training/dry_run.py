@@ -25,9 +25,10 @@ from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from l2d.checkpoint import bases
+from l2d.checkpoint.quantization import quantizing
 from l2d.network.cross_entropy import chunk_rows
 from training.checks import longest_example
-from training.config import L2DTrainingConfig
+from training.config import L2DTrainingConfig, ModelArguments
 from training.console import say
 from training.data.options import named
 from training.data.ready import encode, keep
@@ -54,7 +55,7 @@ class Shape:
     variant: str
     trained: int
     frozen: int
-    frozen_bytes: int  # per weight of the frozen base
+    frozen_bytes: float  # per weight of the frozen base
     stream_bytes: int  # per activation
     rows: int
     length: int
@@ -209,7 +210,7 @@ def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, 
         variant=recipe.model.variant,
         trained=trained,
         frozen=frozen,
-        frozen_bytes=4 if recipe.model.dtype == "float32" or (recipe.model.dtype is None and not mixed) else 2,
+        frozen_bytes=_frozen_bytes(recipe.model, mixed),
         stream_bytes=stream_bytes,
         rows=training.per_device_train_batch_size,
         length=training.max_length or length,
@@ -221,6 +222,13 @@ def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, 
         device=device,
         **rollout,
     )
+
+
+def _frozen_bytes(model: ModelArguments, mixed: bool) -> float:
+    """Bytes per weight of the frozen base; with scales for 64 values each in 4 bits."""
+    if quantizing(vars(model)):
+        return 0.5 + 4 / 64 if model.load_in_4bit else 1
+    return 4 if model.dtype == "float32" or (model.dtype is None and not mixed) else 2
 
 
 def estimate_memory(shape: Shape) -> dict[str, float]:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from training.data.options import DataArguments
 
 _FILES = {"base_config", "chat_template_path"}  # options whose files may be named relative to the recipe
+_RENAMED = {"max_queries": "max_evaluations_per_pass", "use_bnb_nested_quant": "bnb_4bit_use_double_quant"}
 REQUIRED = {"base": "hub name or folder", "dataset": "hub name, file or folder", "output_dir": "folder to write to"}
 USAGE = "python -m training.train --config FILE.yaml [--option value ...]"
 
@@ -186,7 +187,7 @@ def _check_required(set_options: set[str]) -> None:
 
 def _check_known(name: Any, hints: dict[str, Any]) -> None:
     if name not in hints:
-        renamed = "max_evaluations_per_pass" if name == "max_queries" else None
+        renamed = _RENAMED.get(str(name))
         near = [renamed] if renamed else difflib.get_close_matches(str(name), hints, 1)
         hint = f"did you mean {near[0]!r}?" if near else "see python -m training.train --help."
         raise ValueError(f"option {name!r} is not known: {hint}")

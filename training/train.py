@@ -172,6 +172,7 @@ def build_trainer(job: Job) -> Any:
         from l2d import L2DForCausalLM
         from training.trainer import L2DTrainer
 
+        options |= model.quantization()
         trainer = L2DTrainer(model=L2DForCausalLM.from_base(model.base, model.l2d_config(), **options), **common)
     else:
         base = load_base(named("base", model.base), **options)

@@ -21,6 +21,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.utils import find_adapter_config_file
 
 from l2d.checkpoint.opening import TOKENIZER_FILES, base_location, check_base, gguf_file_at, read_mapping
+from l2d.checkpoint.quantization import (
+    QUANTIZATION,
+    check_method,
+    check_quantization,
+    quantizing,
+    recorded_quantization,
+)
 from l2d.checkpoint.settings import CheckpointSettings
 from l2d.config import L2DConfig
 from l2d.network.quantized import as_plain, is_quantized, plain_tensor
@@ -30,6 +37,7 @@ ACCESS_ARGUMENTS = ("cache_dir", "token", "local_files_only", "force_download")
 HUB_ARGUMENTS = ("revision", "subfolder", *ACCESS_ARGUMENTS)
 _CONFIGURING = (*HUB_ARGUMENTS, "trust_remote_code", "gguf_file")
 _ERRORS = (ImportError, OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError)
+_REFUSED_METHODS = ("gptq", "awq")  # whose layers cannot even be built without packages of theirs
 _SAMPLED = 256  # values of a tensor that are compared with its file
 
 
@@ -37,8 +45,9 @@ def load_base(name: str | os.PathLike, **options: Any) -> PreTrainedModel:
     """Load a base by folder or hub name; `dtype` defaults to the one it is stored in.
 
     Args:
-        options: of transformers' `from_pretrained`. With `gguf_file`, a file in the folder or repository, the result
-            is a plain model with that file's weights. An adapter is merged into its own base in float64.
+        options: of transformers' `from_pretrained`, and those of `QUANTIZATION`. With `gguf_file`, a file in the
+            folder or repository, the result is a plain model with that file's weights. An adapter is merged into its
+            own base in float64.
 
     Raises `ValueError`.
     """
@@ -46,12 +55,15 @@ def load_base(name: str | os.PathLike, **options: Any) -> PreTrainedModel:
         "dtype": options.get("dtype") or "auto"
     }
     check_base(name, options.get("gguf_file"))
+    if not hasattr(options.get("quantization_config"), "quant_method"):  # else an object, which transformers checks
+        check_quantization({**options, "base_gguf_file": options.get("gguf_file")})
     try:
         if adapter := _adapter(name, options):
             return _merged(os.fspath(name), adapter, options)
         known = {key: value for key, value in options.items() if key in _CONFIGURING}
-        if AutoConfig.from_pretrained(name, **known).model_type != "l2d":
-            return _load(name, options)
+        config = AutoConfig.from_pretrained(name, **known)
+        if config.model_type != "l2d":
+            return _load(name, _with_quantization(options, config))
     except _ERRORS as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ValueError(
@@ -69,6 +81,47 @@ def _load(name: str | os.PathLike, options: dict[str, Any]) -> PreTrainedModel:
     if lacking := sorted(info["missing_keys"]):
         raise ValueError(f"its files lack {len(lacking)} tensors, {lacking[0]!r} first")
     return base
+
+
+def _with_quantization(options: dict[str, Any], config: PreTrainedConfig) -> dict[str, Any]:
+    """`options` with one `quantization_config` in place of those of `QUANTIZATION`. Raises `ValueError`."""
+    given = {name: options[name] for name in QUANTIZATION if name in options}
+    others = {name: value for name, value in options.items() if name not in QUANTIZATION}
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        method = stored["quant_method"] if isinstance(stored, dict) else stored.quant_method.value
+        if quantizing(given):
+            raise ValueError(f"it is quantized by {method} already: leave {quantizing(given)} out")
+        if method in _REFUSED_METHODS:
+            check_method(method, "its config.json")
+    if not quantizing(given):
+        return others
+    dtype = others["dtype"] if others["dtype"] != "auto" else getattr(config, "dtype", None) or torch.float32
+    return {**others, "quantization_config": quantization_object(given, dtype)}
+
+
+def quantization_object(given: dict[str, Any], dtype: torch.dtype) -> Any:
+    """transformers' object for settings of `QUANTIZATION`, for a base of `dtype`. Raises `ValueError`."""
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    config = given.get("quantization_config")
+    if config is None:
+        wanted = {name: given.get(name, one.default) for name, one in QUANTIZATION.items()}
+        del wanted["quantization_config"]
+        wanted["bnb_4bit_compute_dtype"] = wanted["bnb_4bit_compute_dtype"] or dtype
+        return BitsAndBytesConfig(**wanted)
+    if not isinstance(config, dict):
+        return config
+    if isinstance(name := config.get("quant_type"), str) and config["quant_method"] == "torchao":
+        import torchao.quantization
+
+        kind = getattr(torchao.quantization, name, None)
+        if kind is None:
+            raise ValueError(f"quant_type={name!r} is no configuration of torchao.quantization")
+        more = {key: value for key, value in config.items() if key not in ("quant_type", "quant_method")}
+        return TorchAoConfig(kind(), **more)
+    return AutoQuantizationConfig.from_dict(config)
 
 
 # ---- adapters ----------------------------------------------------------------------------------------------------
@@ -118,7 +171,7 @@ def load_plain_base(name: str | os.PathLike, **options: Any) -> PreTrainedModel:
 def _merged(name: str, adapter: dict[str, Any], options: dict[str, Any]) -> PreTrainedModel:
     """The adapter's base with the adapter merged in, in float64 so that every machine gets the same weights."""
     remedy = f"write the merged model with python -m l2d dequantize {name} TARGET, and give TARGET as base"
-    if "quantization_config" in options:
+    if quantizing(options):
         raise ValueError(f"an adapter is merged into a base that is not quantized: {remedy}")
     base = load_base(adapter["base_model_name_or_path"], **_options_of_its_base(adapter, options))
     if is_quantized(base):
@@ -206,10 +259,17 @@ def describe_base(config: L2DConfig, base: PreTrainedModel) -> None:
     config.tie_word_embeddings = False  # the base ties its own
 
 
-def base_options(settings: CheckpointSettings, place: str, replaced: bool = False) -> dict[str, Any]:
-    """Options with which the base that `settings` record is loaded from `place`, which may replace the recorded one."""
+def base_options(settings: CheckpointSettings, place: str, replaced: bool = False, **access: Any) -> dict[str, Any]:
+    """Options with which the base that `settings` record is loaded from `place`, which may replace the recorded one.
+
+    A quantized base has its recorded `dtype` and, unless `place` holds codes already, is quantized as it was.
+    """
     gguf_file = gguf_file_at(place, settings.base_gguf_file, replaced)
-    options = {"revision": settings.base_revision, "gguf_file": gguf_file}
+    options: dict[str, Any] = {"revision": settings.base_revision, "gguf_file": gguf_file}
+    if quantization := recorded_quantization(settings.base_config):
+        options["dtype"] = getattr(torch, str((settings.base_config or {}).get("dtype") or "float32"))
+        if getattr(base_configuration(place, **options, **access), "quantization_config", None) is None:
+            options["quantization_config"] = quantization
     return {name: value for name, value in options.items() if value is not None}
 
 

@@ -123,7 +123,10 @@ def load_parts(
         base = in_dtype(base, dtype) if convert and base.dtype != dtype else base  # the caller's model stays as it is
     else:
         where = base_location(os.fspath(name), config.base_name_or_path, base)
-        options = {**base_options(config, where, replaced=base is not None), **access, **kwargs}
+        options = {**base_options(config, where, replaced=base is not None, **access), **access, **kwargs}
+        if "dtype" in options:  # quantized, from weights in the dtype of its training
+            _check_dtype(dtype, options["dtype"])
+            convert = False
         base = load_base(where, **options, **({"dtype": dtype} if convert else {}))
         as_stored = base
         if convert and not _is_recorded_base(config, base):  # float16 cannot hold all that the fingerprint looks at
@@ -141,6 +144,14 @@ def load_parts(
     if read_mapping(folder, GENERATION_CONFIG_NAME) is not None:
         generation_config = GenerationConfig.from_pretrained(folder)
     return CheckpointParts(os.fspath(name), config, base, tensors, generation_config)
+
+
+def _check_dtype(given: Any, recorded: torch.dtype) -> None:
+    """Raise `ValueError` where another dtype than the `recorded` one is asked for a quantized base."""
+    if given not in (None, "auto", recorded):
+        raise ValueError(
+            f"dtype={given} cannot be applied to a quantized base, which was {recorded} in training: leave dtype out."
+        )
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -154,6 +154,7 @@ def as_plain(base: Any) -> Any:
         quantizer.remove_quantization_config(base)
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit"):
         vars(base).pop(name, None)
+    base._weight_conversions = None  # those of the codes, which saving would undo
     return base
 
 

@@ -2,14 +2,14 @@
 
 - `write_gguf`: a GGUF file with the weights and the tokenizer of a tiny Llama
 - `write_adapter`: a PEFT adapter on a base
-- `Journey`: trains a few steps on a base, and looks at the checkpoint in a process of its own
+- `train`: a few steps on a base; `look`: at checkpoints in a process of its own
 """
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -105,7 +105,7 @@ from lm_eval.models.huggingface import HFLM
 from l2d.__main__ import main
 from lm_eval_ext.model import L2DLM
 
-checkpoint, theirs, chat = sys.argv[1], json.loads(sys.argv[2]), sys.argv[3:]
+checkpoints, chat = json.loads(sys.argv[1]), sys.argv[2:]
 prompts = ["Question: how many?", "The cat sat", "Natalia sold 48 clips"]
 until = {"until": ["\\n"], "max_gen_toks": 6}
 
@@ -114,33 +114,41 @@ def scored(lm):
     pairs = [(p, c) for p in prompts for c in (" yes", " 24")]
     return [texts, lm.loglikelihood([Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)])]
 
-found = {"l2d": scored(L2DLM(checkpoint, device="cpu", batch_size=2, diffusion_budget=1))}
-found["hf"] = scored(HFLM(device="cpu", batch_size=2, **theirs)) if theirs else None
-with contextlib.redirect_stdout(io.StringIO()) as printed:
-    main(["chat", checkpoint, *chat])
-print("FOUND" + json.dumps({**found, "chat": printed.getvalue()}))
+found = []
+for checkpoint, theirs in checkpoints:
+    ours = scored(L2DLM(checkpoint, device="cpu", batch_size=2, diffusion_budget=1))
+    theirs = scored(HFLM(device="cpu", batch_size=2, **theirs))
+    sys.stdin = io.StringIO("How many?\\n")
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        main(["chat", checkpoint, *chat])
+    found.append([ours, theirs, printed.getvalue()])
+print("FOUND" + json.dumps(found))
 """
 
 
-class Journey:
-    """What a user does: trains on `base` with `recipe`, and looks at the checkpoint in a new process.
+class Look(NamedTuple):
+    """Texts and log-likelihoods of a checkpoint at budget 1 and of a base, by `lm_eval`; and what a chat prints."""
 
-    Attributes:
-        checkpoint: folder of the trained model.
-        l2d, hf: texts and log-likelihoods of `lm_eval`'s classes, of the checkpoint at budget 1, and with arguments
-            `theirs` of the base.
-        chat: what a chat with the checkpoint prints.
-    """
+    l2d: list
+    hf: list
+    chat: str
 
-    def __init__(self, folder: Path, base: Path | str, theirs: dict[str, Any], **recipe: Any):
-        self.checkpoint = folder / "l2d"
-        settings = {**SMALL, "variant": "lora", "lora_rank": 2, "base": str(base), **recipe}
-        data = write_jsonl(folder / "data.jsonl", sums(8))
-        train_here(write_recipe(folder / "recipe.yaml", **settings, dataset=data, output_dir=self.checkpoint))
-        chat = ["--budget", "3", "--device", "cpu", "--max-new-tokens", "3", "--tint"]
-        command = [sys.executable, "-c", _LOOK, str(self.checkpoint), json.dumps(theirs), *chat]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, input="How many?\n")
-        assert done.returncode == 0, done.stderr
-        (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
-        found = json.loads(line.removeprefix("FOUND"))
-        self.l2d, self.hf, self.chat = found["l2d"], found["hf"], found["chat"]
+
+def train(folder: Path, base: Path | str, **recipe: Any) -> Path:
+    """Folder of a model that was trained on `base` for a few steps, with further settings of a recipe."""
+    folder.mkdir(exist_ok=True)
+    settings = {**SMALL, "variant": "lora", "lora_rank": 2, "base": str(base), **recipe}
+    data = write_jsonl(folder / "data.jsonl", sums(8))
+    train_here(write_recipe(folder / "recipe.yaml", **settings, dataset=data, output_dir=folder / "l2d"))
+    return folder / "l2d"
+
+
+def look(checkpoints: list[tuple[Path, dict[str, Any]]]) -> list[Look]:
+    """Look at checkpoints in one new process, each with arguments of `lm_eval`'s own class for its base."""
+    pairs = [(str(checkpoint), theirs) for checkpoint, theirs in checkpoints]
+    chat = ["--budget", "3", "--device", "cpu", "--max-new-tokens", "3", "--tint"]
+    command = [sys.executable, "-c", _LOOK, json.dumps(pairs), *chat]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stderr
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FOUND")]
+    return [Look(*one) for one in json.loads(line.removeprefix("FOUND"))]

@@ -16,7 +16,7 @@ from l2d import L2DForCausalLM
 from l2d.__main__ import main
 from l2d.checkpoint.bases import load_base
 from l2d.integrity import fingerprint
-from tests.bases.making import SIZES, Journey, write_adapter
+from tests.bases.making import SIZES, look, train, write_adapter
 
 IDS = torch.tensor([[1, 50, 60, 70, 80, 90]])
 
@@ -65,9 +65,10 @@ def test_the_merged_model_is_the_model_with_the_adapter(base, tmp_path, kind):
 def test_trained_saved_evaluated_and_talked_to(adapter, tmp_path):
     """The tokenizer is that of the adapter's base. `dequantize` writes the merged model, which `lm_eval` takes."""
     main(["dequantize", str(adapter), str(tmp_path / "merged")])
-    journey = Journey(tmp_path, adapter, {"pretrained": str(tmp_path / "merged")})
-    assert journey.l2d == journey.hf and "3 tokens, " in journey.chat
-    model = L2DForCausalLM.from_pretrained(journey.checkpoint)
+    trained = train(tmp_path, adapter)
+    (seen,) = look([(trained, {"pretrained": str(tmp_path / "merged")})])
+    assert seen.l2d == seen.hf and "3 tokens, " in seen.chat
+    model = L2DForCausalLM.from_pretrained(trained)
     assert model.config.base_name_or_path == str(adapter)
     assert model.config.base_fingerprint == fingerprint(load_base(adapter, dtype=torch.bfloat16))
 

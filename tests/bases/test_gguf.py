@@ -18,7 +18,7 @@ from l2d.checkpoint.loading import load_tokenizer
 from l2d.checkpoint.opening import open_checkpoint
 from l2d.integrity import fingerprint
 from lm_eval_ext.arguments import UsageError, parse_arguments
-from tests.bases.making import SIZES, Journey, write_gguf
+from tests.bases.making import SIZES, look, train, write_gguf
 from tests.training_runs import BASELINE, SMALL, sums, train_here, write_jsonl, write_recipe
 from training.recipe import read_recipe
 
@@ -53,13 +53,14 @@ def test_an_unquantized_file_is_the_model_that_it_was_made_of(base, tmp_path):
 
 
 def test_trained_saved_evaluated_and_talked_to(folder, tmp_path):
-    journey = Journey(tmp_path, folder, {"pretrained": str(folder), "gguf_file": FILE}, base_gguf_file=FILE)
-    assert journey.l2d == journey.hf and "3 tokens, " in journey.chat
-    model = L2DForCausalLM.from_pretrained(journey.checkpoint)
+    trained = train(tmp_path, folder, base_gguf_file=FILE)
+    (seen,) = look([(trained, {"pretrained": str(folder), "gguf_file": FILE})])
+    assert seen.l2d == seen.hf and "3 tokens, " in seen.chat
+    model = L2DForCausalLM.from_pretrained(trained)
     assert model.config.base_gguf_file == FILE and model.config.base_name_or_path == str(folder)
     assert model.config.base_fingerprint == fingerprint(model.base)
     assert torch.equal(model(IDS).logits, AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE)(IDS).logits)
-    half = L2DForCausalLM.from_pretrained(journey.checkpoint, dtype="bfloat16")
+    half = L2DForCausalLM.from_pretrained(trained, dtype="bfloat16")
     assert half.base.dtype == torch.bfloat16
 
 
