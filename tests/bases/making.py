@@ -1,5 +1,6 @@
 """Small bases of every kind, made on the spot, and what a user does with one.
 
+- `KINDS`: settings that quantize a base
 - `write_gguf`: a GGUF file with the weights and the tokenizer of a tiny Llama
 - `write_adapter`: a PEFT adapter on a base
 - `train`: a few steps on a base; `look`: at checkpoints in a process of its own
@@ -19,6 +20,25 @@ from tests.training_runs import SMALL, sums, train_here, write_jsonl, write_reci
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 """Sizes that 4-bit formats can hold: rows of a multiple of 64."""
+INT4 = {
+    "_type": "IntxWeightOnlyConfig",
+    "_version": 2,
+    "_data": {
+        "weight_dtype": {"_type": "torch.dtype", "_data": "int4"},
+        "granularity": {"_type": "PerGroup", "_version": 1, "_data": {"group_size": 32}},
+    },
+}
+KINDS = {
+    "bitsandbytes 4": {"load_in_4bit": True},
+    "bitsandbytes 4, nested": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "fp4"},
+    "bitsandbytes 8": {"load_in_8bit": True},
+    "torchao int8": {"quantization_config": {"quant_method": "torchao", "quant_type": "Int8WeightOnlyConfig"}},
+    "torchao int8, dynamic": {
+        "quantization_config": {"quant_method": "torchao", "quant_type": "Int8DynamicActivationInt8WeightConfig"}
+    },
+    "torchao int4": {"quantization_config": {"quant_method": "torchao", "quant_type": {"default": INT4}}},
+}
+"""Settings of a recipe, or of `load_base`, that quantize a base."""
 
 
 def write_gguf(base: Path, file: Path, kind: str = "F32") -> None:
@@ -134,19 +154,19 @@ class Look(NamedTuple):
     chat: str
 
 
-def train(folder: Path, base: Path | str, **recipe: Any) -> Path:
+def train(folder: Path, base: Path | str, rows: int = 8, **recipe: Any) -> Path:
     """Folder of a model that was trained on `base` for a few steps, with further settings of a recipe."""
     folder.mkdir(exist_ok=True)
     settings = {**SMALL, "variant": "lora", "lora_rank": 2, "base": str(base), **recipe}
-    data = write_jsonl(folder / "data.jsonl", sums(8))
+    data = write_jsonl(folder / "data.jsonl", sums(rows))
     train_here(write_recipe(folder / "recipe.yaml", **settings, dataset=data, output_dir=folder / "l2d"))
     return folder / "l2d"
 
 
-def look(checkpoints: list[tuple[Path, dict[str, Any]]]) -> list[Look]:
+def look(checkpoints: list[tuple[Path, dict[str, Any]]], tokens: int = 3) -> list[Look]:
     """Look at checkpoints in one new process, each with arguments of `lm_eval`'s own class for its base."""
     pairs = [(str(checkpoint), theirs) for checkpoint, theirs in checkpoints]
-    chat = ["--budget", "3", "--device", "cpu", "--max-new-tokens", "3", "--tint"]
+    chat = ["--budget", "3", "--device", "cpu", "--max-new-tokens", str(tokens), "--tint"]
     command = [sys.executable, "-c", _LOOK, json.dumps(pairs), *chat]
     done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
     assert done.returncode == 0, done.stderr

@@ -17,7 +17,7 @@ from l2d.checkpoint.bases import load_base, load_plain_base
 from l2d.integrity import fingerprint
 from l2d.network.quantized import FrozenLinear, as_plain, dequantized
 from lm_eval_ext.arguments import UsageError, parse_arguments
-from tests.bases.making import SIZES, look, train
+from tests.bases.making import KINDS, SIZES, look, train
 from tests.conftest import randomise_path
 from tests.training_runs import SMALL, sums, write_jsonl, write_recipe
 from training.recipe import read_recipe
@@ -27,24 +27,6 @@ pytest.importorskip("torchao")
 
 IDS = torch.tensor([[1, 50, 60, 70, 80, 90]])
 PATH = dict(diffusion_dim=8, input_width=8, conditioning_width=8, frequency_width=8, lora_rank=2)
-INT4 = {
-    "_type": "IntxWeightOnlyConfig",
-    "_version": 2,
-    "_data": {
-        "weight_dtype": {"_type": "torch.dtype", "_data": "int4"},
-        "granularity": {"_type": "PerGroup", "_version": 1, "_data": {"group_size": 32}},
-    },
-}
-KINDS = {
-    "bitsandbytes 4": {"load_in_4bit": True},
-    "bitsandbytes 4, nested": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True, "bnb_4bit_quant_type": "fp4"},
-    "bitsandbytes 8": {"load_in_8bit": True},
-    "torchao int8": {"quantization_config": {"quant_method": "torchao", "quant_type": "Int8WeightOnlyConfig"}},
-    "torchao int8, dynamic": {
-        "quantization_config": {"quant_method": "torchao", "quant_type": "Int8DynamicActivationInt8WeightConfig"}
-    },
-    "torchao int4": {"quantization_config": {"quant_method": "torchao", "quant_type": {"default": INT4}}},
-}
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ BAD = [
     (dict(diffusion_budgett=15), "'diffusion_budgett' is not known: did you mean 'diffusion_budget'?"),
     (dict(budget=15), "'budget' is not known: did you mean 'diffusion_budget'? (python -m lm_eval_ext args lists all)"),
     (dict(peft="adapter"), "'peft' is not known: python -m lm_eval_ext args lists all."),
-    (dict(load_in_4bit=True), "'load_in_4bit' is not known"),
+    (dict(load_in_4bit=True), "load_in_4bit=True is not how the base"),
     (dict(diffusion_budget=-1.0), "diffusion_budget=-1"),
     (dict(diffusion_budget=0), "diffusion_budget=0 must be a whole number of at least 1"),
     (dict(diffusion_budget=15.5), "diffusion_budget=15.5 must be a whole number"),
