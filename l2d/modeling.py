@@ -52,7 +52,7 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _no_split_modules: list[str] = []
+    _no_split_modules: list[str] = ["DiffusionLayer"]
 
     def __init__(self, config: L2DConfig, base: PreTrainedModel | None = None):
         if base is None:
@@ -262,7 +262,8 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
             if input_ids is None:
                 raise ValueError("noised_targets need input_ids, or the state of an earlier call: pass one of them.")
             state = self.paths.main_path(input_ids, attention_mask, position_ids)
-        return diffusion_loss(self.paths, state, noised_targets)
+        with self.paths.whole():
+            return diffusion_loss(self.paths, state, noised_targets)
 
     # ---- inference -----------------------------------------------------------------------------------------------
 

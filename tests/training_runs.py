@@ -5,6 +5,7 @@
 - `train_here`, `train_in_process`, `launch_two`: in this process, in one of its own, in two with gloo
 - `INTERRUPTED`: the entry point, with a signal to itself at a chosen moment
 - `weights`, `same_bits`, `same_gradients`, `logged`: what a run left
+- `RUNS`, `launch_runs`: the entry point, several times in the same processes
 - `draw_by_example`: training draws that do not depend on how examples are put into batches
 """
 
@@ -174,3 +175,78 @@ def logged(folder: Path, name: str = "loss") -> dict[int, float]:
     """Logged value of `name` by step."""
     state = json.loads((folder / "trainer_state.json").read_text())
     return {entry["step"]: entry[name] for entry in state["log_history"] if name in entry}
+
+
+# Several runs by the same processes, as starting them takes longer than a run. Trained weights are random and matter,
+# noise belongs to an example. Accelerate takes FSDP for accelerators only: on CPUs its own state says so, and all that
+# follows works on them. Nothing is compiled: of DeepSpeed's own operators CPUs would use one, for sums.
+RUNS = """
+import json, os, sys
+from accelerate import state
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+from tests.conftest import randomise_path
+from training import train
+from training.trainer import L2DTrainer
+
+start, make, build = state.PartialState.__init__, state.AcceleratorState.__init__, train.build_trainer
+
+def sharded_processes(self, *args, **kwargs):
+    start(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        self.distributed_type = DistributedType.FSDP
+
+def sharded_state(self, *args, fsdp_plugin=None, **kwargs):
+    make(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if self.distributed_type == DistributedType.FSDP and fsdp_plugin is not None:
+        if self._mixed_precision != "no":
+            fsdp_plugin.set_mixed_precision(self._mixed_precision)
+        self.fsdp_plugin = fsdp_plugin
+
+def build_trainer(job):
+    trainer = build(job)
+    if hasattr(trainer, "evaluation_targets"):
+        randomise_path(trainer.model)
+    train.say(f"sharded: {trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled}")
+    return trainer
+
+def finish(trainer):
+    units = [type(module).__name__ for module in trainer.model.modules() if isinstance(module, FSDPModule)]
+    train.say(f"units: {units}")
+
+L2DTrainer._draw = lambda self, inputs, index, targets: self.evaluation_targets(inputs)
+state.PartialState.__init__, state.AcceleratorState.__init__ = sharded_processes, sharded_state
+train.build_trainer, train.finish = build_trainer, finish
+if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+    import deepspeed
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+with open(sys.argv[1]) as file:
+    runs = json.load(file)
+for environment, arguments in runs:
+    os.environ.update(environment)
+    print("run", *arguments, flush=True)
+    try:
+        train.main(arguments)
+    except SystemExit:
+        pass  # it has said why
+os._exit(0)
+"""
+
+
+def launch_runs(folder: Path, config: str, runs: list[tuple[dict[str, str], list[str]]], processes: int = 2) -> str:
+    """`RUNS`, (environment, arguments) each, in processes of a launch configuration of ours, all sharded; or in one.
+
+    Returns what they printed.
+    """
+    (folder / "runs.json").write_text(json.dumps(runs))
+    (folder / "runs.py").write_text(RUNS)
+    if processes == 1:
+        done = train_in_process([str(folder / "runs.json")], code=RUNS)
+    else:
+        text = (REPOSITORY / "training" / "accelerate_configs" / f"{config}.yaml").read_text()
+        text = text.replace("num_processes: 8", f"num_processes: {processes}")
+        (folder / "config.yaml").write_text(text + "main_process_port: 0\n")
+        done = launch_two([str(folder / "runs.json")], folder / "runs.py", folder / "config.yaml")
+    assert done.returncode == 0, done.stderr[-5000:]
+    assert done.stdout.count(f"sharded: {processes > 1}") == len(runs), done.stderr[-5000:]
+    return done.stdout

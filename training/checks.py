@@ -3,7 +3,8 @@
 - `check_recipe`: all of it
 - `refuse_ignored_by_l2d`, `check_objective`: what `L2DTrainer` checks too
 - `longest_example`: what `max_length` may be
-- `check_batches`, `check_best_model`, `check_sharding`, `check_packages`, `check_hub`: what would fail later
+- `check_batches`, `check_best_model`, `check_packages`, `check_hub`: what would fail later
+- `check_sharding`, `check_launch`: what `accelerate launch` was asked for is what the method, and this machine, can do
 
 Options that others follow, such as those of optimizers and schedules, are left to them.
 
@@ -12,7 +13,10 @@ Each raises `ValueError` with one sentence that names the option.
 
 import os
 
+import accelerate
 import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from huggingface_hub import constants, get_token
 from huggingface_hub.utils import validate_repo_id
 from transformers import PreTrainedConfig
@@ -97,6 +101,8 @@ def check_recipe(
     check_batches(training)
     check_best_model(model.method, training)
     check_sharding(model.method, set_options)
+    if not command.dry_run:
+        check_launch(training.distributed_state)
     if not command.dry_run:  # it makes no logger, sends nothing, and may run where others cannot
         check_packages(training)
         check_hub(training)
@@ -342,6 +348,28 @@ def sharded() -> bool:
     return any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
+def check_launch(state: PartialState | AcceleratorState) -> None:
+    """Raise `ValueError` if accelerate's `state` of this process is not what `accelerate launch` was told to start.
+
+    On CPUs accelerate turns a sharded launch into plain data parallel, or into processes that train alone. Only the
+    `AcceleratorState` knows whether DeepSpeed is used.
+    """
+    processes, kind, device = int(os.environ.get("WORLD_SIZE", "1")), state.distributed_type, state.device.type
+    unsharded = (DistributedType.NO, DistributedType.MULTI_CPU)
+    kinds = {"FSDP": "FSDP"} | ({"DEEPSPEED": "DeepSpeed"} if isinstance(state, AcceleratorState) else {})
+    for name, words in kinds.items():
+        if os.environ.get(f"ACCELERATE_USE_{name}") == "true" and kind in unsharded:
+            raise ValueError(
+                f"the launch configuration asks for {words}, and accelerate {accelerate.__version__} does not shard on "
+                f"this {device}: launch with training/accelerate_configs/cpu_2.yaml on CPUs."
+            )
+    if processes > 1 and (state.num_processes != processes or kind == DistributedType.NO):
+        raise ValueError(
+            f"accelerate launch started {processes} processes, and on this {device} each of them would train alone: "
+            "set use_cpu: true on CPUs, or launch one process."
+        )
+
+
 def check_sharding(method: str, set_options: set[str]) -> None:
     """What the launcher asks for is what the method can do."""
     if launched := sorted({"fsdp", "fsdp_config", "deepspeed"} & set_options):
@@ -357,7 +385,5 @@ def check_sharding(method: str, set_options: set[str]) -> None:
         return
     if os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT") != "FULL_STATE_DICT":
         raise ValueError("fsdp_state_dict_type would leave no model in output_dir: set it to FULL_STATE_DICT.")
-    required = {"FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}
-    for name, value in required.items():
-        if method == "l2d" and os.environ.get(name) != value:
-            raise ValueError(f"{name.lower()}={os.environ.get(name)} does not go with method l2d: set it to {value}.")
+    if (version := os.environ.get("FSDP_VERSION")) != "2":
+        raise ValueError(f"fsdp_version={version} is not supported: set it to 2.")

@@ -143,16 +143,11 @@ def base_config(recipe: Recipe) -> Any:
     return config
 
 
-def build_trainer(job: Job) -> Any:
-    """Load the base and wrap it in the trainer of the method."""
+def base_options(recipe: Recipe) -> dict[str, Any]:
+    """How the base is loaded."""
     import torch
-    from transformers import set_seed
 
-    from l2d.checkpoint.bases import load_base
-    from training.data.options import named
-
-    model, training = job.recipe.model, job.recipe.training
-    set_seed(training.seed)
+    model, training = recipe.model, recipe.training
     mixed = training.bf16 or training.fp16
     dtype = model.dtype or ("auto" if mixed and model.method != "full_sft" else "float32")
     options = {
@@ -161,7 +156,20 @@ def build_trainer(job: Job) -> Any:
         "attn_implementation": model.attn_implementation,
         "trust_remote_code": training.trust_remote_code,
     }
-    options = {name: value for name, value in options.items() if value is not None}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def build_trainer(job: Job) -> Any:
+    """Load the base and wrap it in the trainer of the method."""
+    from transformers import set_seed
+
+    from l2d.checkpoint.bases import load_base
+    from training.checkpointing.sharding import whole_loading
+    from training.data.options import named
+
+    model, training = job.recipe.model, job.recipe.training
+    set_seed(training.seed)
+    options = base_options(job.recipe)
     common = {
         "args": training,
         "train_dataset": job.train,
@@ -173,9 +181,12 @@ def build_trainer(job: Job) -> Any:
         from training.trainer import L2DTrainer
 
         options |= model.quantization()
-        trainer = L2DTrainer(model=L2DForCausalLM.from_base(model.base, model.l2d_config(), **options), **common)
+        with whole_loading(training):
+            built = L2DForCausalLM.from_base(model.base, model.l2d_config(), **options)
+        trainer = L2DTrainer(model=built, **common)
     else:
-        base = load_base(named("base", model.base), **options)
+        with whole_loading(training):
+            base = load_base(named("base", model.base), **options)
         from training.checkpointing.atomic import BaselineTrainer
         from training.data.ready import for_encoded_data
 
@@ -227,7 +238,9 @@ def check_finite(trainer: Any) -> None:
     """Raise `Interrupted` if training diverged: weights that are no numbers are not saved as a model."""
     import torch
 
-    trained = [p.to_local() if hasattr(p, "to_local") else p for p in trainer.model.parameters() if p.requires_grad]
+    from training.checkpointing.sharding import part_of
+
+    trained = [part_of(p) for p in trainer.model.parameters() if p.requires_grad]
     wrong = sum((~torch.isfinite(p)).any().float() for p in trained)
     if trainer.accelerator.reduce(torch.as_tensor(wrong, device=trainer.args.device), "sum").item():
         raise Interrupted(
@@ -266,10 +279,16 @@ def last_evaluation(trainer: Any) -> dict[str, float] | None:
 def save(trainer: Any, job: Job) -> None:
     """Write the final model, its tokenizer and the recipe."""
     folder = job.recipe.training.output_dir
+    adapter = os.path.join(folder, "adapter")
     if job.recipe.model.method == "lora_sft":
-        trainer.save_model(os.path.join(folder, "adapter"), _internal_call=True)
-        trainer.model = trainer.accelerator.unwrap_model(trainer.model_wrapped).merge_and_unload()
-    trainer.save_model(folder, _internal_call=True)  # pushed once, when all is there
+        trainer.save_model(adapter, _internal_call=True)
+    if job.recipe.model.method == "lora_sft" and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+        if trainer.args.should_save:  # the trainer's own base is spread over all processes
+            trainer.save_whole(merged(job.recipe, adapter), folder)
+    else:
+        if job.recipe.model.method == "lora_sft":
+            trainer.model = trainer.accelerator.unwrap_model(trainer.model_wrapped).merge_and_unload()
+        trainer.save_model(folder, _internal_call=True)  # pushed once, when all is there
     if RANK == 0:
         with open(os.path.join(folder, "recipe.yaml"), "w", encoding="utf-8") as file:
             yaml.safe_dump(job.recipe.settings, file, sort_keys=False)
@@ -277,6 +296,19 @@ def save(trainer: Any, job: Job) -> None:
     if job.recipe.training.push_to_hub:
         trainer.push_to_hub()
     say(f"saved to {folder}")
+
+
+def merged(recipe: Recipe, adapter: str) -> Any:
+    """The recipe's base, loaded again, with the deltas in the folder `adapter` merged in."""
+    from peft import PeftModel
+
+    from l2d.checkpoint.bases import load_base
+    from training.checkpointing.sharding import whole_loading
+    from training.data.options import named
+
+    with whole_loading(recipe.training):
+        base = load_base(named("base", recipe.model.base), **base_options(recipe))
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload()
 
 
 if __name__ == "__main__":

@@ -7,20 +7,13 @@
 Legend: B rows, S positions, Q targets per row, K draws, d diffusion dimension, T time bins.
 """
 
-import contextlib
 import dataclasses
 import functools
 import os
 from typing import Any
 
-import safetensors.torch
 import torch
-from accelerate.utils import save_fsdp_optimizer
-from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.utils import SAFE_WEIGHTS_NAME
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -29,7 +22,7 @@ from l2d.modeling import L2DForCausalLM, L2DTrainingOutput
 from l2d.network.diffusion_path import NoisedTargets
 from training.budget_metrics import budget_accuracy, write_samples
 from training.checkpointing.atomic import SafeCheckpoints
-from training.checkpointing.resume import check_same_model
+from training.checkpointing.sharding import gather_by_layer
 from training.checks import check_objective, longest_example, refuse_ignored_by_l2d
 from training.config import L2DTrainingConfig
 from training.data.ready import for_encoded_data, ready
@@ -78,14 +71,14 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
             args.max_evaluations_per_pass = default_evaluations(
                 model.base.config.get_text_config(), 2 if mixed else 4, args.device.type
             )
-        self._sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self.is_fsdp_enabled and self.accelerator.mixed_precision != "no":
-            # Accelerate's own policy would round the trained weights before they are used; autocast does not.
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        if self.is_fsdp_enabled:  # the base stays whole on every device: the path's layers read its weights, too
+            self.accelerator.state.fsdp_plugin.ignored_modules = [model.base]
         # TRL replaces `forward` by one that computes a cross-entropy of its own; ours comes from the diffusion path.
         self.model.__dict__.pop("forward", None)
         # So that `num_items_in_batch` is counted at all, over labels[:, 1:], which are the targets.
         self.model_accepts_loss_kwargs = self._loss_shifts_labels = True
+        if self._zero_stage == 3:
+            gather_by_layer(model, args.device)
         if own_collator:
             self.data_collator = GuidanceCollator(**vars(self.data_collator))
         if backend is not None:
@@ -167,10 +160,6 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
             noised_targets=noised,
             state=state,
         )
-
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
-        """Autocast for models that are sharded by FSDP; accelerate does it for all others."""
-        return self.accelerator.autocast() if self.is_fsdp_enabled else contextlib.nullcontext()
 
     def _draw(self, inputs: dict[str, torch.Tensor], index: torch.Tensor, targets: torch.Tensor) -> NoisedTargets:
         """Fresh times, noise and class dropout: a function of seed, process, step and batch within the step.
@@ -257,43 +246,8 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
 
     # ---- checkpoints and data ------------------------------------------------------------------------------------
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """With FSDP without accelerate's own copy of the model, which would hold the base, too."""
-        if not self.is_fsdp_enabled:
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Load the trained tensors, all of them and nothing else; DeepSpeed has checkpoints of its own."""
-        path = os.path.join(resume_from_checkpoint, SAFE_WEIGHTS_NAME)
-        if self.is_deepspeed_enabled or not os.path.isfile(path):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        check_same_model(resume_from_checkpoint, self.model)
-        saved = safetensors.torch.load_file(path)
-        trained = dict(self.model.trained_parameters())
-        if different := sorted(saved.keys() ^ trained.keys()):
-            raise ValueError(
-                f"{path} does not fit the recipe's model: {len(different)} tensors differ, {different[0]!r} first."
-            )
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                if isinstance(parameter, DTensor):  # every process has read the whole tensor, and keeps its shard
-                    whole = saved[name].to(parameter.device, parameter.dtype)
-                    mesh, placements = parameter.device_mesh, parameter.placements
-                    parameter.copy_(distribute_tensor(whole, mesh, placements, src_data_rank=None))
-                else:
-                    parameter.copy_(saved[name])
-
-    def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
+    def _loads_by_name(self) -> bool:
+        return True
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write a README.md: what the checkpoint is, how to use it, and how it came about."""

@@ -106,11 +106,11 @@ class Decoder:
 
         `plain`: bit for bit the base's own; otherwise by the fastest product, equal to rounding.
         """
-        return self._head(self.norm(hidden), plain)
+        return self._head(self.norm.forward(hidden), plain)  # without hooks, which are of calls of the whole base
 
     def _head(self, hidden: torch.Tensor, plain: bool = True) -> torch.Tensor:
         if plain or type(self.lm_head) is not nn.Linear:
-            logits = self.lm_head(hidden)
+            logits = self.lm_head.forward(hidden)
         else:
             logits = linear(hidden, self.lm_head.weight, self.lm_head.bias)
         if self._divide is not None:

@@ -131,6 +131,10 @@ class TwinLayer(nn.Module):
         copies = [p.dtype for p in self.parameters() if p.requires_grad] if self.variant == "full" else []
         return copies[0] if copies else base_dtype
 
+    def copy_norms(self, device: torch.device) -> None:
+        """From now on, modulate copies of the base's norms on `device`, for trainers that spread the base's weights."""
+        self._modulated = tuple(ModulatedNorm(copy.deepcopy(one.norm).to(device)) for one in self._modulated)
+
     def modulated_norms(self) -> tuple[nn.Module, nn.Module]:
         """The base's norms that are modulated, of attention and MLP."""
         return self._modulated[0].norm, self._modulated[1].norm

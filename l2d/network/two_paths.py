@@ -6,9 +6,12 @@ It is not a module: `L2DForCausalLM` registers the base and the diffusion path u
 Legend: B rows, S positions, Q sites per row, N evaluations, V vocabulary, H hidden size, d diffusion dimension.
 """
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from l2d.config import L2DConfig
@@ -23,6 +26,7 @@ class TwoPaths:
 
     Attributes:
         config: the model's configuration; decoder: the parts of the base; path: the trained modules.
+        whole: context in which the weights of `outside_layers` can be read, for trainers that spread weights.
 
     Raises `ValueError` for a base that is not supported.
     """
@@ -32,6 +36,12 @@ class TwoPaths:
         self.decoder = Decoder(base)
         self.path = DiffusionPath(config, self.decoder)
         self._merger = DeltaMerger(self.path)
+        self.whole: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+    def outside_layers(self) -> list[nn.Parameter]:
+        """Frozen weights of embedding, final norm and output head, which the loss reads without calling the base."""
+        modules = (self.decoder.embeddings, self.decoder.norm, self.decoder.lm_head)
+        return list({id(p): p for module in modules for p in module.parameters()}.values())
 
     # ---- main path -----------------------------------------------------------------------------------------------
 

@@ -33,11 +33,11 @@ from training.checkpointing.resume import (
     clear_unfinished,
     write_checksums,
 )
+from training.checkpointing.sharding import ShardedCheckpoints
 from training.console import say
-from training.optimization import Optimization
 
 
-class SafeCheckpoints(Optimization):
+class SafeCheckpoints(ShardedCheckpoints):
     """A trainer's checkpoints, atomic: a kill leaves an `unfinished-checkpoint-N`, never half of one."""
 
     resumed_from: str | None = None

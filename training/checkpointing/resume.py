@@ -31,7 +31,7 @@ from l2d.settings import declared
 from training.checkpointing.disk_errors import Interrupted
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
-_OPTIMIZERS = {"optimizer.pt": "no sharding", "optimizer.bin": "FSDP", "global_step*": "DeepSpeed"}
+_OPTIMIZERS = {"optimizer.pt": "no sharding", "optimizer.bin": "FSDP", "zero_*.pt": "DeepSpeed"}
 UNFINISHED = "unfinished-"  # before the name of a checkpoint that is being written
 NO_RESUME = (None, False, "false", "False")
 _OF_THE_PATH = [name for name, one in declared(CheckpointSettings).items() if one.of_the_weights]
