@@ -196,7 +196,7 @@ MUTATIONS = [
     ),
     Mutation(
         "resume: the trained weights begin again",
-        "training/trainer.py",
+        "training/checkpointing/sharding.py",
         "                    parameter.copy_(saved[name])",
         "                    pass",
         f"{_TRAINER}::test_resumes_from_python_as_trainers_do",
