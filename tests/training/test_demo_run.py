@@ -155,12 +155,28 @@ def test_time_that_is_over_ends_steps_with_sigterm(tmp_path, capsys):
         def __le__(self, now):
             return begun.exists()
 
+        def __gt__(self, now):
+            return not begun.exists()
+
     with pytest.raises(OutOfTime, match="the time is over with 1 of 3 steps complete; ended: long"):
         run_steps(steps, workspace, {}, tmp_path, slots=1, until=OnceItRuns())
     assert saved.exists() and not (tmp_path / "last").exists()
     assert set(workspace.seconds) == {"first"}
-    with pytest.raises(OutOfTime, match="ended: nothing"):
-        run_steps(steps, workspace, {}, tmp_path, slots=0, until=time.monotonic())
+    assert "[ 1/3] first" in capsys.readouterr().out
+
+
+def test_step_that_would_overrun_is_not_begun(tmp_path):
+    """The first of its kind took an hour: another one is begun only where there is more time than that."""
+    workspace = open_workspace(tmp_path / "demo", SETTING, False, LAYOUT)
+    (tmp_path / "first").touch()
+    workspace.record("first", 3600.0)
+    names = {"first": "long", "second": "long", "third": None, "fourth": "short"}
+    steps = [python_step(name, write(tmp_path / name), tmp_path / name, kind=kind) for name, kind in names.items()]
+    with pytest.raises(OutOfTime, match="the time is over with 3 of 4 steps complete; ended: nothing"):
+        run_steps(steps, workspace, {}, tmp_path, until=time.monotonic() + 3000)
+    assert not (tmp_path / "second").exists() and (tmp_path / "fourth").exists()
+    run_steps(steps, workspace, {}, tmp_path, until=time.monotonic() + 4000)
+    assert (tmp_path / "second").exists()
 
 
 def test_step_without_its_output_has_failed(tmp_path):

@@ -14,9 +14,12 @@ import subprocess
 import sys
 import time
 
+import lm_eval
 import numpy as np
 import pytest
 import torch
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
 from peft import LoraConfig, get_peft_model
 from scipy import stats
 from transformers import AutoModelForCausalLM
@@ -28,8 +31,9 @@ from training.compare_budgets import measure
 from training.demo.plan import write_configs
 from training.recipe import read_recipe
 from training.studies.real import __main__ as command
-from training.studies.real import evaluate, report
+from training.studies.real import elsewhere, evaluate, report
 from training.studies.real.data import read_part, targets_per_example, write_data
+from training.studies.real.elsewhere import Limits
 from training.studies.real.equal import at_equal_time, saved_steps
 from training.studies.real.plan import METHODS, Settings, build_steps, losses_file, recipes, run_folder, steps_for
 from training.studies.real.plot import draw
@@ -151,6 +155,7 @@ def test_steps_are_complete_and_in_order(tmp_path, asked):
         (["--minutes", "0"], "minutes=0.0 must be above 0"),
         (["--targets", "0"], "targets=0 must be at least 1"),
         (["--problems", "0"], "problems=0 must be at least 1"),
+        (["--mmlu", "-1"], "mmlu=-1 must be at least 0, which leaves it out"),
         (["--base", "nobody/nothing"], "base='nobody/nothing' is neither a model's folder nor a model on the hub"),
         (["--report"], "holds nothing that was measured on problems=1319: run the study first"),
         ([], "holds 'something', which is no study of a real model's: choose another folder with OUT="),
@@ -279,6 +284,94 @@ def test_finished_training_keeps_its_weights(tmp_path):
     assert saved_steps(tmp_path) == [9, 10]
 
 
+# ---- elsewhere ---------------------------------------------------------------------------------------------------
+
+ASKS = Limits(gsm8k=2, mmlu=3, humaneval=1)
+
+
+@pytest.fixture(scope="module")
+def asked_folder(tmp_path_factory, data):
+    """A folder with the problems that are asked."""
+    out = tmp_path_factory.mktemp("asked")
+    (out / "data").symlink_to(data)
+    sources = {name: out / f"{name}-source" for name in elsewhere.SOURCES}
+    for folder in sources.values():
+        folder.mkdir()
+    questions = [{"question": f"{n} + 1?", "choices": ["0", f"{n + 1}", "x", "y"], "answer": 1} for n in range(9)]
+    write_jsonl(sources["mmlu"] / "test.jsonl", questions)
+    programs = [{"prompt": "def f(a):\n", "canonical_solution": "    return a\n"}]
+    write_jsonl(sources["humaneval"] / "test.jsonl", programs)
+    elsewhere.write_problems(out, ASKS, {name: str(folder) for name, folder in sources.items()})
+    return out
+
+
+class Answering(LM):
+    """Answers the first question rightly, and all others with a number too high by one; thinks that B is right."""
+
+    def generate_until(self, requests, **kwargs):
+        return [f"So it is {2 * n}.\n#### {2 * n + (n > 0)}." for n, _ in enumerate(requests)]
+
+    def loglikelihood(self, requests, **kwargs):
+        return [(0.0 if request.args[1].strip() == "B" else -1.0, False) for request in requests]
+
+    def loglikelihood_rolling(self, requests, **kwargs):
+        raise NotImplementedError
+
+
+@pytest.fixture(scope="module")
+def harness(asked_folder):
+    """The harness's results on the tasks that were written."""
+    manager = TaskManager(include_path=str(asked_folder / "tasks"), include_defaults=False)
+    tasks = ["real_gsm8k", "real_mmlu"]
+    return lm_eval.simple_evaluate(Answering(), tasks=tasks, task_manager=manager, limit=3, bootstrap_iters=0)
+
+
+def test_harness_asks_in_the_training_wording(harness):
+    """Right is the number after the mark; rows of MMLU are evenly spaced."""
+    gsm8k, mmlu = (harness["samples"][task] for task in ("real_gsm8k", "real_mmlu"))
+    assert [sample["exact_match"] for sample in gsm8k] == [1.0, 0.0, 0.0]
+    assert gsm8k[1]["arguments"][0][0] == solution(1)["question"] and gsm8k[1]["target"] == "2"
+    assert [sample["acc"] for sample in mmlu] == [1.0, 1.0, 1.0]
+    texts = [sample["arguments"][0][0] for sample in mmlu]
+    assert texts == [f"{n} + 1?\nA. 0\nB. {n + 1}\nC. x\nD. y\nAnswer:" for n in (0, 3, 6)]
+
+
+def test_answers_are_read_in_the_order_of_problems(tmp_path):
+    place = elsewhere.answers_place(tmp_path, "greedy", ASKS, "warm")
+    (place / "model").mkdir(parents=True)
+    assert elsewhere.read_answers(tmp_path, "greedy", ASKS, "warm") is None
+    lines = [{"doc_id": 1, "exact_match": 0.0}, {"doc_id": 0, "exact_match": 1.0}]
+    write_jsonl(place / "model" / "samples_real_gsm8k_2026.jsonl", lines)
+    found = elsewhere.read_answers(tmp_path, "greedy", ASKS, "warm")
+    assert found == {"values": [1.0, 0.0], "counts": [1, 1]}
+    place = elsewhere.answers_place(tmp_path, "humaneval", ASKS, "warm")
+    place.parent.mkdir()
+    place.write_text(json.dumps({"targets": [7, 9], "scores": {"T15": {"nll": [3.5, 1.0]}}}))
+    assert elsewhere.read_answers(tmp_path, "humaneval", ASKS, "warm") == {"values": [3.5, 1.0], "counts": [7, 9]}
+
+
+def test_elsewhere_every_model_is_asked_everything(tmp_path, asked):
+    steps = elsewhere.build_steps(tmp_path, asked, ASKS, list(METHODS))
+    assert len(steps) == len({step.output for step in steps}) == len(elsewhere.ASKED) * (1 + len(METHODS))
+    commands = {step.name: " ".join(step.command) for step in steps}
+    assert "--model l2d" in commands["greedy warm on 2"] and "diffusion_budget=15" in commands["greedy warm on 2"]
+    assert "diffusion_budget" not in commands["mmlu warm_noise_free on 3"]
+    assert "--model hf" in commands["sampled full on 2"] and "do_sample=true" in commands["sampled full on 2"]
+    assert "real.evaluate" in commands["humaneval warm on 1"]
+    assert elsewhere.build_steps(tmp_path, asked, Limits(0, 0, 0), list(METHODS)) == []
+
+
+def test_loss_of_programs_is_measured(tmp_path, asked_folder, base_dir):
+    rows = ("--rows", asked_folder / "data" / "humaneval.jsonl")
+    words = (base_dir, tmp_path / "he.json", "--base", base_dir, *rows)
+    evaluate.main([str(word) for word in words])
+    found = json.loads((tmp_path / "he.json").read_text())
+    ids, _, targets = read_part(asked_folder / "data" / "humaneval.jsonl", base_dir)
+    assert found["targets"] == [targets.sum().item()] and targets[0, -1]
+    right, losses = of_transformers(AutoModelForCausalLM.from_pretrained(base_dir), (ids, None, targets))
+    assert found["scores"]["plain"]["nll"] == pytest.approx(losses, abs=1e-3)
+
+
 # ---- statistics and report ---------------------------------------------------------------------------------------
 
 ABOUT = {
@@ -301,10 +394,17 @@ def study():
             right[: problems // 3] = targets[: problems // 3] if method == "warm" else right[: problems // 3]
             nll = (targets * draw_.normal(0.5 if method == "warm" else 1.0, 0.1, problems)).astype(np.float32)
             outcomes[method, setting] = Outcome(right, nll, {"evaluations": 1.0, "passes": 1.0, "plain_steps": 2.5})
+    elsewhere = {
+        asked: {
+            method: {"values": draw_.normal(2.0 if method == "full" else 1.0, 0.1, 50).tolist(), "counts": [2] * 50}
+            for method in ("base", "warm", "full")
+        }
+        for asked in ("greedy", "humaneval")
+    }
     losses = {method: [2.0 - step / 100 for step in range(100)] for method in METHODS}
     seconds = {method: 10.0 + number for number, method in enumerate(METHODS)}
     checkpoints = {**dict.fromkeys(METHODS, 100), **dict.fromkeys(EQUAL.values(), 75)}
-    return Study(targets, outcomes, {"warm": 0.1}, checkpoints, losses, seconds)
+    return Study(targets, outcomes, {"warm": 0.1}, checkpoints, losses, seconds, elsewhere)
 
 
 def test_errors_are_over_problems(study):
@@ -338,12 +438,15 @@ def test_differences_are_paired_by_problem(study):
 
 def test_lower_loss_is_better_and_all_verdicts_are_corrected_together(study):
     compared = compare(study)
-    assert len(compared) == len(COMPARISONS) * len(METRICS)
+    assert len(compared) == len(COMPARISONS) * len(METRICS) + 2 * 2
     words = {(one.first, one.second, one.metric): one.verdict for one in compared}
     for metric in METRICS:
         assert words[("warm", "T15"), ("base", "plain"), metric] == "better"
         assert words[("warm", "T31"), ("warm", "T3"), metric] == "not told apart"
         assert words[("warm_corrupted", "T15"), ("warm", "T15"), metric] == "worse"
+    assert words[("full", "plain"), ("base", "plain"), "greedy"] == "better"
+    assert words[("full", "plain"), ("base", "plain"), "humaneval"] == "worse"
+    assert words[("warm", "T15"), ("base", "plain"), "humaneval"] == "not told apart"
     smallest = min(one.difference.p_value for one in compared)
     assert min(one.adjusted for one in compared) == pytest.approx(smallest * len(compared))
 
@@ -362,6 +465,8 @@ def test_report_holds_everything(study):
     assert f"| L2D, warm start | T = 15 | {share:.3f} [" in text and "one evaluation, t = 0.1 |" in text
     assert "| L2D, warm start | 100 | 10.0 | 16.7 | 1.955 | 1.055 |" in text  # 100 steps of 10 s; means of ten losses
     assert "| 75 | 12.5 |" in text
+    mean = np.sum(study.elsewhere["humaneval"]["full"]["values"]) / 100
+    assert "HumanEval, loss (50) |" in text and f"| {mean:.3f} [" in text.split("## Elsewhere")[1]
     assert all(text.count(method.title) >= 3 for method in METHODS.values())
 
 
@@ -378,7 +483,7 @@ def test_killed_study_ends_like_any_other(tmp_path, source, base_dir):
     """SIGKILL while it trains, and then the same command to the end."""
     out = tmp_path / "real"
     words = ["--base", base_dir, "--data", source, "--out", out, "--targets", 60_000, "--held-out", HELD_OUT]
-    words += ["--problems", 2, "--methods", "warm_noise_free"]
+    words += ["--problems", 2, "--methods", "warm_noise_free", "--gsm8k", 0, "--mmlu", 0, "--humaneval", 0]
     call = [sys.executable, "-m", "training.studies.real", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     folder = run_folder(out, "warm_noise_free")
@@ -395,7 +500,7 @@ def test_killed_study_ends_like_any_other(tmp_path, source, base_dir):
     state = json.loads((folder / "trainer_state.json").read_text())
     assert len(losses) == state["max_steps"] == saved_steps(folder)[-1] > killed_at
     assert f"checkpoint-{killed_at}" in (out / "logs" / "train_warm_noise_free.log").read_text()
-    study = read_study(out, 2)
+    study = read_study(out, 2, Limits(0, 0, 0))
     trained = {("warm_noise_free", "single"), (EQUAL["warm_noise_free"], "single")}
     assert set(study.outcomes) == {("base", "plain"), *trained}
     assert study.seconds.keys() == METHODS.keys() and "What does L2D do" in (out / "real.md").read_text()

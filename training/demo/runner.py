@@ -43,6 +43,8 @@ class Step:
         needs: names of the steps that must be complete before.
         threads: threads that it may use; a step with two has the machine to itself.
         result: reads one line worth showing from the complete step.
+        kind: of a step that begins anew when it is ended: with a time limit it is only begun where the longest complete
+            one of its kind would fit. Steps without a kind continue where they were ended.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Step:
     needs: tuple[str, ...] = ()
     threads: int = 1
     result: Callable[[], str] | None = None
+    kind: str | None = None
 
 
 @dataclass
@@ -88,9 +91,13 @@ def run_steps(
         while waiting or running:
             for step in list(waiting):
                 busy = sum(one.step.threads for one in running)
-                if complete.issuperset(step.needs) and busy + step.threads <= slots:
+                fits = until is None or time.monotonic() + _expected(step, steps, workspace) < until
+                if complete.issuperset(step.needs) and busy + step.threads <= slots and fits:
                     waiting.remove(step)
                     running.append(_start(step, workspace, environment, cwd))
+            if until is not None and (time.monotonic() >= until or not running):
+                ended = ", ".join(one.step.name for one in running) or "nothing"
+                raise OutOfTime(f"the time is over with {len(complete)} of {total} steps complete; ended: {ended}")
             for one in [one for one in running if one.process.poll() is not None]:
                 running.remove(one)
                 seconds = _end(one)
@@ -98,9 +105,6 @@ def run_steps(
                 complete.add(one.step.name)
                 result = f": {one.step.result()}" if one.step.result else ""
                 screen.line(f"[{len(complete):2d}/{total}] {one.step.name}, {seconds:.0f} s{result}")
-            if until is not None and time.monotonic() >= until and (waiting or running):
-                ended = ", ".join(one.step.name for one in running) or "nothing"
-                raise OutOfTime(f"the time is over with {len(complete)} of {total} steps complete; ended: {ended}")
             screen.status(lambda: "   ".join(_progress(one) for one in running))
             time.sleep(POLL_SECONDS)
     finally:
@@ -108,6 +112,12 @@ def run_steps(
             one.process.terminate()
         for one in running:
             one.process.wait()
+
+
+def _expected(step: Step, steps: list[Step], workspace: Workspace) -> float:
+    """Seconds of the longest complete step of its kind; 0 where nothing is known."""
+    alike = (one.name for one in steps if step.kind is not None and one.kind == step.kind)
+    return max((workspace.seconds[name] for name in alike if name in workspace.seconds), default=0.0)
 
 
 def environment(out: Path) -> dict[str, str]:

@@ -16,11 +16,13 @@ from l2d.cli.parser import Parser
 from training.demo.plan import write_configs
 from training.demo.runner import OutOfTime, run_or_exit
 from training.demo.workspace import Workspace, open_workspace
+from training.studies.real import elsewhere
 from training.studies.real.data import targets_per_example, write_data
 from training.studies.real.plan import LAYOUT, METHODS, Settings, build_steps, has_bf16, recipes, steps_for
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DATA = "openai/gsm8k"
+LIMITS = vars(elsewhere.Limits())  # problems that models answer or score beyond worked solutions
 EPOCH = 938_000  # supervised tokens of GSM8K's training split with SmolLM2's tokenizer
 
 
@@ -38,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--problems", type=int, default=1319, help="test problems that are scored, the first ones (default: all 1,319)"
     )
+    for name, usual in LIMITS.items():
+        parser.add_argument(
+            f"--{name}", type=int, default=usual, metavar="N", help=f"problems of {name}, 0 for none (default: {usual})"
+        )
+    for name, (source, _) in elsewhere.SOURCES.items():
+        parser.add_argument(f"--{name}-data", default=source, help=f"folder or hub name of it (default: {source})")
     parser.add_argument("--methods", help=f"run the steps of these only, with commas: {','.join(METHODS)}")
     parser.add_argument("--minutes", type=float, help="stop after so long; the same command continues")
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="steps at a time (default: 1)")
@@ -54,26 +62,27 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the running steps, too
     try:
         chosen = _chosen(options.methods)
-        settings = _settings(options)
+        settings, limits = _settings(options), _limits(options)
         if options.report:
-            sys.exit(_report_only(out, settings, options.problems))
-        workspace = _open(options, settings, out)
+            sys.exit(_report_only(out, settings, options.problems, limits))
+        workspace = _open(options, settings, limits, out)
     except OSError as error:
         sys.exit(_refused(f"OUT={options.out} cannot be written to ({error}): choose another folder with OUT=."))
     except ValueError as error:
         sys.exit(_refused(" ".join(str(error).split())))
     print(f"study in {out}: hours on 2 cores; every step's output is in logs/", flush=True)
     steps = build_steps(out, settings, options.problems, chosen)
+    steps += elsewhere.build_steps(out, settings, limits, chosen)
     for step in steps:
         step.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         run_or_exit(steps, workspace, options.processes, until)
     except OutOfTime as error:
         print(f"{error}; the same command continues from here", flush=True)
-    write_report(out, settings, options.problems)
+    write_report(out, settings, options.problems, limits)
 
 
-def write_report(out: Path, settings: Settings, problems: int) -> bool:
+def write_report(out: Path, settings: Settings, problems: int, limits: elsewhere.Limits) -> bool:
     """Write tables, plain values and figure of what was measured; whether anything was."""
     from training.studies.packing import write_json
     from training.studies.real.plot import draw
@@ -81,7 +90,7 @@ def write_report(out: Path, settings: Settings, problems: int) -> bool:
     from training.studies.real.scores import read_study
     from training.studies.report import circumstances
 
-    study = read_study(out, problems)
+    study = read_study(out, problems, limits)
     if study is None:
         return False
     command = f"python -m training.studies.real --out {out.name} --targets {settings.targets} --problems {problems}"
@@ -93,8 +102,8 @@ def write_report(out: Path, settings: Settings, problems: int) -> bool:
     return True
 
 
-def _report_only(out: Path, settings: Settings, problems: int) -> int:
-    if write_report(out, settings, problems):
+def _report_only(out: Path, settings: Settings, problems: int, limits: elsewhere.Limits) -> int:
+    if write_report(out, settings, problems, limits):
         return 0
     return _refused(f"OUT={out} holds nothing that was measured on problems={problems}: run the study first.")
 
@@ -109,10 +118,22 @@ def _settings(options: argparse.Namespace) -> Settings:
     return Settings(_folder(options.base), _source(options.data), options.targets, options.held_out, has_bf16())
 
 
-def _open(options: argparse.Namespace, settings: Settings, out: Path) -> Workspace:
+def _limits(options: argparse.Namespace) -> elsewhere.Limits:
+    """How much is asked elsewhere. Raises `ValueError`."""
+    limits = {name: getattr(options, name) for name in LIMITS}
+    for name, value in limits.items():
+        if value < 0:
+            raise ValueError(f"{name}={value} must be at least 0, which leaves it out.")
+    return elsewhere.Limits(**limits)
+
+
+def _open(options: argparse.Namespace, settings: Settings, limits: elsewhere.Limits, out: Path) -> Workspace:
     """The folder with its data and recipes. Raises `ValueError`."""
     workspace = open_workspace(out, settings.record(), options.overwrite, LAYOUT)
     write_data(settings.data, Path(settings.base), out / "data", settings.held_out)
+    elsewhere.write_problems(
+        out, limits, {name: _source(getattr(options, f"{name}_data")) for name in elsewhere.SOURCES}
+    )
     steps = steps_for(settings.targets, targets_per_example(out / "data"))
     write_configs(recipes(out, settings, steps), out / "configs")
     return workspace

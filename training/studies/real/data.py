@@ -25,13 +25,21 @@ CONFIGURATION = "main"  # of the data set on the hub and of its copies
 LONGEST = 1024  # tokens of an example
 
 
-def chat_rows(source: str, split: str) -> list[Row]:
-    """The rows of a split as conversations of two turns. Raises `ValueError` where the data are not there."""
+def read_split(argument: str, source: str, configuration: str, split: str) -> datasets.Dataset:
+    """A split of a folder or of a data set on the hub, of its `configuration` where it has that.
+
+    Raises `ValueError`, which calls the data `argument`.
+    """
     try:
         names = datasets.get_dataset_config_names(source)
-        rows = datasets.load_dataset(source, CONFIGURATION if CONFIGURATION in names else None, split=split)
+        return datasets.load_dataset(source, configuration if configuration in names else None, split=split)
     except (OSError, ValueError) as error:  # the hub is not there, or the split is not
-        raise ValueError(f"data={source!r} has no split {split!r} that can be read: {error}") from error
+        raise ValueError(f"{argument}={source!r} has no split {split!r} that can be read: {error}") from error
+
+
+def chat_rows(source: str, split: str) -> list[Row]:
+    """The rows of a split as conversations of two turns. Raises `ValueError` where the data are not there."""
+    rows = read_split("data", source, CONFIGURATION, split)
     if missing := {"question", "answer"} - set(rows.column_names):
         raise ValueError(f"data={source!r} has no column {min(missing)!r}: give GSM8K, or rows like its own.")
     return [

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
 from l2d import L2DConfig, L2DForCausalLM
-from l2d.checkpoint.loading import load_base
+from l2d.checkpoint.bases import base_configuration, load_base
 from l2d.sampler_config import NOISE_FREE_SAMPLER
 from training.compare_budgets import Measurement, best_single_evaluation, measure, single_evaluation
 from training.studies.packing import write_json
@@ -37,20 +36,11 @@ Rows = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def open_model(folder: Path, base: Path, dtype: torch.dtype | None) -> tuple[L2DForCausalLM, bool]:
-    """The model of a folder, and whether it is an L2D checkpoint; an adapter is merged into `base`."""
+    """The model of a folder, and whether it is an L2D checkpoint, on `base`; adapters are merged into theirs."""
     options = {} if dtype is None else {"dtype": dtype}
-    if (folder / "adapter_config.json").exists():
-        from peft import PeftModel
-
-        adapted: Any = PeftModel.from_pretrained(load_base(base, **options), folder)
-        return _plain(adapted.merge_and_unload()), False
-    if AutoConfig.from_pretrained(folder).model_type == "l2d":
+    if base_configuration(folder).model_type == "l2d":
         return L2DForCausalLM.from_pretrained(folder, base=base, **options), True
-    return _plain(load_base(folder, **options)), False
-
-
-def _plain(model: Any) -> L2DForCausalLM:
-    return L2DForCausalLM.from_base(model, L2DConfig(lora_rank=1)).eval()
+    return L2DForCausalLM.from_base(load_base(folder, **options), L2DConfig(lora_rank=1)).eval(), False
 
 
 def samplers(model: L2DForCausalLM, budgets: list[int], single: float | None) -> dict[str, dict[str, Any]]:

@@ -19,11 +19,11 @@ from training.studies.real.data import LONGEST
 
 LAYOUT = Layout(
     "study of a real model",
-    ("real.md", "real.png", "results.json", "data", "runs", "scores", "configs", "logs", "cache", "real.json"),
+    ("real.md", "real.png", "results.json", "data", "runs", "scores", "tasks", "configs", "logs", "cache", "real.json"),
 )
 BATCH, AT_ONCE = 16, 4  # examples of a step, and of a microbatch
 CHECKPOINTS = 8  # of a training: what a killed one continues from
-EQUAL_TIME_BUDGET = 15
+EQUAL_TIME, EQUAL_TIME_BUDGET = "-equal-time", 15
 PROCESSOR_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")
 _TRAINING = {
     "per_device_train_batch_size": AT_ONCE,
@@ -88,6 +88,11 @@ class Settings:
     held_out: int
     bf16: bool
 
+    @property
+    def dtype(self) -> str:
+        """In which everything is evaluated."""
+        return "bfloat16" if self.bf16 else "float32"
+
     def record(self) -> dict[str, Any]:
         """Plain values, with the options of every method."""
         return {**vars(self), "methods": {name: method.options for name, method in METHODS.items()}}
@@ -132,6 +137,11 @@ def run_folder(out: Path, method: str) -> Path:
     return out / "runs" / method
 
 
+def model_folder(out: Path, settings: Settings, name: str) -> Path:
+    """Where the model of a method is, or the `base`."""
+    return Path(settings.base) if name == "base" else run_folder(out, name)
+
+
 def losses_file(out: Path, method: str) -> Path:
     """Training loss of every step."""
     return out / "runs" / f"{method}-losses.json"
@@ -149,7 +159,7 @@ def score_file(out: Path, name: str, problems: int) -> Path:
 
 def at_equal_time(method: str) -> str:
     """What folders and results call a method at equal processor time."""
-    return f"{method}-equal-time"
+    return method + EQUAL_TIME
 
 
 def build_steps(out: Path, settings: Settings, problems: int, methods: list[str]) -> list[Step]:
@@ -158,11 +168,11 @@ def build_steps(out: Path, settings: Settings, problems: int, methods: list[str]
     Args:
         problems: of the test split that are scored, the first ones.
     """
-    steps = [_evaluation(out, settings, problems, "base", Path(settings.base))]
+    steps = [_evaluation(out, settings, problems, "base")]
     for name in methods:
         train = f"train {name}"
         steps.append(_training(out, name))
-        steps.append(_evaluation(out, settings, problems, name, run_folder(out, name), train))
+        steps.append(_evaluation(out, settings, problems, name, train))
         steps.append(_step(f"tidy {name}", losses_file(out, name), "real.tidy", run_folder(out, name), train))
     configs = [f"{name}={out / 'configs' / name}.yaml" for name in METHODS]
     timing = _python("training.demo.timing", timing_file(out), *configs, "--turns", 2, "--warm-up", 1, "--steps", 2)
@@ -184,27 +194,32 @@ def _training(out: Path, name: str) -> Step:
     return Step(f"train {name}", _python("training.train", "--config", out / "configs" / f"{name}.yaml"), last)
 
 
-def _options(out: Path, settings: Settings, problems: int) -> tuple[Any, ...]:
-    """Of the evaluation of a model."""
-    data, dtype = out / "data", "bfloat16" if settings.bf16 else "float32"
-    rows = ("--rows", data / "test.jsonl", "--limit", problems, "--choosing", data / "validation.jsonl")
-    return ("--base", settings.base, *rows, "--dtype", dtype)
+def _problems(out: Path, problems: int) -> tuple[Any, ...]:
+    """Options of an evaluation: the test problems, and those that choose the time of one evaluation."""
+    data = out / "data"
+    return ("--rows", data / "test.jsonl", "--limit", problems, "--choosing", data / "validation.jsonl")
 
 
-def _evaluation(out: Path, settings: Settings, problems: int, name: str, folder: Path, *needs: str) -> Step:
+def evaluation_command(settings: Settings, folder: Path, file: Path, *options: Any) -> tuple[str, ...]:
+    """Scores the model in `folder`."""
+    common = ("--base", settings.base, "--dtype", settings.dtype)
+    return _python("training.studies.real.evaluate", folder, file, *common, *options)
+
+
+def _evaluation(out: Path, settings: Settings, problems: int, name: str, *needs: str) -> Step:
     file = score_file(out, name, problems)
-    command = _python("training.studies.real.evaluate", folder, file, *_options(out, settings, problems))
+    command = evaluation_command(settings, model_folder(out, settings, name), file, *_problems(out, problems))
     return Step(f"evaluate {name} on {problems}", command, file, needs, result=lambda: summary(file))
 
 
 def _equal_time(out: Path, settings: Settings, problems: int, method: str) -> Step:
     name = at_equal_time(method)
     file = score_file(out, name, problems)
-    options = (*_options(out, settings, problems), "--budgets", EQUAL_TIME_BUDGET)
-    command = (timing_file(out), method, run_folder(out, method), file, *options)
+    common = ("--base", settings.base, "--dtype", settings.dtype, "--budgets", EQUAL_TIME_BUDGET)
+    subject = (timing_file(out), method, run_folder(out, method), file)
+    command = _python("training.studies.real.equal", *subject, *common, *_problems(out, problems))
     needs = ("time", f"train {method}")
-    step = _python("training.studies.real.equal", *command)
-    return Step(f"evaluate {name} on {problems}", step, file, needs, result=lambda: summary(file))
+    return Step(f"evaluate {name} on {problems}", command, file, needs, result=lambda: summary(file))
 
 
 def summary(file: Path) -> str:

@@ -19,8 +19,7 @@ from matplotlib.axes import Axes
 from training.studies.plot import COLORS, Curve, draw_curves, legend_below
 from training.studies.real.evaluate import BUDGETS
 from training.studies.real.plan import METHODS
-from training.studies.real.report import title
-from training.studies.real.scores import METRICS, Study, score
+from training.studies.real.scores import METRICS, Study, score, title
 
 SMOOTHED = 10  # training steps of a mean
 

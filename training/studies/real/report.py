@@ -7,8 +7,22 @@
 from typing import Any
 
 from l2d.statistics import shown
-from training.studies.real.plan import BATCH, METHODS
-from training.studies.real.scores import EQUAL, METRICS, SETTINGS, Comparison, Key, Study, compare, pack_study, score
+from training.studies.real.elsewhere import ASKED
+from training.studies.real.plan import BATCH, EQUAL_TIME, METHODS
+from training.studies.real.scores import (
+    EQUAL,
+    METRICS,
+    SETTINGS,
+    Comparison,
+    Key,
+    Study,
+    answered,
+    compare,
+    pack_study,
+    score,
+    setting_of,
+    title,
+)
 from training.studies.report import table
 
 INTRODUCTION = """\
@@ -27,9 +41,14 @@ All trainings see the same rows in the same order, so the same supervised tokens
 warm-up. Seconds are processor time of a step of {batch} examples, the median of a few in turns in one process. Losses
 of L2D are at random times and compare within L2D only.
 """
-EQUAL_TIME = """\
+EQUALLY_LONG = """\
 Every method gets the processor time of the fastest training: what is measured is the checkpoint nearest to it, of the
 same trainings.
+"""
+ELSEWHERE = """\
+Answers by `lm_eval`, without examples, in the training wording: GSM8K's final number, greedy and sampled at temperature
+1, and MMLU's letter by log-probability. The loss of HumanEval's solutions is per token, in nats. Numbers of problems
+are in brackets.
 """
 DIFFERENCES = """\
 First minus second, paired by problem. Verdicts are at 5 % after Holm's correction for all of them together; "not told
@@ -68,9 +87,11 @@ def markdown(study: Study, about: dict[str, Any]) -> str:
     text += ["## The trainings", "", TRAININGS.format(batch=BATCH), *table(*_trainings(study))]
     equal = [key for key in study.outcomes if key[0] in EQUAL.values()]
     if equal:
-        text += ["## Equal processor time", "", EQUAL_TIME]
+        text += ["## Equal processor time", "", EQUALLY_LONG]
         lines = [[*_line(study, key)[:-3], f"{study.checkpoints[key[0]]:,}", _minutes(study, key[0])] for key in equal]
         text += table([*header[:-3], "steps", "minutes"], lines)
+    if study.elsewhere:
+        text += ["## Elsewhere", "", ELSEWHERE, *table(*_elsewhere(study))]
     comparisons = compare(study)
     if comparisons:
         text += ["## Differences", "", DIFFERENCES]
@@ -78,12 +99,6 @@ def markdown(study: Study, about: dict[str, Any]) -> str:
             ["first against second", "of", "difference", "verdict"], [_difference(one) for one in comparisons]
         )
     return "\n".join(text)
-
-
-def title(method: str) -> str:
-    """What tables and figures call a method."""
-    plain = method.removesuffix("-equal-time")
-    return METHODS[plain].title if plain in METHODS else "base"
 
 
 def setting_title(study: Study, key: Key) -> str:
@@ -113,13 +128,25 @@ def _trainings(study: Study) -> tuple[list[str], list[list[str]]]:
     return header, lines
 
 
+def _elsewhere(study: Study) -> tuple[list[str], list[list[str]]]:
+    lines = []
+    for method in ("base", *METHODS):
+        cells = [
+            shown(answered(study, asked, method)) if method in found else "" for asked, found in study.elsewhere.items()
+        ]
+        if any(cells):
+            lines.append([title(method), SETTINGS[setting_of(method)], *cells])
+    counts = [f"{ASKED[asked]} ({len(found['base']['values']):,})" for asked, found in study.elsewhere.items()]
+    return ["method", "setting", *counts], lines
+
+
 def _minutes(study: Study, method: str) -> str:
     """Processor time of what was trained."""
-    plain = method.removesuffix("-equal-time")
+    plain = method.removesuffix(EQUAL_TIME)
     if plain not in study.seconds:
         return ""
     return f"{study.seconds[plain] * study.checkpoints[method] / 60:.1f}"
 
 
 def _difference(one: Comparison) -> list[str]:
-    return [one.about, METRICS[one.metric], shown(one.difference, digits=4, signed=True), one.verdict]
+    return [one.about, {**METRICS, **ASKED}[one.metric], shown(one.difference, digits=4, signed=True), one.verdict]

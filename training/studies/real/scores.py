@@ -9,7 +9,7 @@ Every error is over problems: the tokens of one problem are one cluster. Differe
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,18 @@ import numpy as np
 
 from l2d.statistics import Estimate, holm, mean, paired, ratio, verdict
 from training.studies.packing import pack, unpack
+from training.studies.real.elsewhere import ASKED, BUDGET, LOSSES, Limits, read_answers
 from training.studies.real.equal import saved_steps
 from training.studies.real.evaluate import BUDGETS
-from training.studies.real.plan import METHODS, at_equal_time, losses_file, run_folder, score_file, timing_file
+from training.studies.real.plan import (
+    EQUAL_TIME,
+    METHODS,
+    at_equal_time,
+    losses_file,
+    run_folder,
+    score_file,
+    timing_file,
+)
 
 Key = tuple[str, str]
 """Method, and setting: `T3` and so on, `single`, or `plain`."""
@@ -73,6 +82,7 @@ class Study:
         checkpoints: method -> training step of what was measured.
         losses: method -> training loss of every step.
         seconds: method -> processor time of a training step.
+        elsewhere: what was asked beyond -> method -> `values` and `counts` of every problem.
     """
 
     targets: np.ndarray
@@ -81,13 +91,14 @@ class Study:
     checkpoints: dict[str, int]
     losses: dict[str, list[float]]
     seconds: dict[str, float]
+    elsewhere: dict[str, dict[str, dict[str, list[float]]]] = field(default_factory=dict)
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
 
 
-def read_study(out: Path, problems: int) -> Study | None:
-    """What the folder holds of so many test problems; `None` before anything was measured."""
+def read_study(out: Path, problems: int, limits: Limits) -> Study | None:
+    """What the folder holds of so many test problems and others; `None` before anything was measured."""
     targets: list[int] = []
     outcomes: dict[Key, Outcome] = {}
     times, checkpoints = {}, {}
@@ -107,7 +118,16 @@ def read_study(out: Path, problems: int) -> Study | None:
     if not outcomes:
         return None
     losses = {name: found for name in METHODS if (found := _read(losses_file(out, name))) is not None}
-    return Study(np.array(targets, np.int16), outcomes, times, checkpoints, losses, _read(timing_file(out)) or {})
+    elsewhere = {asked: _answers(out, asked, limits) for asked in ASKED}
+    return Study(
+        *(np.array(targets, np.int16), outcomes, times, checkpoints, losses, _read(timing_file(out)) or {}),
+        elsewhere={asked: found for asked, found in elsewhere.items() if found},
+    )
+
+
+def _answers(out: Path, asked: str, limits: Limits) -> dict[str, dict[str, list[float]]]:
+    found = {name: read_answers(out, asked, limits, name) for name in ("base", *METHODS)}
+    return {name: answers for name, answers in found.items() if answers is not None}
 
 
 def _read(file: Path) -> Any:
@@ -159,9 +179,19 @@ def difference(study: Study, first: Key, second: Key, metric: str) -> Estimate:
     return ratio(sums, study.targets)
 
 
+def answered(study: Study, asked: str, method: str) -> Estimate:
+    """Share of right answers, or loss per token, with the error over problems."""
+    found = study.elsewhere[asked][method]
+    return ratio(found["values"], found["counts"], bounds=None if asked in LOSSES else (0.0, 1.0))
+
+
 @dataclass(frozen=True)
 class Comparison:
-    """One difference of `COMPARISONS`; `adjusted`: its p-value after Holm's correction."""
+    """One difference of `COMPARISONS`, or to the base elsewhere; `adjusted`: its p-value after Holm's correction.
+
+    Attributes:
+        metric: of `METRICS` or `ASKED`.
+    """
 
     about: str
     first: Key
@@ -173,7 +203,8 @@ class Comparison:
     @property
     def verdict(self) -> str:
         """In words, by the corrected p-value."""
-        return verdict(self.difference, higher_is_better=self.metric != "loss", corrected=self.adjusted)
+        higher = self.metric != "loss" and self.metric not in LOSSES
+        return verdict(self.difference, higher_is_better=higher, corrected=self.adjusted)
 
 
 def compare(study: Study) -> list[Comparison]:
@@ -184,5 +215,35 @@ def compare(study: Study) -> list[Comparison]:
         if first in study.outcomes and second in study.outcomes
         for metric in METRICS
     ]
+    measured += [
+        (f"{title(method)} against the base", (method, setting_of(method)), ("base", "plain"), asked, difference)
+        for asked, by_method in study.elsewhere.items()
+        for method, difference in _against_base(asked, by_method).items()
+    ]
     adjusted = holm([one[-1].p_value for one in measured])
     return [Comparison(*one, p_value) for one, p_value in zip(measured, adjusted, strict=True)]
+
+
+def _against_base(asked: str, by_method: dict[str, dict[str, list[float]]]) -> dict[str, Estimate]:
+    """Every method's scores minus the base's, problem by problem."""
+    base = by_method.get("base")
+    if base is None:
+        return {}
+    bounds = None if asked in LOSSES else (-1.0, 1.0)
+    return {
+        method: ratio(np.subtract(found["values"], base["values"]), base["counts"], bounds=bounds)
+        for method, found in by_method.items()
+        if method != "base"
+    }
+
+
+def setting_of(method: str) -> str:
+    """The setting at which a method answers elsewhere."""
+    options = METHODS[method].options if method in METHODS else {}
+    return "plain" if options.get("method") != "l2d" else "single" if options.get("noise_free") else f"T{BUDGET}"
+
+
+def title(method: str) -> str:
+    """What tables and figures call a method."""
+    plain = method.removesuffix(EQUAL_TIME)
+    return METHODS[plain].title if plain in METHODS else "base"
