@@ -13,7 +13,7 @@ from tests.conftest import REPOSITORY
 from tests.mutations import Mutation, mutated
 from tests.mutations.__main__ import MUTATIONS
 
-AREAS = {"loss", "draws", "noise", "masks", "solver", "guidance", "scoring", "resume", "statistics", "data"}
+AREAS = {"loss", "draws", "noise", "masks", "solver", "guidance", "scoring", "resume", "statistics", "data", "bases"}
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)

@@ -141,7 +141,7 @@ def read_data(recipe: Recipe) -> Any:
             raise
         say(f"examples are not shown: {' '.join(str(error).split())[:200]}")
         return None
-    base = base_of(config, generation_config(str(model.base), model.base_gguf_file))
+    base = base_of(config, generation_config(model, config))
     if evaluation is not None:
         say(encode(evaluation, tokenizer, training, limit, "eval", base)[1])
     if data.streaming:

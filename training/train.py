@@ -99,7 +99,7 @@ def prepare(recipe: Recipe) -> Job:
     limit = longest_example(config, base, training.max_length)
     with training.main_process_first(desc="preparing data"):
         tokenizer = load_tokenizer(model, training)
-        facts = base_of(config, generation_config(base, model.base_gguf_file))
+        facts = base_of(config, generation_config(model, config))
         train, evaluation = load_examples(data, model.guidance_classes, training.seed, training.dataset_num_proc)
         if evaluation is not None:
             evaluation, summary = encode(evaluation, tokenizer, training, limit, "eval", facts)

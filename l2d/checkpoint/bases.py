@@ -2,7 +2,7 @@
 
 - `load_base`: a model's folder or hub name, one GGUF file of it, or a PEFT adapter, which is merged
 - `load_plain_base`: the same as plain numbers
-- `base_configuration`, `tokenizer_place`: its configuration alone, and where its tokenizer is
+- `base_configuration`, `model_place`, `tokenizer_place`: its configuration alone, and where model and tokenizer are
 - `base_name`, `describe_base`, `base_options`: what a checkpoint records of its base, and how it is loaded again
 - `cannot_come_back`: why what is recorded would not give a base back
 - `in_dtype`: a loaded base in another dtype, as transformers loads it
@@ -35,7 +35,7 @@ from l2d.network.quantized import as_plain, is_quantized, plain_tensor
 ACCESS_ARGUMENTS = ("cache_dir", "token", "local_files_only", "force_download")
 """Arguments of `huggingface_hub` that a checkpoint, its base, and an adapter's base share."""
 HUB_ARGUMENTS = ("revision", "subfolder", *ACCESS_ARGUMENTS)
-_CONFIGURING = (*HUB_ARGUMENTS, "trust_remote_code", "gguf_file")
+_CONFIGURING = (*HUB_ARGUMENTS, "trust_remote_code")
 _ERRORS = (ImportError, OSError, RuntimeError, ValueError, SafetensorError, UnpicklingError)
 _REFUSED_METHODS = ("gptq", "awq")  # whose layers cannot even be built without packages of theirs
 _SAMPLED = 256  # values of a tensor that are compared with its file
@@ -60,6 +60,8 @@ def load_base(name: str | os.PathLike, **options: Any) -> PreTrainedModel:
     try:
         if adapter := _adapter(name, options):
             return _merged(os.fspath(name), adapter, options)
+        if "gguf_file" in options:  # which takes seconds to read, and is nothing else
+            return _load(name, options)
         known = {key: value for key, value in options.items() if key in _CONFIGURING}
         config = AutoConfig.from_pretrained(name, **known)
         if config.model_type != "l2d":
@@ -213,13 +215,19 @@ def merge_adapter(base: PreTrainedModel, adapter: str, hub: dict[str, Any]) -> P
 # ---- parts of a base that is not loaded --------------------------------------------------------------------------
 
 
-def base_configuration(name: str | os.PathLike, **options: Any) -> PreTrainedConfig:
-    """The configuration of a base; `options` as for `load_base`. Raises `OSError` or `ValueError`."""
+def model_place(name: str | os.PathLike, **options: Any) -> tuple[str, dict[str, Any]]:
+    """Where the model of a base is, an adapter's own base, and the options to read it with. Raises `ValueError`."""
     options = {key: value for key, value in options.items() if value is not None}
     check_base(name, options.get("gguf_file"))
     if adapter := _adapter(name, options):
-        return base_configuration(adapter["base_model_name_or_path"], **_options_of_its_base(adapter, options))
-    return AutoConfig.from_pretrained(name, **options)
+        return model_place(adapter["base_model_name_or_path"], **_options_of_its_base(adapter, options))
+    return os.fspath(name), options
+
+
+def base_configuration(name: str | os.PathLike, **options: Any) -> PreTrainedConfig:
+    """The configuration of a base; `options` as for `load_base`. Raises `OSError` or `ValueError`."""
+    place, options = model_place(name, **options)
+    return AutoConfig.from_pretrained(place, **options)
 
 
 def tokenizer_place(name: str, **options: Any) -> tuple[str, dict[str, Any]]:

@@ -14,9 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from l2d import L2DForCausalLM
 from l2d.__main__ import main
-from l2d.checkpoint.bases import load_base
+from l2d.checkpoint.bases import base_configuration, load_base
 from l2d.integrity import fingerprint
 from tests.bases.making import SIZES, look, train, write_adapter
+from training.config import ModelArguments
+from training.data.tokenizer import generation_config
 
 IDS = torch.tensor([[1, 50, 60, 70, 80, 90]])
 
@@ -71,6 +73,12 @@ def test_trained_saved_evaluated_and_talked_to(adapter, tmp_path):
     model = L2DForCausalLM.from_pretrained(trained)
     assert model.config.base_name_or_path == str(adapter)
     assert model.config.base_fingerprint == fingerprint(load_base(adapter, dtype=torch.bfloat16))
+
+
+def test_training_stops_answers_where_the_adapters_base_does(base, adapter):
+    config = base_configuration(adapter)
+    ends = generation_config(ModelArguments(base=str(adapter)), config).eos_token_id
+    assert ends == generation_config(ModelArguments(base=str(base)), config).eos_token_id == 2
 
 
 def test_the_folder_of_all_three_may_move(base, adapter, tmp_path):

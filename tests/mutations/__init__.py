@@ -3,7 +3,7 @@
 - `Mutation`: one edit, and the tests of which one must fail
 - `mutated`: the text of its file after the edit
 
-The lists are in `sampling`, `network`, `training` and `evaluation`.
+The lists are in `sampling`, `network`, `training`, `evaluation` and `bases`.
 """
 
 import dataclasses

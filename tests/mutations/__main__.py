@@ -22,10 +22,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.mutations import Mutation, evaluation, mutated, network, sampling, training
+from tests.mutations import Mutation, bases, evaluation, mutated, network, sampling, training
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-MUTATIONS = [*sampling.MUTATIONS, *network.MUTATIONS, *training.MUTATIONS, *evaluation.MUTATIONS]
+MUTATIONS = [*sampling.MUTATIONS, *network.MUTATIONS, *training.MUTATIONS, *evaluation.MUTATIONS, *bases.MUTATIONS]
 _PROJECT = ("l2d", "training", "lm_eval_ext", "tests")
 _LIBRARIES = (
     "pytest", "hypothesis", "torch", "scipy.stats", "torchdiffeq", "transformers", "transformers.models.llama",

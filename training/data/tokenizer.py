@@ -11,7 +11,7 @@ import os
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from l2d.checkpoint.bases import base_configuration, tokenizer_place
+from l2d.checkpoint.bases import model_place, tokenizer_place
 from training.config import L2DTrainingConfig, ModelArguments
 from training.data.options import named
 from training.data.values import Unavailable
@@ -32,14 +32,15 @@ def base_of(config: PreTrainedConfig, generation: GenerationConfig | None) -> Ba
     return Base(getattr(config.get_text_config(), "vocab_size", None), tuple(ends))
 
 
-def generation_config(base: str, gguf_file: str | None = None) -> GenerationConfig | None:
-    """The base's generation settings, where it has a file of them; a GGUF file's are in its configuration."""
-    if gguf_file is not None:
-        return GenerationConfig.from_model_config(base_configuration(base, gguf_file=gguf_file))
-    if os.path.isdir(base) and not os.path.isfile(os.path.join(base, "generation_config.json")):
-        return None
+def generation_config(model: ModelArguments, config: PreTrainedConfig) -> GenerationConfig | None:
+    """The base's generation settings, where it has a file of them; a GGUF file's are in its `config`."""
+    if model.base_gguf_file is not None:
+        return GenerationConfig.from_model_config(config)
     try:
-        return GenerationConfig.from_pretrained(base)
+        base, options = model_place(named("base", model.base), **model.base_options())
+        if os.path.isdir(base) and not os.path.isfile(os.path.join(base, "generation_config.json")):
+            return None
+        return GenerationConfig.from_pretrained(base, **options)
     except (OSError, ValueError):
         return None
 
