@@ -1,13 +1,14 @@
 """The benchmarks run and measure what they say. `python -m pytest tests/test_benchmarks.py`"""
 
+import itertools
 import json
 
 import pytest
 import torch
 
-from tests.benchmarks import decode, launches, released, scoring, serving, warm_start
+from tests.benchmarks import decode, launches, released, scoring, serving, training, warm_start
 from tests.benchmarks.models import make_base, make_model
-from tests.benchmarks.training import COMMON, main, make_rows, naive_loss, parse
+from tests.benchmarks.training import COMMON, WAYS, count_operations, main, make_rows, naive_loss, parse
 from tests.conftest import randomise_path, train_tokenizer
 from tests.training_runs import write_jsonl
 from training.config import L2DTrainingConfig
@@ -78,8 +79,31 @@ def test_training_figures(tmp_path):
     small = [*TINY, "--steps", "1", "--batch-size", "2", "--length", "32", "--draws", "2"]
     figures = main([*small, "--no-memory", "--json", str(tmp_path / "figures.json")])
     assert figures["speedup_over_naive"] > 0 and figures["speedup_over_sft"] > 0
+    assert all(0 < figures[f"{way}_of_peak"] < 1 for way in WAYS)
     written = json.loads((tmp_path / "figures.json").read_text())
     assert written["draws"] == 2 and written["speedup_over_naive"] == figures["speedup_over_naive"]
+
+
+def test_operations_of_products_and_attention_are_counted():
+    """Forward and backward pass, by hand: three products of a linear layer, two and five of attention."""
+    layer, x = torch.nn.Linear(8, 16), torch.randn(4, 8, requires_grad=True)
+    assert count_operations(lambda: layer(x).sum().backward()) == 3 * 2 * 4 * 8 * 16
+    query, key = (torch.randn(2, 3, length, 16, requires_grad=True) for length in (5, 7))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    assert count_operations(lambda: attention(query, key, key).sum().backward()) == 7 * 2 * (2 * 3 * 5 * 7 * 16)
+
+
+def test_part_of_peak_is_what_a_product_reaches_of_itself(monkeypatch, tmp_path):
+    """Where every step is one of the products that the peak is measured with, all of it."""
+    arguments = parse([*TINY, "--steps", "2", "--dtype", "float32"])
+    monkeypatch.setitem(training.PRODUCT, True, 256)
+    product, operations = training.make_product(arguments)
+    clock = itertools.count()
+    monkeypatch.setattr(training, "make_step", lambda *_: product)
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock))
+    assert count_operations(product) == operations == 2 * 256**3
+    times, parts = training.measure_times(arguments, str(tmp_path))
+    assert times == dict.fromkeys(WAYS, 1) and parts == dict.fromkeys(WAYS, 1.0)
 
 
 def test_the_naive_step_has_the_same_loss(tmp_path, monkeypatch):

@@ -9,6 +9,9 @@ Same base, same batch, optimizer step included; medians over `--steps` rounds, e
 - `sft`: `SFTTrainer`'s step with LoRA of the same rank on every linear layer
 
 `speedup_over_naive` compares supervised (token, draw) pairs per second, `speedup_over_sft` supervised tokens.
+`WAY_of_peak` is the part of the machine's best matrix product that a step reaches: the step's operations, as torch
+counts them, by its median time, over the operations per second of the fastest of some large products, which take turns
+with the steps. What is neither a product nor attention counts as no operation.
 `memory_over_naive` compares peaks of weights, optimizer and step together, each way in a process of its own; on the CPU
 it is resident memory above that of the imported libraries. `--no-memory` leaves these processes out.
 """
@@ -27,6 +30,7 @@ import datasets
 import torch
 from peft import LoraConfig
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 from trl import SFTConfig, SFTTrainer
 
 from l2d import L2DConfig, L2DForCausalLM
@@ -42,6 +46,8 @@ COMMON = {
     "adam_beta2": 0.95, "weight_decay": 0.01, "learning_rate": 1e-4, "max_steps": 1000, "shuffle_dataset": False,
     "max_length": None, "save_strategy": "no",
 }  # fmt: skip
+PRODUCT = {True: 2048, False: 8192}  # rows and columns, on the CPU and elsewhere
+PRODUCTS = 3  # in every round
 Step = Callable[[], None]
 
 
@@ -107,17 +113,59 @@ def make_step(way: str, arguments: argparse.Namespace, folder: str) -> Step:
     return step
 
 
-def measure_times(arguments: argparse.Namespace, folder: str) -> dict[str, float]:
-    """Median seconds of a step, by way."""
+def attention_operations(query: torch.Size, key: torch.Size, *_: object, **__: object) -> int:
+    """Two products of queries (B, H, Q, D) with all keys (B, H, S, D), as torch counts them elsewhere."""
+    return 4 * query.numel() * key[2]
+
+
+def attention_backward_operations(
+    gradient: object, query: torch.Size, key: torch.Size, *_: object, **__: object
+) -> int:
+    """Five products, one of which is a forward product again."""
+    return 10 * query.numel() * key[2]
+
+
+ATTENTION_ON_CPU = {  # which torch's counter does not know
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_operations,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_operations,
+}
+
+
+def count_operations(step: Step) -> int:
+    """Floating-point operations of products and attention in a step, two for a multiplication and an addition."""
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def make_product(arguments: argparse.Namespace) -> tuple[Step, int]:
+    """A function that does one large matrix product in the benchmark's dtype, and its operations."""
+    size = PRODUCT[arguments.device == "cpu"]
+    options = {"dtype": getattr(torch, arguments.dtype), "device": arguments.device}
+    one, other = torch.randn(size, size, **options), torch.randn(size, size, **options)
+    result = torch.empty_like(one)
+
+    def product() -> None:
+        torch.mm(one, other, out=result)
+        command.synchronize(arguments.device)
+
+    return product, 2 * size**3
+
+
+def measure_times(arguments: argparse.Namespace, folder: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Median seconds of a step, by way; and the part of the machine's best matrix product that it reaches."""
     steps = {way: make_step(way, arguments, folder) for way in WAYS}
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    for number in range(arguments.steps + 1):
-        for way, step in steps.items():
+    operations = {way: count_operations(step) for way, step in steps.items()}  # makes optimizer states and warms up
+    product, product_operations = make_product(arguments)
+    times: dict[str, list[float]] = {way: [] for way in (*WAYS, "product")}
+    for _ in range(arguments.steps):
+        for way, step in (*steps.items(), *[("product", product)] * PRODUCTS):
             begin = time.perf_counter()
             step()
-            if number:  # the first round makes optimizer states and warms up
-                times[way].append(time.perf_counter() - begin)
-    return {way: statistics.median(values) for way, values in times.items()}
+            times[way].append(time.perf_counter() - begin)
+    peak = product_operations / min(times.pop("product"))
+    medians = {way: statistics.median(values) for way, values in times.items()}
+    return medians, {way: operations[way] / medians[way] / peak for way in WAYS}
 
 
 def resident_mib(field: str) -> float:
@@ -170,8 +218,9 @@ def main(options: list[str] | None = None) -> dict[str, float]:
         if arguments.memory_of:
             print(measure_memory(arguments.memory_of, arguments, folder))
             return {}
-        times = measure_times(arguments, folder)
+        times, parts = measure_times(arguments, folder)
     figures = {f"{way}_step_s": seconds for way, seconds in times.items()}
+    figures |= {f"{way}_of_peak": part for way, part in parts.items()}
     # naive does a whole pass per draw, so a step of either way is worth the same number of (token, draw) pairs
     figures["speedup_over_naive"] = times["naive"] / times["ours"]
     figures["speedup_over_sft"] = times["sft"] / times["ours"]
