@@ -7,6 +7,7 @@ _FACTORS = "tests/training/test_loss_factors.py"
 _RESUME = "tests/training/test_resume.py"
 _DATA = "tests/training/test_data.py"
 _LOSS = "tests/l2d/test_loss.py"
+_REAL = "tests/training/test_real_study.py"
 
 MUTATIONS = [
     # factors of the loss
@@ -264,5 +265,41 @@ MUTATIONS = [
         "return len(classes) if name is None else",
         "return len(classes) - 1 if name is None else",
         f"{_DATA}::test_guidance_classes",
+    ),
+    # the study of a real model
+    Mutation(
+        "study: equal time is that of the slowest",
+        "training/studies/real/equal.py",
+        "min(seconds.values())",
+        "max(seconds.values())",
+        f"{_REAL}::test_equal_time_is_that_of_the_fastest",
+    ),
+    Mutation(
+        "study: a higher loss is better",
+        "training/studies/real/scores.py",
+        'higher = self.metric != "loss" and',
+        "higher =",
+        f"{_REAL}::test_lower_loss_is_better_and_all_verdicts_are_corrected_together",
+    ),
+    Mutation(
+        "study: a killed evaluation begins anew",
+        "training/studies/real/evaluate.py",
+        "write_json(self.parts, self.draft)",
+        "pass",
+        f"{_REAL}::test_killed_evaluation_measures_nothing_twice",
+    ),
+    Mutation(
+        "study: validation rows are trained on",
+        "training/studies/real/data.py",
+        '"train": train[:-held_out]',
+        '"train": train',
+        f"{_REAL}::test_no_validation_row_is_trained_on",
+    ),
+    Mutation(
+        "study: a step is begun that would overrun",
+        "training/demo/runner.py",
+        " + _expected(step, steps, workspace) < until",
+        " < until",
+        "tests/training/test_demo_run.py::test_step_that_would_overrun_is_not_begun",
     ),
 ]

@@ -7,6 +7,7 @@ trainings went.
 
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -16,7 +17,7 @@ import numpy as np
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from training.studies.plot import COLORS, Curve, draw_curves, legend_below
+from training.studies.plot import COLORS, DASHES, Curve, draw_curves, legend_below
 from training.studies.real.evaluate import BUDGETS
 from training.studies.real.plan import METHODS
 from training.studies.real.scores import METRICS, Study, score, title
@@ -31,7 +32,7 @@ def draw(study: Study, path: Path) -> None:
         draw_curves(axes, *_lines(study, metric))
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("budget T: evaluations per token (open marks: one at its best time)", fontsize=8)
-    _trainings(panels[1, 1], study)
+    _trainings(panels[1, 1], study, *_lines(study, "loss"))
     legend_below(figure, [panels[0, 0]])
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -52,13 +53,14 @@ def _lines(study: Study, metric: str) -> tuple[list[Curve], dict[str, float]]:
     return curves, levels
 
 
-def _trainings(axes: Axes, study: Study) -> None:
-    for (method, losses), color in zip(study.losses.items(), cycle(COLORS), strict=False):
+def _trainings(axes: Axes, study: Study, curves: list[Curve], levels: dict[str, float]) -> None:
+    """Training losses, drawn like the scores of the same method."""
+    looks: dict[str, dict[str, Any]] = {name: {"color": "black", "ls": ls} for name, ls in zip(levels, cycle(DASHES))}
+    looks |= {curve.title: {"color": color} for curve, color in zip(curves, cycle(COLORS))}
+    for method, losses in study.losses.items():
         width = min(SMOOTHED, len(losses))
         smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
-        axes.plot(np.arange(width, len(losses) + 1), smooth, color=color, label=title(method))
+        axes.plot(np.arange(width, len(losses) + 1), smooth, **looks.get(title(method), {"color": "gray"}))
     axes.set_title("training loss (L2D: at random times)", fontsize=10)
     axes.set_xlabel(f"step (mean of {SMOOTHED})", fontsize=8)
     axes.grid(alpha=0.3)
-    if study.losses:
-        axes.legend(fontsize=7)
