@@ -119,15 +119,14 @@ def _int8(module: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def dequantized(module: Any) -> torch.Tensor:
     """The weight (O, I) that a quantized linear layer stands for; float32, or what its library gives."""
     if _of_bitsandbytes(module, "Linear4bit"):
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
         codes, scales = _codes_and_scales(module)
-        state = module.weight.quant_state
-        values = state.code.float()[codes.flatten().int()]
-        blocks = values.split(state.blocksize)
-        if len(values) % state.blocksize == 0:
-            return (values.reshape(-1, state.blocksize) * scales.float()[:, None]).reshape(codes.shape)
-        return torch.cat([block * scale for block, scale in zip(blocks, scales.float(), strict=True)]).reshape(
-            codes.shape
-        )
+        state, flat = module.weight.quant_state, codes.flatten()
+        halves = nn.functional.pad(flat, (0, len(flat) % 2)).reshape(-1, 2)
+        layout = {"code": state.code, "blocksize": state.blocksize, "quant_type": state.quant_type}
+        layout |= {"shape": codes.shape, "dtype": torch.float32}
+        return dequantize_4bit(halves[:, :1] << 4 | halves[:, 1:], QuantState(scales.float(), **layout))
     if _of_bitsandbytes(module, "Linear8bitLt"):
         codes, scales = _int8(module)
         return codes.float() * (scales.float() / 127)[:, None]
