@@ -220,7 +220,8 @@ def test_every_setting_is_evaluated_in_both_ways(tmp_path, monkeypatch, capsys):
         assert all(str(step.output) in words for words in (greedy, sampled)) and greedy != sampled
 
 
-def test_steps_are_timed_in_turns_without_touching_the_run(tmp_path, base_dir, monkeypatch):
+@pytest.mark.parametrize("alone", [False, True])
+def test_steps_are_timed_in_turns_without_touching_the_run(tmp_path, base_dir, monkeypatch, alone):
     """Every recipe takes its turns, whatever it says of steps and folder; steps that warm up do not count."""
     common = {"base": base_dir, "dataset": write_jsonl(tmp_path / "rows.jsonl", sums(8)), "max_steps": 10**6}
     common |= {"output_dir": tmp_path / "run", "report_to": "none"}
@@ -237,7 +238,10 @@ def test_steps_are_timed_in_turns_without_touching_the_run(tmp_path, base_dir, m
 
     monkeypatch.setattr(timing.time, "process_time", process_time)
     configs = {"plain": Path(plain), "lora": Path(lora)}
-    assert timing.seconds_per_step(configs, turns=2, steps=2) == {"plain": 1.0, "lora": 1.0}
+    built, build = [], timing.build_trainer
+    monkeypatch.setattr(timing, "build_trainer", lambda job: built.append(None) or build(job))
+    assert timing.seconds_per_step(configs, turns=2, steps=2, alone=alone) == {"plain": 1.0, "lora": 1.0}
+    assert len(built) == (4 if alone else 2)
     assert len(reads) == 2 * 2 * 2 * 6  # start and end of six steps in two turns of two recipes
     assert not (tmp_path / "run").exists()
 

@@ -464,7 +464,7 @@ def test_report_holds_everything(study):
     share = study.outcomes["warm", "T15"].right.sum() / study.targets.sum()
     assert f"| L2D, warm start | T = 15 | {share:.3f} [" in text and "one evaluation, t = 0.1 |" in text
     assert "| L2D, warm start | 100 | 10.0 | 16.7 | 1.955 | 1.055 |" in text  # 100 steps of 10 s; means of ten losses
-    assert "| 75 | 12.5 |" in text
+    assert "| 75 | 12.5 |" in text and "0.0001: full finetuning)" in text
     mean = np.sum(study.elsewhere["humaneval"]["full"]["values"]) / 100
     assert "HumanEval, loss (50) |" in text and f"| {mean:.3f} [" in text.split("## Elsewhere")[1]
     assert all(text.count(method.title) >= 3 for method in METHODS.values())

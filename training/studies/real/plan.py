@@ -175,7 +175,8 @@ def build_steps(out: Path, settings: Settings, problems: int, methods: list[str]
         steps.append(_evaluation(out, settings, problems, name, train))
         steps.append(_step(f"tidy {name}", losses_file(out, name), "real.tidy", run_folder(out, name), train))
     configs = [f"{name}={out / 'configs' / name}.yaml" for name in METHODS]
-    timing = _python("training.demo.timing", timing_file(out), *configs, "--turns", 2, "--warm-up", 1, "--steps", 2)
+    few = ("--turns", 2, "--warm-up", 1, "--steps", 2, "--alone")
+    timing = _python("training.demo.timing", timing_file(out), *configs, *few)
     steps.append(Step("time", timing, timing_file(out)))
     return steps + [_equal_time(out, settings, problems, name) for name in methods]
 

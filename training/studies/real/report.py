@@ -50,6 +50,12 @@ Answers by `lm_eval`, without examples, in the training wording: GSM8K's final n
 1, and MMLU's letter by log-probability. The loss of HumanEval's solutions is per token, in nats. Numbers of problems
 are in brackets.
 """
+LIMITS = """\
+- Other trainings: one seed, one base and one data set, and far fewer tokens than the paper trains on.
+- The best of each method: learning rates were not searched here ({rates}).
+- What a model writes by itself: here it reads the true solution up to the token that it predicts.
+- Small differences between L2D and LoRA finetuning: deltas of the latter are merged into weights of the base's dtype.
+"""
 DIFFERENCES = """\
 First minus second, paired by problem. Verdicts are at 5 % after Holm's correction for all of them together; "not told
 apart" says that the data do not decide. All of it is one training of each method: other seeds may differ by more than
@@ -98,6 +104,7 @@ def markdown(study: Study, about: dict[str, Any]) -> str:
         text += table(
             ["first against second", "of", "difference", "verdict"], [_difference(one) for one in comparisons]
         )
+    text += ["## What this does not show", "", LIMITS.format(rates=_rates())]
     return "\n".join(text)
 
 
@@ -138,6 +145,14 @@ def _elsewhere(study: Study) -> tuple[list[str], list[list[str]]]:
             lines.append([title(method), SETTINGS[setting_of(method)], *cells])
     counts = [f"{ASKED[asked]} ({len(found['base']['values']):,})" for asked, found in study.elsewhere.items()]
     return ["method", "setting", *counts], lines
+
+
+def _rates() -> str:
+    """Learning rates of all methods, those that are equal together."""
+    by_rate: dict[float, list[str]] = {}
+    for method in METHODS.values():
+        by_rate.setdefault(method.options["learning_rate"], []).append(method.title)
+    return "; ".join(f"{rate:g}: {', '.join(titles)}" for rate, titles in by_rate.items())
 
 
 def _minutes(study: Study, method: str) -> str:
