@@ -246,6 +246,10 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
 
     # ---- checkpoints and data ------------------------------------------------------------------------------------
 
+    def _of_checkpoints(self) -> list[tuple[str, Any]]:
+        """All of the path, also a vocabulary that no gradient reaches."""
+        return list(self.model.trained_parameters())
+
     def _loads_by_name(self) -> bool:
         return True
 

@@ -104,6 +104,17 @@ def test_baselines_resume(tmp_path, settings, method):
     assert same_bits(whole, weights(out)) and losses == logged(out)
 
 
+@pytest.mark.parametrize("options", [{"noise_free": True}, {"rollout_evaluations": 2}])
+def test_paths_whose_vocabulary_is_not_trained_resume(tmp_path, settings, options):
+    """A checkpoint holds the vocabulary's projection all the same."""
+    out = tmp_path / "out"
+    path = write_recipe(tmp_path / "recipe.yaml", **SMALL | settings | options | {"output_dir": out})
+    train_here(path)
+    whole, losses = weights(out), logged(out)
+    train_here(path, "--resume_from_checkpoint", str(out / "checkpoint-6"))
+    assert same_bits(whole, weights(out)) and losses == logged(out)
+
+
 @pytest.mark.parametrize("method", ["l2d", "lora_sft"])
 def test_a_finished_run_that_is_started_again_keeps_its_results(tmp_path, settings, capsys, method):
     """Also one that was killed after its last checkpoint gets its model and evaluation, and no loss of 0."""

@@ -118,6 +118,10 @@ class ShardedCheckpoints(Optimization):
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+        return self._of_checkpoints()
+
+    def _of_checkpoints(self) -> list[tuple[str, Any]]:
+        """Names and weights of what a checkpoint holds."""
         return [(name, parameter) for name, parameter in self.model.named_parameters() if parameter.requires_grad]
 
     def _whole(self, parameters: list[Any], change: bool = False) -> contextlib.AbstractContextManager:
