@@ -222,14 +222,16 @@ if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 with open(sys.argv[1]) as file:
     runs = json.load(file)
+status = 0
 for environment, arguments in runs:
     os.environ.update(environment)
     print("run", *arguments, flush=True)
     try:
         train.main(arguments)
-    except SystemExit:
-        pass  # it has said why
-os._exit(0)
+    except SystemExit as end:  # it has said why
+        status = end.code
+sys.stdout.flush(), sys.stderr.flush()
+os._exit(status)
 """
 
 

@@ -9,6 +9,7 @@ import sys
 from typing import NoReturn
 
 RANK = int(os.environ.get("RANK", "0"))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
 
 
@@ -18,8 +19,8 @@ def say(line: str | None) -> None:
         print(line, flush=True)
 
 
-def end(error: Exception, status: int) -> NoReturn:
-    """Say in one line, once for all processes, why the command ends here."""
-    if RANK == 0:
+def end(error: Exception, status: int, by: int = RANK) -> NoReturn:
+    """Say in one line why the command ends here: once for all processes, or with `LOCAL_RANK` once on each machine."""
+    if by == 0:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
     sys.exit(status)

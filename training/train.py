@@ -25,14 +25,14 @@ from typing import Any
 
 import yaml
 
-from training.checkpointing.disk_errors import Interrupted, writing
+from training.checkpointing.disk_errors import Disconnected, Interrupted, connected, writing
 from training.checkpointing.resume import (
     check_output_dir,
     check_same_model,
     choose_checkpoint,
     saved_step,
 )
-from training.console import PROCESSES, RANK, end, say
+from training.console import LOCAL_RANK, PROCESSES, RANK, end, say
 from training.recipe import Recipe, read_recipe
 
 
@@ -66,7 +66,10 @@ def main(arguments: list[str] | None = None) -> None:
     from training.data.values import DataError
 
     try:
-        run(trainer, job)
+        with connected():
+            run(trainer, job)
+    except Disconnected as error:
+        end(error, 1, by=LOCAL_RANK)
     except (Interrupted, DataError) as error:  # the latter where examples are read while training
         end(error, 1)
 

@@ -34,12 +34,12 @@ class Run:
 
     def samples(self, task: str) -> list[dict[str, Any]]:
         """The samples file of `task`."""
-        (file,) = self.output.glob(f"*/samples_{task}_*.jsonl")
+        (file,) = self.output.glob(f"*/samples_{task}_[0-9]*.jsonl")
         return [json.loads(line) for line in file.read_text().splitlines()]
 
     def compute(self, task: str) -> list[dict[str, Any]]:
         """The compute file of `task`."""
-        (file,) = self.output.glob(f"*/compute_{task}_*.jsonl")
+        (file,) = self.output.glob(f"*/compute_{task}_[0-9]*.jsonl")
         return [json.loads(line) for line in file.read_text().splitlines()]
 
 

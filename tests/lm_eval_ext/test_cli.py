@@ -14,10 +14,11 @@ import pytest
 
 from lm_eval_ext.argument_table import help_text
 from lm_eval_ext.arguments import ARGUMENTS
-from tests.conftest import SHARED
+from tests.conftest import REPOSITORY, SHARED
 from tests.integration.harness import TASKS, Run, module, start
 
-TWO_PROCESSES = [*module("torch.distributed.run"), "--standalone", "--nproc-per-node", "2", "-m", "lm_eval_ext"]
+CPUS = REPOSITORY / "training" / "accelerate_configs" / "cpu_2.yaml"
+TWO_PROCESSES = [*module("accelerate.commands.launch"), "--config_file", str(CPUS), "-m"]
 SCRIPT = Path(sys.executable).parent / "lm_eval"
 OURS = ("l2d_test_generate", "l2d_test_choice", "l2d_test_rolling", "l2d_test_repeats")
 INCLUDE = ("--include_path", str(TASKS))
@@ -25,6 +26,8 @@ WRITTEN = ("--log_samples", "--batch_size", "4", "--limit", "9", "--gen_kwargs",
 HUB = SHARED / "data" / "hub" / "openai"
 STOCK = ("gsm8k",) if HUB.is_dir() else ()
 """Stock tasks on real data, 5-shot, offline, where the data are there."""
+SPREAD = ("l2d_test_search", *(("l2d_released_gsm8k",) if STOCK else ()))
+"""A search over tokens, and the released protocol, which samples: the same from any number of processes."""
 
 
 def installed() -> bool:
@@ -42,17 +45,23 @@ def harness() -> list[str]:
 
 @pytest.fixture(scope="module")
 def runs(l2d_dir, base_dir, tmp_path_factory) -> dict[str, Run]:
-    """The base through `--model hf`; the checkpoint at budgets 1 and 15, the latter also on two processes (gloo)."""
+    """The base through `--model hf`; the checkpoint at budgets 1 and 15, the latter also on two processes (gloo).
+
+    "spread" and "spread, two processes": `SPREAD` at budget 15.
+    """
     work = tmp_path_factory.mktemp("work")
     if STOCK:
         (work / "openai").symlink_to(HUB)  # `datasets` finds the data's folders in the current one
     l2d = ("--model", "l2d", "--model_args")
-    both = ",".join((*OURS, *STOCK))
+    both, spread = ",".join((*OURS, *STOCK)), (",".join(SPREAD), "--apply_chat_template", "--seed", "3")
+    two = [*TWO_PROCESSES, "lm_eval" if installed() else "lm_eval_ext"]
     commands = {
         "hf": (module("lm_eval"), both, "--model", "hf", "--model_args", f"pretrained={base_dir}"),
         "1": (harness(), both, *l2d, f"pretrained={l2d_dir},diffusion_budget=1"),
         "15": (harness(), both, *l2d, f"pretrained={l2d_dir},diffusion_budget=15,guidance_scale=1.0"),
-        "two processes": (TWO_PROCESSES, ",".join(OURS), *l2d, f"pretrained={l2d_dir},diffusion_budget=15"),
+        "two processes": (two, ",".join(OURS), *l2d, f"pretrained={l2d_dir},diffusion_budget=15"),
+        "spread": (harness(), *spread, *l2d, f"pretrained={l2d_dir},diffusion_budget=15"),
+        "spread, two processes": (two, *spread, *l2d, f"pretrained={l2d_dir},diffusion_budget=15"),
     }
     started = {}
     for name, (command, tasks, *model) in commands.items():
@@ -135,6 +144,15 @@ def test_two_processes_give_the_results_of_one(runs):
         assert [[line[key] for key in keys] for line in two.compute(task)] == [
             [line[key] for key in keys] for line in one.compute(task)
         ]
+
+
+@pytest.mark.parametrize("task", SPREAD)
+def test_two_processes_search_and_sample_as_one(runs, task):
+    one, two = runs["spread"], runs["spread, two processes"]
+    assert sorted(two.samples(task), key=lambda sample: sample["doc_id"]) == one.samples(task)
+    assert len({sample["resps"][0][0] for sample in one.samples(task)}) > 1
+    assert two.results["results"][task] == one.results["results"][task]
+    assert (one.results["config"]["l2d"]["world_size"], two.results["config"]["l2d"]["world_size"]) == (1, 2)
 
 
 def test_plain_command_finds_the_model():

@@ -2,6 +2,7 @@
 
 - `Interrupted`: ends the command with one sentence; what was saved before is as it was
 - `writing`: turns a failure to write into it
+- `connected`: turns the loss of another process into one
 """
 
 import contextlib
@@ -14,6 +15,28 @@ _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, err
 
 class Interrupted(RuntimeError):
     """A run that cannot go on for a reason that the user can mend; its message says how."""
+
+
+class Disconnected(Interrupted):
+    """Another process of the run was lost; every machine that is left says so."""
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[None]:
+    """Raise `Disconnected` where something inside fails because another process does not answer any more."""
+    try:
+        yield
+    except RuntimeError as error:
+        import torch  # late: this module is imported before anything heavy
+
+        lost = isinstance(error, torch.distributed.DistError) or re.search(r"gloo/.*(peer|[Tt]ime)", str(error))
+        if not lost:
+            raise
+        reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". ")[0]
+        raise Disconnected(
+            f"another process of this run ended or cannot be reached ({reason}): checkpoints that were complete before "
+            "are intact; start all processes again with resume_from_checkpoint: auto."
+        ) from error
 
 
 @contextlib.contextmanager
