@@ -235,20 +235,23 @@ os._exit(status)
 """
 
 
+def launch_configuration(folder: Path, name: str, processes: int) -> Path:
+    """A launch configuration of ours, for so many processes."""
+    text = (REPOSITORY / "training" / "accelerate_configs" / f"{name}.yaml").read_text()
+    path = folder / f"{name}.yaml"
+    path.write_text(text.replace("num_processes: 8", f"num_processes: {processes}") + "main_process_port: 0\n")
+    return path
+
+
 def launch_runs(folder: Path, config: str, runs: list[tuple[dict[str, str], list[str]]], processes: int = 2) -> str:
-    """`RUNS`, (environment, arguments) each, in processes of a launch configuration of ours, all sharded; or in one.
+    """`RUNS`, (environment, arguments) each, in processes of a launch configuration of ours, sharded if more than one.
 
     Returns what they printed.
     """
     (folder / "runs.json").write_text(json.dumps(runs))
     (folder / "runs.py").write_text(RUNS)
-    if processes == 1:
-        done = train_in_process([str(folder / "runs.json")], code=RUNS)
-    else:
-        text = (REPOSITORY / "training" / "accelerate_configs" / f"{config}.yaml").read_text()
-        text = text.replace("num_processes: 8", f"num_processes: {processes}")
-        (folder / "config.yaml").write_text(text + "main_process_port: 0\n")
-        done = launch_two([str(folder / "runs.json")], folder / "runs.py", folder / "config.yaml")
+    chosen = launch_configuration(folder, config, processes)
+    done = launch_two([str(folder / "runs.json")], folder / "runs.py", chosen)
     assert done.returncode == 0, done.stderr[-5000:]
     assert done.stdout.count(f"sharded: {processes > 1}") == len(runs), done.stderr[-5000:]
     return done.stdout

@@ -1,6 +1,7 @@
 """Two processes over gloo equal one. `python -m pytest tests/training/test_processes.py`"""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from accelerate.utils import DistributedType
 from tests.training_runs import (
     REPOSITORY,
     SMALL,
+    launch_configuration,
     launch_two,
     logged,
     same_bits,
@@ -53,7 +55,8 @@ def test_two_processes_equal_one(tmp_path, settings, monkeypatch):
         "output_dir": tmp_path / "two",
     }
     two |= {"per_device_eval_batch_size": 2, "max_evaluations_per_pass": 7}
-    done = launch_two(["--config", str(write_recipe(tmp_path / "two.yaml", **two))], script=script)
+    recipe, config = write_recipe(tmp_path / "two.yaml", **two), launch_configuration(tmp_path, "ddp", 2)
+    done = launch_two(["--config", str(recipe)], script, config)
     assert done.returncode == 0, done.stderr[-3000:]
     monkeypatch.setattr(L2DTrainer, "_draw", lambda self, inputs, index, targets: self.evaluation_targets(inputs))
     one = settings | {"per_device_train_batch_size": 8, "output_dir": tmp_path / "one"}
@@ -145,6 +148,20 @@ def test_a_sharded_launch_on_cpus_ends_with_one_sentence(tmp_path, settings, mon
         train_here(write_recipe(tmp_path / "recipe.yaml", **settings, output_dir=tmp_path / "out"))
     assert capsys.readouterr().err.startswith("error: the launch configuration asks for FSDP, and accelerate")
     assert not (tmp_path / "out").exists()
+
+
+def test_every_configuration_is_launched_or_says_what_is_missing():
+    """In its first lines; the two of DeepSpeed, of which tests launch one, differ in the stage alone."""
+    tests = "".join(path.read_text() for path in (REPOSITORY / "tests" / "training").glob("test_*.py"))
+    tests += (REPOSITORY / "tests" / "training_runs.py").read_text()
+    launched = set(re.findall(r'launch_(?:runs|configuration)\(\w+, "(\w+)"', tests))
+    launched |= set(re.findall(r'"accelerate_configs" / "(\w+)\.yaml"', tests))
+    for path in CONFIGS.iterdir():
+        says = "Not tested: " in "".join(path.read_text().splitlines(keepends=True)[:2])
+        assert says or path.stem in launched | {"deepspeed_zero2"}, path.name
+    zero2, zero3 = ((CONFIGS / f"deepspeed_zero{stage}.yaml").read_text() for stage in (2, 3))
+    zero2, zero3 = ([line for line in text.splitlines() if "zero" not in line and "#" not in line] for text in (zero2, zero3))
+    assert zero2 == zero3
 
 
 def test_accelerate_configs_are_readable():

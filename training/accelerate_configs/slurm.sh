@@ -1,7 +1,8 @@
 #!/bin/bash
+# Not tested: it needs a cluster with Slurm. What it starts, multi_node.yaml, is.
 # Two nodes with 8 GPUs each, restarted after pre-emption: sbatch training/accelerate_configs/slurm.sh RECIPE.yaml
 # Slurm sends SIGTERM to all processes two minutes before the end; they save a checkpoint and end, the job is queued
-# again, and resume_from_checkpoint: auto goes on from there. Not tested: it needs a cluster.
+# again, and resume_from_checkpoint: auto goes on from there.
 #SBATCH --job-name=l2d
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
