@@ -160,7 +160,9 @@ def test_every_configuration_is_launched_or_says_what_is_missing():
         says = "Not tested: " in "".join(path.read_text().splitlines(keepends=True)[:2])
         assert says or path.stem in launched | {"deepspeed_zero2"}, path.name
     zero2, zero3 = ((CONFIGS / f"deepspeed_zero{stage}.yaml").read_text() for stage in (2, 3))
-    zero2, zero3 = ([line for line in text.splitlines() if "zero" not in line and "#" not in line] for text in (zero2, zero3))
+    zero2, zero3 = (
+        [line for line in text.splitlines() if "zero" not in line and "#" not in line] for text in (zero2, zero3)
+    )
     assert zero2 == zero3
 
 
