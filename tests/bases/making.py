@@ -136,8 +136,8 @@ def scored(lm):
 
 found = []
 for checkpoint, theirs in checkpoints:
-    ours = scored(L2DLM(checkpoint, device="cpu", batch_size=2, diffusion_budget=1))
-    theirs = scored(HFLM(device="cpu", batch_size=2, **theirs))
+    ours = scored(L2DLM(checkpoint, device="cpu", batch_size=1, diffusion_budget=1))
+    theirs = scored(HFLM(device="cpu", batch_size=1, **theirs))
     sys.stdin = io.StringIO("How many?\\n")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         main(["chat", checkpoint, *chat])
