@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from l2d.network.main_path import MainPathState
+from l2d.network.transfers import upload
 from l2d.network.two_paths import TwoPaths
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling.noise import RequestNoise, default_keys, draw_token
@@ -163,22 +164,25 @@ class DecodingLoop:
         """Decode from prompts (B, L) that transformers' `generate` prepared; the paths are those of `model`."""
         refuse(vars(generation_config), UNUSED_SETTINGS)
         mask = model_kwargs.get("attention_mask")
-        self.mask = torch.ones_like(input_ids) if mask is None else mask
-        if not bool(self.mask[:, -1].all()):
+        present = torch.ones(input_ids.shape, dtype=torch.int64) if mask is None else mask.cpu()
+        if not bool(present[:, -1].all()):
             raise ValueError("attention_mask marks the end of a prompt as padding: pad prompts on the left.")
-        self.ids, self.lengths, self.step = input_ids, self.mask.sum(1), 0
+        # Without padding there is no mask, and the base need not look into it.
+        self.mask = None if bool(present.all()) else mask
+        self.ids, self.lengths, self.step = input_ids, present.sum(1).tolist(), 0
         self.processor, self.stopping, self.config = logits_processor, stopping_criteria, generation_config
         self.guesser = _stateless(logits_processor)
-        self.noises = [RequestNoise(self.sampler.seed, key) for key in self._keys()]
+        self.noises = [RequestNoise(self.sampler.seed, key) for key in self._keys(present)]
         self._check_noise()
         self.record = DecodeRecord.empty(len(input_ids))
         self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        self.running = list(range(len(input_ids)))  # rows that are unfinished, as the host knows them
         self.cache = DynamicCache()
         self.drafting = DraftLength(0 if self.sampler.is_base else self.sampler.draft_tokens)
         self.scores: list[torch.Tensor] = []
         self.logits: list[torch.Tensor] = []
-        new_ids, positions = input_ids, (self.mask.cumsum(1) - 1).clamp(min=0)
-        while bool(self.unfinished.any()):
+        new_ids, positions = input_ids, upload((present.cumsum(1) - 1).clamp(min=0), input_ids.device)
+        while self.running:
             # 1. The main path over the new tokens: their keys and values join the cache.
             state = self.paths.main_path(new_ids, self.mask, positions, self.cache).last()
             # 2. The base drafts tokens: P positions to decide, P - 1 drafted tokens between them.
@@ -188,15 +192,19 @@ class DecodingLoop:
             # 4. Output tokens are chosen one by one, up to the first that differs from its draft.
             self._accept(solved, logits, drafts)
             # 5. The last of them is what the main path has not seen yet.
-            new_ids, positions = self.ids[:, -1:], (self.lengths - 1)[:, None]
+            new_ids, positions = self.ids[:, -1:], self._positions(-1)
         if self.streamer is not None:
             self.streamer.end()
         return self._package()
 
-    def _keys(self) -> Sequence[bytes | str | int]:
+    def _positions(self, ahead: int) -> torch.Tensor:
+        """Positions (B, 1) of the token that comes `ahead` of the next one in every row."""
+        return upload(torch.tensor(self.lengths)[:, None] + ahead, self.ids.device)
+
+    def _keys(self, present: torch.Tensor) -> Sequence[bytes | str | int]:
         keys: Sequence[bytes | str | int] | None = self.request_keys
         if keys is None:
-            rows = zip(self.ids.tolist(), self.mask.tolist(), strict=True)
+            rows = zip(self.ids.tolist(), present.tolist(), strict=True)
             keys = default_keys([[t for t, m in zip(*row, strict=True) if m] for row in rows])
         count, copies = len(self.ids), self.config.num_return_sequences or 1
         if copies > 1 and len(keys) * copies == count:
@@ -216,21 +224,20 @@ class DecodingLoop:
 
     def _draft(self, state: MainPathState) -> tuple[MainPathState, torch.Tensor]:
         """Let the base draft tokens (B, P - 1); returns the main path at all P positions, and the draft."""
-        rows = int(self.unfinished.sum())
+        rows = len(self.running)
         count = min(self.drafting.choose(rows), self._room(state, rows))
         if self.config.max_length is not None:
             count = min(count, self.config.max_length - self.ids.shape[1] - 1)
         states, ids, mask = [state], self.ids, self.mask
+        ends = self.config._eos_token_tensor
         for number in range(count):
-            logits = self.paths.logits(states[-1].hidden[:, -1], plain=False).float()
+            logits = self.paths.logits(states[-1].hidden[:, -1], plain=False).float().to(self.ids.device)
             token = self._choose(self.guesser(ids, logits), number)
-            ends = self.config._eos_token_tensor
-            if ends is not None and bool(torch.isin(token, ends.to(token.device))[self.unfinished].all()):
+            if ends is not None and bool((torch.isin(token, ends.to(token.device)) | ~self.unfinished).all()):
                 break  # nothing comes after it
             ids = torch.cat([ids, token[:, None]], dim=1)
-            mask = torch.cat([mask, mask.new_ones(len(token), 1)], dim=1)
-            positions = (self.lengths + number)[:, None]
-            states.append(self.paths.main_path(token[:, None], mask, positions, self.cache))
+            mask = None if mask is None else torch.cat([mask, mask.new_ones(len(token), 1)], dim=1)
+            states.append(self.paths.main_path(token[:, None], mask, self._positions(number), self.cache))
         return MainPathState.join(states), ids[:, self.ids.shape[1] :]
 
     def _room(self, state: MainPathState, rows: int) -> int:
@@ -241,65 +248,67 @@ class DecodingLoop:
 
     def _solve(self, state: MainPathState) -> tuple[SiteSolution, torch.Tensor]:
         """Solve the P positions of unfinished rows: logits (B, P, V) float32, zeros for rows that are finished."""
-        rows, width = torch.nonzero(self.unfinished, as_tuple=True)[0], state.hidden.shape[1]
-        index = torch.arange(width, device=rows.device).repeat(len(rows))
-        numbers = (self.lengths[rows, None] + torch.arange(width, device=rows.device)).flatten().tolist()
-        spread = rows.repeat_interleave(width)
+        rows, width = torch.tensor(self.running), state.hidden.shape[1]
+        index, spread = torch.arange(width).repeat(len(rows)), rows.repeat_interleave(width)
+        numbers = [self.lengths[row] + ahead for row in self.running for ahead in range(width)]
         noises = [self.noises[row] for row in spread.tolist()]
         start = None
         if self.given_noise is not None and not self.sampler.is_base:
-            start = self.given_noise.to(rows.device)[self.step + index, spread].double()
+            start = upload(self.given_noise.cpu()[self.step + index, spread].double(), self.paths.device)
         solved, logits = solve_next(self.paths, state, self.sampler, spread, index, numbers, noises, start)
-        logits = logits.unflatten(0, (len(rows), width))
-        if len(rows) == len(self.unfinished):
+        logits = logits.unflatten(0, (len(rows), width)).to(self.ids.device)
+        if len(rows) == len(self.ids):
             return solved, logits
-        return solved, logits.new_zeros(len(self.unfinished), *logits.shape[1:]).index_copy_(0, rows, logits)
+        everywhere = logits.new_zeros(len(self.ids), *logits.shape[1:])
+        return solved, everywhere.index_copy_(0, upload(rows, logits.device), logits)
 
     def _accept(self, solved: SiteSolution, logits: torch.Tensor, drafts: torch.Tensor) -> None:
         """Append tokens up to the first that differs from the draft in any row, and cut the cache back to them."""
-        rows, width = torch.nonzero(self.unfinished, as_tuple=True)[0].tolist(), logits.shape[1]
+        rows, width = self.running, logits.shape[1]
         pad = self.config._pad_token_tensor
         for number in range(width):
             scores = self.processor(self.ids, logits[:, number])
             token = self._choose(scores, 0)
-            agreed = False
-            if number + 1 < width:
-                kept = (token == drafts[:, number])[self.unfinished].tolist()
-                agreed = all(kept)
-                for one in kept:
-                    self.drafting.learn(one)
-            if pad is not None:
-                token = torch.where(self.unfinished, token, pad.to(token.device))
-            elif len(rows) < len(token):
+            kept = token == drafts[:, number] if number + 1 < width else torch.zeros_like(token, dtype=torch.bool)
+            if pad is None and len(rows) < len(token):
                 raise ValueError("pad_token_id is not set, and rows that end before others need it: set pad_token_id.")
+            if pad is not None and len(rows) < len(token):
+                token = torch.where(self.unfinished, token, pad.to(token.device))
             if self.config.output_scores:
                 self.scores.append(scores)
             if self.config.output_logits:
                 self.logits.append(logits[:, number])
-            self._append(token)
-            if not agreed or int(self.unfinished.sum()) < len(rows):
+            agreed = self._append(token, kept)
+            if number + 1 < width:
+                for row in rows:
+                    self.drafting.learn(agreed[row])
+            if number + 1 == width or len(self.running) < len(rows) or not all(agreed[row] for row in rows):
                 break
         self.record.add(rows, solved, number + 1)
         for layer in self.cache.layers if number + 1 < width else ():
-            kept = layer.keys.shape[-2] - (width - number - 1)
-            layer.keys, layer.values = layer.keys[..., :kept, :], layer.values[..., :kept, :]
+            length = layer.keys.shape[-2] - (width - number - 1)
+            layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
 
-    def _append(self, token: torch.Tensor) -> None:
+    def _append(self, token: torch.Tensor, kept: torch.Tensor) -> list[bool]:
+        """Append one token to every row; returns which rows `kept` (B,) their draft, as the host knows it."""
         self.ids = torch.cat([self.ids, token[:, None]], dim=1)
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
-        self.lengths, self.step = self.lengths + 1, self.step + 1
+        if self.mask is not None:
+            self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
+        self.lengths, self.step = [length + 1 for length in self.lengths], self.step + 1
         if self.streamer is not None:
             self.streamer.put(token.cpu())
         scores = tuple(self.scores) if self.config.output_scores else None
         self.unfinished = self.unfinished & ~self.stopping(self.ids, scores)
+        agreed, unfinished = torch.stack([kept, self.unfinished]).tolist()  # the host waits here, once a token
+        self.running = [row for row in self.running if unfinished[row]]
+        return agreed
 
     def _choose(self, scores: torch.Tensor, ahead: int) -> torch.Tensor:
         """Output tokens (B,) for scores (B, V) at the position `ahead` of the next one."""
         if not self.config.do_sample:
             return scores.argmax(-1)
-        positions = (self.lengths + ahead).tolist()
-        uniforms = [noise.output(position) for noise, position in zip(self.noises, positions, strict=True)]
-        uniform = torch.tensor(uniforms, dtype=torch.float64, device=scores.device)
+        uniforms = [noise.output(length + ahead) for noise, length in zip(self.noises, self.lengths, strict=True)]
+        uniform = upload(torch.tensor(uniforms, dtype=torch.float64), scores.device)
         return draw_token(torch.softmax(scores, dim=-1), uniform)
 
     def _package(self) -> Any:

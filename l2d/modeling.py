@@ -22,12 +22,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import logging
 
 from l2d.checkpoint import bases
-from l2d.checkpoint.loading import load_parts
+from l2d.checkpoint.loading import load_parts, refuse_offloaded
 from l2d.checkpoint.opening import Checkpoint
 from l2d.config import L2DConfig, SamplerConfig
 from l2d.generation import generate
 from l2d.integrity import fingerprint, tensors_digest
 from l2d.loss import L2DTrainingOutput, diffusion_loss
+from l2d.network.attention import leave_out_cudnn
 from l2d.network.diffusion_path import NoisedTargets
 from l2d.network.main_path import MainPathState
 from l2d.network.two_paths import TwoPaths
@@ -63,6 +64,8 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(base, L2DForCausalLM):
             raise ValueError("base is itself an L2D model; give the model that it was built on (its attribute `base`).")
         super().__init__(config)
+        refuse_offloaded(base)
+        leave_out_cudnn()
         self.base = base.requires_grad_(False).eval()
         self.paths = TwoPaths(config, base)
         self.path = self.paths.path
@@ -71,8 +74,11 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
             name for name, parameter in self.path.named_parameters("path") if id(parameter) not in frozen
         )
         device = base.get_input_embeddings().weight.device
+        for layer in self.path.layers:  # on the device of the base's layer
+            layer.modulation.to(next(layer.twin.parameters()).device)
         for name, parameter in self.trained_parameters():
-            parameter.data = parameter.data.float() if ".twin." in name else parameter.data.to(device, torch.float32)
+            placed = parameter.data if name.startswith("path.layers.") else parameter.data.to(device)
+            parameter.data = placed.float()
             parameter.requires_grad_(True)
         if devices := getattr(base, "hf_device_map", None):  # each layer of the path is on the device of the base's
             self.hf_device_map = {f"base.{name}".rstrip("."): device for name, device in devices.items()}
@@ -106,6 +112,7 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
             base = bases.load_base(base, **load_kwargs)
         config.base_name_or_path = config.base_name_or_path or bases.base_name(base)
         bases.describe_base(config, base)
+        refuse_offloaded(base)
         config.base_fingerprint = None if next(base.parameters()).is_meta else fingerprint(base)
         model = cls(config, base=base)
         if config.base_name_or_path:  # one without a name may get it before it is saved

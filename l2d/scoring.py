@@ -14,6 +14,7 @@ import math
 import torch
 
 from l2d.network.main_path import MainPathState
+from l2d.network.transfers import upload
 from l2d.network.two_paths import TwoPaths
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling.noise import RequestNoise, default_keys
@@ -134,11 +135,10 @@ def _score_sites(
     def logprobs(draw: int) -> torch.Tensor:
         sites = make_sites(paths.config, sampler, rows, positions - 1, positions.tolist(), requests, draw)
         solved = solve_sites(paths, state, sites, sampler, site_class)
-        output.nfe_requested[rows, positions] += solved.nfe_requested
-        output.nfe_computed[rows, positions] += solved.nfe_computed
-        output.passes[rows, positions] += solved.passes
+        for name in ("nfe_requested", "nfe_computed", "passes"):
+            getattr(output, name)[rows, positions] += upload(getattr(solved, name), rows.device)
         output.capped += int(solved.capped.sum())
-        return torch.log_softmax(paths.logits(solved.hidden, sampler.is_base).float(), dim=-1)
+        return torch.log_softmax(paths.logits(solved.hidden, sampler.is_base).float(), dim=-1).to(rows.device)
 
     draws = 1 if sampler.is_base else sampler.mc_samples
     total = logprobs(0)

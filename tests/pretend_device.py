@@ -22,6 +22,7 @@ import collections
 import contextlib
 import os
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,9 @@ _DEVICE, _IS_CUDA = torch.Tensor.device.__get__, torch.Tensor.is_cuda.__get__  #
 _MEMORY = 80 << 30  # bytes that a pretended device has
 
 
+_STORAGES: dict[int, tuple[StorageWeakRef, torch.device]] = {}  # of all contexts: what is kept outlives one
+
+
 class PretendDevices:
     """A context in which `cuda:0`, `cuda:1`, ... exist.
 
@@ -59,13 +63,15 @@ class PretendDevices:
         self.synchronisations: collections.Counter[str] = collections.Counter()
         self.memory = memory
         self._roots = tuple(str(root) for root in roots) or (str(Path(__file__).parents[1] / "l2d"),)
-        self._storages: dict[int, tuple[StorageWeakRef, torch.device]] = {}
         self.requested = CPU  # device of tensors that are made from nothing
         self.quiet = 0  # how many enclosing functions count as one kernel
 
     def __enter__(self) -> "PretendDevices":
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(_replaced(torch.cuda, "mem_get_info", lambda device=None: (self.memory, self.memory)))
+        properties = lambda device=None: types.SimpleNamespace(total_memory=self.memory)  # noqa: E731
+        self._stack.enter_context(_replaced(torch.cuda, "get_device_properties", properties))
+        self._stack.enter_context(_replaced(torch.cuda, "device_count", lambda: 2))
         self._stack.enter_context(_Dispatched(self))
         self._stack.enter_context(_Functions(self))
         return self
@@ -82,7 +88,7 @@ class PretendDevices:
         """The device that a tensor claims to be on."""
         if tensor.is_meta or tensor.layout != torch.strided:
             return tensor.device
-        kept = self._storages.get(tensor.untyped_storage()._cdata)
+        kept = _STORAGES.get(tensor.untyped_storage()._cdata)
         return CPU if kept is None else kept[1]
 
     def claim(self, value: Any, device: torch.device) -> None:
@@ -90,11 +96,12 @@ class PretendDevices:
         for tensor in tree_iter(value):
             if isinstance(tensor, torch.Tensor) and not tensor.is_meta and tensor.layout == torch.strided:
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self._storages:
+                if storage._cdata not in _STORAGES:
                     # The weak reference keeps the address from being used for another storage.
-                    self._storages[storage._cdata] = (StorageWeakRef(storage), device)
-        if len(self._storages) > 100_000:
-            self._storages = {key: kept for key, kept in self._storages.items() if not kept[0].expired()}
+                    _STORAGES[storage._cdata] = (StorageWeakRef(storage), device)
+        if len(_STORAGES) > 100_000:
+            for key in [key for key, (storage, _) in _STORAGES.items() if storage.expired()]:
+                del _STORAGES[key]
 
     def launched(self) -> None:
         """Count one kernel."""
@@ -127,6 +134,10 @@ class _Functions(TorchFunctionMode):
             return devices.device_of(args[0]).type == "cuda"
         if func in (torch.Tensor.to, torch.Tensor.cuda, torch.Tensor.cpu):
             return self._move(func, *args, **kwargs)
+        if func is torch.device and args and isinstance(args[0], int):
+            return torch.device("cuda", args[0])
+        if func is torch.Tensor.pin_memory:
+            return args[0]
         if func in _TO_HOST and devices.device_of(args[0]) != CPU:
             devices.synchronised()
         before, devices.requested = devices.requested, self._requested(func, args, kwargs)

@@ -132,12 +132,7 @@ def load_parts(
         if convert and not _is_recorded_base(config, base):  # float16 cannot hold all that the fingerprint looks at
             as_stored = load_base(where, **options)
         _check_base(name, config, as_stored)
-    on_meta = [p.is_meta for p in base.parameters()]
-    if any(on_meta) and not all(on_meta):
-        raise ValueError(
-            "device_map offloads a part of the base, whose weights the diffusion path shares: name a device_map that "
-            "keeps all of it on devices."
-        )
+    refuse_offloaded(base)
     if not config.base_config:
         describe_base(config, base)
     generation_config = None
@@ -151,6 +146,16 @@ def _check_dtype(given: Any, recorded: torch.dtype) -> None:
     if given not in (None, "auto", recorded):
         raise ValueError(
             f"dtype={given} cannot be applied to a quantized base, which was {recorded} in training: leave dtype out."
+        )
+
+
+def refuse_offloaded(base: PreTrainedModel) -> None:
+    """Raise `ValueError` for a base a part of which is loaded only while its own layers run."""
+    on_meta = [p.is_meta for p in base.parameters()]
+    if any(on_meta) and not all(on_meta):
+        raise ValueError(
+            "device_map offloads a part of the base, whose weights the diffusion path shares: name a device_map that "
+            "keeps all of it on devices."
         )
 
 

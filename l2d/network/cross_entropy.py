@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 from l2d.network.embeddings import at_least_float32
+from l2d.network.memory import logit_rows
 
 Head = Callable[[torch.Tensor], torch.Tensor]
-CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 26}  # logits (C, V) that are alive at a time: 64 MiB, 256 MiB
+_ON_CPU = 1 << 24  # logits (C, V) that are alive at a time: 64 MiB
+_SHARE = 1 / 256  # of an accelerator's memory
 
 
 def chunk_rows(vocabulary: int, device: torch.device) -> int:
     """How many rows of logits are computed at a time, at least 1."""
-    return max(1, CHUNK_ELEMENTS.get(device.type, 1 << 24) // vocabulary)
+    return logit_rows(vocabulary, device, _ON_CPU, _SHARE)
 
 
 def chunked_cross_entropy(

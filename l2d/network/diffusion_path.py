@@ -30,6 +30,9 @@ from l2d.network.embeddings import (
 )
 from l2d.network.main_path import Decoder, LayerState
 from l2d.network.path_layers import TwinLayer, build_twin
+from l2d.network.transfers import spacing, take, upload
+
+_AT_ONCE = 64 << 20  # bytes of modulation that are copied for all layers at once
 
 
 @dataclasses.dataclass
@@ -88,27 +91,47 @@ class Modulation:
 
     Attributes (P rows for N = repeats * P evaluations):
         output: (P, H), the factor of the path in the output: `w(t) - w(0)`, with a warm start `t + w(t) - w(0)`.
+        input_std: (P, 1), by which states are divided.
         embedding: (P, C), of which each layer makes its own modulation once it is its turn, so that training need not
             keep those of all layers.
-        layers: (P, 6H) per layer, precomputed for a grid of times: scale, shift and gate of attention, then of the
-            MLP, with the norms' weights added to the scales.
+        stacks: (n, P, 6H) for each run of n layers on one device, precomputed for a grid of times: scale, shift and
+            gate of attention, then of the MLP, with the norms' weights added to the scales.
+        repeats: how many times the batch repeats the P rows.
+        rows: (P,) rows of `stacks` that are meant, `None` for all.
     """
 
     output: torch.Tensor
+    input_std: torch.Tensor
     embedding: torch.Tensor | None = None
-    layers: list[torch.Tensor] | torch.Tensor | None = None
+    stacks: list[torch.Tensor] | None = None
     repeats: int = 1
+    rows: torch.Tensor | None = None
 
     def select(self, rows: torch.Tensor, repeats: int = 1) -> "Modulation":
-        """The modulation of rows (P,) of a table, for a batch that repeats them."""
-        table: Any = self.layers
-        if rows.device.type != "cpu":
-            return Modulation(self.output[rows], layers=table[:, rows], repeats=repeats)
-        count = len(rows)
-        part: slice | torch.Tensor = rows
-        if count and bool((rows.diff() == 1).all()):  # a view; copies of large tables are slow on a CPU
-            part = slice(int(rows[0]), int(rows[0]) + count)
-        return Modulation(self.output[part], layers=[layer[part] for layer in table], repeats=repeats)
+        """The modulation of rows (P,) of a table, numbers of the host, for a batch that repeats them.
+
+        Rows that follow each other are a view of the table. Others are copied: those of all layers at once where that
+        is little memory, otherwise each layer's once it is its turn.
+        """
+        if self.stacks is None:
+            raise ValueError("only a table of modulations has rows: make one with `modulation_table`.")
+        output, std = take(self.output, rows), take(self.input_std, rows)
+        even = spacing(rows)
+        if even is not None:
+            return Modulation(output, std, None, [stack[:, even] for stack in self.stacks], repeats)
+        size = sum(stack[:, 0].nbytes for stack in self.stacks) * len(rows)
+        if size > _AT_ONCE:
+            return Modulation(output, std, None, self.stacks, repeats, rows)
+        stacks = [stack[:, upload(rows, stack.device)] for stack in self.stacks]
+        return Modulation(output, std, None, stacks, repeats)
+
+    def layer(self, number: int) -> torch.Tensor | None:
+        """(P, 6H) of a layer, `None` where it is to be made from the embedding."""
+        for stack in self.stacks or ():
+            if number < len(stack):
+                return stack[number] if self.rows is None else stack[number][upload(self.rows, stack.device)]
+            number -= len(stack)
+        return None
 
 
 class DiffusionLayer(nn.Module):
@@ -124,6 +147,7 @@ class DiffusionLayer(nn.Module):
 
     def modulate(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Scale, shift and gate (P, H) of attention and of the MLP for embeddings (P, C); norms' weights are in."""
+        embedding = embedding.to(next(self.modulation.parameters()).device)
         scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(embedding).chunk(6, dim=-1)
         weight1, weight2 = self.twin.norm_weights()
         if self.gate:
@@ -144,8 +168,9 @@ class DiffusionLayer(nn.Module):
         """
         parts = self.modulate(embedding) if modulation is None else modulation.chunk(6, dim=-1)
         scale1, shift1, gate1, scale2, shift2, gate2 = parts
-        hidden = hidden + gate1.to(hidden.dtype) * self.twin.attend(hidden, scale1, shift1, layout, layer)
-        return hidden + gate2.to(hidden.dtype) * self.twin.transform(hidden, scale2, shift2)
+        attended = self.twin.attend(hidden, scale1, shift1, layout, layer)
+        hidden = torch.addcmul(hidden, gate1.to(hidden.dtype), attended)
+        return torch.addcmul(hidden, gate2.to(hidden.dtype), self.twin.transform(hidden, scale2, shift2))
 
 
 class DiffusionPath(nn.Module):
@@ -202,7 +227,8 @@ class DiffusionPath(nn.Module):
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings (..., d) float32 of tokens (...), with gradients to the vocabulary embedding."""
-        return self.vocabulary(nn.functional.embedding(tokens, self._decoder.embeddings.weight).detach())
+        weight = self._decoder.embeddings.weight
+        return self.vocabulary(nn.functional.embedding(tokens.to(weight.device), weight).detach())
 
     def vocabulary_table(self) -> torch.Tensor:
         """Embeddings of all tokens, (V, d) float32, cached."""
@@ -230,7 +256,7 @@ class DiffusionPath(nn.Module):
         if self.warm_start:
             output = output + time.unsqueeze(-1)
         output = output * (time != 0).unsqueeze(-1)  # exactly the base at t = 0, whatever the rounding of the two terms
-        return Modulation(output, embedding)
+        return Modulation(output, self.input_projection.std(time), embedding)
 
     @torch.no_grad()
     def modulation_table(self, times: torch.Tensor, kinds: tuple[int, ...] | None) -> Modulation:
@@ -252,45 +278,56 @@ class DiffusionPath(nn.Module):
                 grid = grid.repeat(len(kinds))
             with full_precision(grid):
                 table = self.modulate(grid, classes)
-                layers = torch.stack([torch.cat(layer.modulate(table.embedding), dim=-1) for layer in self.layers])
-            self._table = kept = (key, Modulation(table.output, layers=layers))
+                runs: list[list[torch.Tensor]] = []
+                for layer in self.layers:
+                    made = torch.cat(layer.modulate(table.embedding), dim=-1)
+                    if not runs or runs[-1][0].device != made.device:
+                        runs.append([])
+                    runs[-1].append(made)
+            stacks = [torch.stack(run) for run in runs]
+            self._table = kept = (key, Modulation(table.output, table.input_std, None, stacks))
         return kept[1]
 
     def forward(
         self,
         x: torch.Tensor,
-        time: torch.Tensor,
         modulation: Modulation,
         layout: SiteLayout,
         carried: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Evaluate states x (N, d) at times (N,), with what was carried (N, H) from their last evaluations, or nothing.
+        """Evaluate states x (N, d) at the times of `modulation`, with what was carried (N, H) from the
+        evaluations before, or nothing.
 
         Returns the fused hidden states (N, H) before the final norm, and the path's own (N, H), to be carried on.
         """
         main = layout.hidden()
         if not len(main):
-            return main + modulation.output.to(main.dtype), main
+            return main + modulation.output.to(main), main
         if self.noise_free:
             x = torch.ones_like(x)
-        hidden = self.input_projection(x, time)
+        x = x.to(modulation.input_std.device).unflatten(0, (modulation.repeats, -1))
+        hidden = self.input_projection(x, modulation.input_std).flatten(0, 1)
         if carried is not None and self.carried_state is not None:
-            hidden = hidden + self.carried_state(carried)
+            hidden = hidden + self.carried_state(carried.to(hidden.device))
         if self.warm_start:
             hidden = hidden + layout.inputs().to(hidden.device)
         hidden = hidden.to(self.layers[0].twin.stream_dtype(main.dtype))
         hidden = hidden.unflatten(0, (modulation.repeats, -1))
         for number, (layer, kept) in enumerate(zip(self.layers, layout.state.layers, strict=True)):
-            ready = None if modulation.layers is None else modulation.layers[number]
+            ready = modulation.layer(number)
+            if kept.keys is not None and kept.keys.device != hidden.device:  # a base that is spread over devices
+                hidden = hidden.to(kept.keys.device)
             if self.checkpointing is not None and torch.is_grad_enabled() and number % self.checkpointing[1] == 0:
                 hidden = self.checkpointing[0](layer, hidden, ready, modulation.embedding, layout, kept)
             else:
                 hidden = layer(hidden, ready, modulation.embedding, layout, kept)
-        return self._fuse(main, hidden, modulation.output), hidden.flatten(0, 1)
+        hidden = hidden.to(main.device)
+        return self._fuse(main, hidden, modulation.output.to(main.device)), hidden.flatten(0, 1)
 
     def _fuse(self, main: torch.Tensor, hidden: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """Fused hidden states (N, H): `main` (N, H), and as much of `hidden` (R, P, H) as `factor` (P, H) says."""
         if not self.interpolates:
-            return main + (factor.to(main.dtype) * hidden.to(main.dtype)).flatten(0, 1)
+            start = main.unflatten(0, hidden.shape[:2])
+            return torch.addcmul(start, factor.to(main.dtype), hidden.to(main.dtype)).flatten(0, 1)
         start = at_least_float32(main).unflatten(0, hidden.shape[:2])
         return torch.lerp(start, hidden.to(start.dtype), factor.to(start.dtype)).flatten(0, 1).to(main.dtype)

@@ -101,12 +101,15 @@ class InputProjection(nn.Module):
         """Let the projection give zero at first."""
         nn.init.zeros_(self.layers.get_parameter("2.weight"))
 
-    def forward(self, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        """States (..., d) at times (...) to (..., H) float32; rescaled in float32 to unit variance first."""
+    def std(self, time: torch.Tensor) -> torch.Tensor:
+        """Standard deviation (..., 1) float32 of states at times (...), by which they are divided."""
         time = time.float()
-        std = torch.sqrt(((1 - time) * self.noise_std) ** 2 + time**2 * self.token_variance)
-        x = x.to(at_least_float32(next(self.layers.parameters())).dtype)
-        return self.layers(x / std.unsqueeze(-1) * self.scale)
+        return torch.sqrt(((1 - time) * self.noise_std) ** 2 + time**2 * self.token_variance).unsqueeze(-1)
+
+    def forward(self, x: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+        """States (..., d) of standard deviations (..., 1) to (..., H) float32; rescaled in float32 first."""
+        x = x.to(at_least_float32(next(self.layers.parameters())).dtype) / std
+        return self.layers(x if self.scale == 1 else x * self.scale)
 
 
 class TimeEmbedding(nn.Module):

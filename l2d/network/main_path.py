@@ -109,7 +109,7 @@ class Decoder:
         return self._head(self.norm.forward(hidden), plain)  # without hooks, which are of calls of the whole base
 
     def _head(self, hidden: torch.Tensor, plain: bool = True) -> torch.Tensor:
-        if plain or type(self.lm_head) is not nn.Linear:
+        if plain or type(self.lm_head) is not nn.Linear or "forward" in vars(self.lm_head):  # accelerate's, for example
             logits = self.lm_head.forward(hidden)
         else:
             logits = linear(hidden, self.lm_head.weight, self.lm_head.bias)
@@ -281,7 +281,8 @@ def run_main_path(
             layer.keys, layer.values = part.self_attn.expand_kv(layer.keys, layer.values)
     key_mask = segments = None
     if attention_mask is not None:
-        key_mask = None if bool(attention_mask.all()) else attention_mask.bool()
+        nothing = not offset and bool(attention_mask.all())  # a decoding step need not wait for the answer
+        key_mask = None if nothing else attention_mask.bool()
     elif position_ids is not None and cache is None:
         restarts = position_ids.diff(dim=1, prepend=position_ids[:, :1] - 1) != 1
         if bool(restarts.any()):

@@ -41,6 +41,7 @@ _LAYOUTS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     ("input_layernorm", "post_norm1", "post_attention_layernorm", "post_norm2"),
     (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
 )
+_ZEROS: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}  # one row each, for every unused projection
 _NORMS = frozenset(name for layout in _LAYOUTS for name in layout if name is not None)
 
 
@@ -52,7 +53,10 @@ class _NoProjection(nn.Module):
         self.features = features
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.new_zeros(*hidden.shape[:-1], self.features)
+        key = (hidden.device, hidden.dtype, self.features)
+        if key not in _ZEROS:
+            _ZEROS[key] = torch.zeros(self.features, device=hidden.device, dtype=hidden.dtype)
+        return _ZEROS[key].expand(*hidden.shape[:-1], self.features)
 
 
 def _normalised(x: torch.Tensor, eps: Any, centred: bool) -> torch.Tensor:
@@ -78,7 +82,7 @@ class ModulatedNorm:
         if "weight" in own and own.keys() <= {"weight", "bias"} and self.eps is not None:
             x = torch.linspace(-1, 2, norm.weight.numel())
             memo: dict[int, object] = {id(p): nn.Parameter(x.cos() + i) for i, p in enumerate(own.values())}
-            probe = copy.deepcopy(norm, memo)
+            probe = _without_placement(copy.deepcopy(norm, {**memo, **_placement(norm)}))
             bias = probe.bias if "bias" in own else 0.0
             with torch.no_grad():
                 result = probe(x)
@@ -152,7 +156,7 @@ class TwinLayer(nn.Module):
         output = self.self_attn(
             hidden_states=inputs.flatten(0, -2).unsqueeze(0),
             position_embeddings=layout.rotary(layer),
-            position_ids=layout.position_ids(),
+            position_ids=layout.position_ids(inputs.device),
             attention_mask=None,
             past_key_values=None,
             main_path=(layout, layer),
@@ -242,10 +246,25 @@ def _structural_copy(module: nn.Module, config: PreTrainedConfig | None = None) 
     """A copy of the module tree that shares every parameter and buffer with the original."""
     memo: dict[int, object] = {id(t): t for t in itertools.chain(module.parameters(), module.buffers())}
     memo |= {id(m): FrozenLinear(m) for m in module.modules() if quantized_linear(m)}
+    memo |= _placement(module)
     original = getattr(module, "config", None)
     if original is not None:
         memo[id(original)] = config if config is not None else original
-    return copy.deepcopy(module, memo)
+    return _without_placement(copy.deepcopy(module, memo))
+
+
+def _placement(module: nn.Module) -> dict[int, object]:
+    """Hooks by which accelerate moves inputs to a module's device, as a memo that keeps copies from copying them."""
+    return {id(hook): hook for part in module.modules() if (hook := getattr(part, "_hf_hook", None)) is not None}
+
+
+def _without_placement(module: nn.Module) -> Any:
+    """A copy without such hooks: the path itself moves its stream to the device of each layer."""
+    for part in module.modules():
+        if vars(part).pop("_hf_hook", None) is not None:
+            vars(part).pop("_old_forward", None)
+            vars(part).pop("forward", None)
+    return module
 
 
 def _refuse_adapters(base: nn.Module) -> None:

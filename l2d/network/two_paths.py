@@ -43,6 +43,11 @@ class TwoPaths:
         modules = (self.decoder.embeddings, self.decoder.norm, self.decoder.lm_head)
         return list({id(p): p for module in modules for p in module.parameters()}.values())
 
+    @property
+    def device(self) -> torch.device:
+        """Where states, times and tokens are: the device of the base's embeddings, if it is spread over several."""
+        return self.decoder.embeddings.weight.device
+
     # ---- main path -----------------------------------------------------------------------------------------------
 
     def main_path(
@@ -91,7 +96,7 @@ class TwoPaths:
         else:
             self._merger.release_stale()
         modulation = self.path.modulate(time.float(), classes)
-        return self.path(x, time, modulation, SiteLayout(state, rows, index), carried)
+        return self.path(x, modulation, SiteLayout(state, rows, index), carried)
 
     def path_logits(self, state: MainPathState, inputs: PathInputs) -> torch.Tensor:
         """Logits (B, Q, V) of one evaluation per site; zero at padding."""

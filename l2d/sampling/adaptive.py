@@ -23,7 +23,7 @@ class _Field:
 
     def __init__(self, evaluator: PathEvaluator, sites: Sites):
         self.evaluator, self.sites = evaluator, sites
-        zeros = torch.zeros(len(sites), dtype=torch.int64, device=sites.rows.device)
+        zeros = torch.zeros(len(sites), dtype=torch.int64, device=sites.noise.device)
         self.nfe_requested, self.nfe_computed, self.changes = zeros.clone(), zeros.clone(), zeros.clone()
         self.token = torch.full_like(zeros, -1)
 
@@ -35,7 +35,8 @@ class _Field:
         hidden = evaluator.base_hidden(sites)[:, None].repeat(1, branches, 1)
         late = torch.nonzero(~start, as_tuple=True)[0]
         if len(late):
-            hidden[late] = evaluator.at_times(sites.take(late), x[late], time[late], branches)
+            found = evaluator.at_times(sites.take(late), x[late], time[late], branches)
+            hidden[late.to(hidden.device)] = found
         clean, token = self._choose(hidden, time, keep)
         token = token[:, 0]
         self.changes[keep] += (token != self.token[keep]) & (self.token[keep] >= 0)

@@ -6,19 +6,24 @@
 Legend: N sites, E velocity evaluations, M flat evaluations, V vocabulary, H hidden size, d diffusion dimension.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from l2d.network.attention import SiteLayout
 from l2d.network.diffusion_path import Modulation
 from l2d.network.embeddings import at_least_float32
 from l2d.network.main_path import MainPathState
+from l2d.network.memory import logit_rows
+from l2d.network.transfers import take
 from l2d.network.two_paths import TwoPaths
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling.fixed_grid import FixedGrid
 from l2d.sampling.noise import draw_token
 from l2d.sampling.sites import Sites
 
-LOGIT_ELEMENTS = 6 << 20  # logits alive at once; the C library maps blocks above 32 MiB anew each time
+_ON_CPU = 6 << 20  # logits alive at once
+_SHARE = 1 / 64  # of an accelerator's memory
 
 
 def clean_estimate(
@@ -38,8 +43,9 @@ def clean_estimate(
         uniforms: (...) numbers in [0, 1) that fix the tokens drawn where `choice` is "sample" and temperature above 0.
     """
     if temperature <= 0:
-        token = logits.argmax(-1)
+        token = logits.argmax(-1).to(table.device)
         return table[token], token
+    logits = logits.to(table.device)
     probabilities = torch.softmax(at_least_float32(logits) / temperature, dim=-1)
     if choice == "sample":
         if uniforms is None:
@@ -62,7 +68,7 @@ class PathEvaluator:
     def __init__(self, paths: TwoPaths, state: MainPathState, sampler: SamplerConfig, site_class: int | None):
         self.paths, self.state, self.sampler = paths, state, sampler
         self.table = paths.vocabulary_table()
-        self.chunk = max(1, LOGIT_ELEMENTS // self.table.shape[0])  # rows whose logits may be alive at once
+        self.chunk = logit_rows(self.table.shape[0], state.hidden.device, _ON_CPU, _SHARE)
         classes = len(paths.config.guidance_classes or [])
         own = classes if site_class is None else site_class
         self.branches: tuple[int | None, ...] = (
@@ -81,32 +87,28 @@ class PathEvaluator:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Fused and own hidden states, (M, H) each, of a flat batch of grid evaluations.
 
-        site (M,) in order, evaluation (M,), branch (M,), state x (M, d), carried (M, H): see `DiffusionPath.forward`.
+        site (M,) in order, evaluation (M,) and branch (M,) are of the host; state x (M, d), carried (M, H): see
+        `DiffusionPath.forward`.
         """
         kinds = tuple(kind for kind in self.branches if kind is not None) or None
         table = self.paths.path.modulation_table(grid.times, kinds)
-        time = grid.times.to(x.device)[evaluation]
         row = evaluation if branch is None else evaluation + branch * len(grid.times)
         # Where all sites are evaluated at the same times, one copy is enough.
         pattern = row[: len(row) // max(1, len(sites))]
-        if (
-            len(sites) > 1
-            and len(pattern) * len(sites) == len(row)
-            and bool((row.view(len(sites), -1) == pattern).all())
-        ):
+        if len(row) and len(pattern) * len(sites) == len(row) and bool((row.view(len(sites), -1) == pattern).all()):
             modulation = table.select(pattern, len(sites))
         else:
             modulation = table.select(row)
-        return self._run(sites, site, x, time, modulation, carried)
+        return self._run(sites, site, x, modulation, carried)
 
     def at_times(self, sites: Sites, x: torch.Tensor, time: torch.Tensor, branches: int) -> torch.Tensor:
         """Hidden states (N, branches, H) of one point per site at its own time: x (N, d), time (N,)."""
-        site = torch.arange(len(sites), device=x.device).repeat_interleave(branches)
+        site = torch.arange(len(sites)).repeat_interleave(branches)
         time, x = time.repeat_interleave(branches), x.repeat_interleave(branches, dim=0)
         classes = None
         if self.branches[0] is not None:
             classes = torch.tensor(self.branches[:branches], device=x.device).repeat(len(sites))
-        hidden, _ = self._run(sites, site, x, time, self.paths.path.modulate(time.float(), classes))
+        hidden, _ = self._run(sites, site, x, self.paths.path.modulate(time.float(), classes))
         return hidden.unflatten(0, (len(sites), branches))
 
     def _run(
@@ -114,12 +116,11 @@ class PathEvaluator:
         sites: Sites,
         site: torch.Tensor,
         x: torch.Tensor,
-        time: torch.Tensor,
         modulation: Modulation,
         carried: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         layout = SiteLayout(self.state, sites.rows[site], sites.index[site])
-        return self.paths.path(x, time, modulation, layout, carried)
+        return self.paths.path(x, modulation, layout, carried)
 
     def choose(self, hidden: torch.Tensor, temperature: float, uniforms: torch.Tensor | None) -> tuple:
         """Clean estimates (M, branches, d) and tokens (M, branches) for hidden states (M, branches, H), in chunks.
@@ -137,19 +138,20 @@ class PathEvaluator:
             )
             for start, part in enumerate(flat.split(self.chunk))
         ]
-        clean, tokens = (torch.cat(column) for column in zip(*parts, strict=True))
+        clean, tokens = (_joined(column) for column in zip(*parts, strict=True))
         return clean.unflatten(0, hidden.shape[:2]), tokens.view(hidden.shape[:2])
 
     def read(self, hidden: torch.Tensor, keep: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Most likely tokens (M,) for hidden states (M, H), in chunks, and the logits of rows marked by `keep` (M,)."""
+        """Most likely tokens (M,) for hidden states (M, H), in chunks, and the logits of rows `keep` of the host."""
         kept: list[torch.Tensor] = []
         tokens = []
         for number, part in enumerate(hidden.split(self.chunk)):
             logits = self.paths.logits(part, plain=False)
-            tokens.append(logits.argmax(-1))
+            tokens.append(logits.argmax(-1).to(self.table.device))
             if keep is not None:
-                kept.append(logits[keep[number * self.chunk : (number + 1) * self.chunk]])
-        return torch.cat(tokens), torch.cat(kept) if kept else None
+                first = number * self.chunk
+                kept.append(take(logits, keep[(keep >= first) & (keep < first + self.chunk)] - first))
+        return _joined(tokens), _joined(kept) if kept else None
 
     def estimate(self, logits: torch.Tensor, temperature: float, uniforms: torch.Tensor | None) -> tuple:
         """`clean_estimate` under this sampler's settings."""
@@ -166,4 +168,9 @@ class PathEvaluator:
 
     def base_hidden(self, sites: Sites) -> torch.Tensor:
         """The base's hidden states under the sites (N, H), before the final norm."""
-        return self.state.hidden[sites.rows, sites.index]
+        hidden = self.state.hidden.flatten(0, 1)
+        return take(hidden, sites.rows * self.state.hidden.shape[1] + sites.index)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -56,6 +56,7 @@ class FixedGrid:
     level_noise_weights: torch.Tensor
     level_clean_weights: torch.Tensor
     budget: int
+    _sent: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
 
     @property
     def evaluations(self) -> int:
@@ -64,8 +65,14 @@ class FixedGrid:
 
     def states(self, noise: torch.Tensor, clean: torch.Tensor, first: int = 0) -> torch.Tensor:
         """States (N, E + 1 - first, d) at evaluations `first` to E for noise (N, d) and clean estimates (N, E, d)."""
-        weights = self.clean_weights[first:].to(clean.device)
-        return self.noise_weights[first:].to(noise.device)[:, None] * noise[:, None] + weights @ clean
+        noise_weights, clean_weights = self._weights(clean.device)
+        return torch.addcmul(clean_weights[first:] @ clean, noise_weights[first:], noise[:, None])
+
+    def _weights(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weights of noise (E + 1, 1) and of clean estimates (E + 1, E) on `device`, copied there once."""
+        if device not in self._sent:
+            self._sent[device] = (self.noise_weights[:, None].to(device), self.clean_weights.to(device))
+        return self._sent[device]
 
     def trajectory(self, noise: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
         """States at the time levels, (n, N, d), for start noise (N, d) and clean estimates (N, E, d)."""

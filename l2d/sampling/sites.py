@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from l2d.config import L2DConfig
+from l2d.network.transfers import take, upload
 from l2d.sampler_config import SamplerConfig, temperature_at
 from l2d.sampling.fixed_grid import fixed_grid
 from l2d.sampling.noise import RequestNoise
@@ -23,8 +24,8 @@ from l2d.sampling.noise import RequestNoise
 class Sites:
     """Sites to solve.
 
-    rows (N,) int64, not decreasing; index (N,) int64 among the state's new positions; noise (N, d) float64, scaled;
-    uniforms (N, >= E) float64 for sampled choices, or `None` where choices are argmax.
+    rows (N,) int64, not decreasing; index (N,) int64 among the state's new positions; both are kept on the host.
+    noise (N, d) float64, scaled; uniforms (N, >= E) float64 for sampled choices, or `None` where choices are argmax.
     """
 
     rows: torch.Tensor
@@ -32,13 +33,17 @@ class Sites:
     noise: torch.Tensor
     uniforms: torch.Tensor | None = None
 
+    def __post_init__(self) -> None:
+        self.rows, self.index = self.rows.cpu(), self.index.cpu()
+
     def __len__(self) -> int:
         return self.rows.shape[0]
 
     def take(self, keep: torch.Tensor) -> "Sites":
-        """Some of the sites, in their order."""
-        uniforms = None if self.uniforms is None else self.uniforms[keep]
-        return Sites(self.rows[keep], self.index[keep], self.noise[keep], uniforms)
+        """The sites `keep` (M,), numbers of the host, in their order."""
+        keep = keep.cpu()
+        uniforms = None if self.uniforms is None else take(self.uniforms, keep)
+        return Sites(self.rows[keep], self.index[keep], take(self.noise, keep), uniforms)
 
 
 @dataclasses.dataclass
@@ -49,7 +54,7 @@ class SiteSolution:
     the solver computed them.
     nfe_requested, nfe_computed, passes, changes (N,) int64: evaluations requested (T: the free one at t = 0 counts, two
     branches are one), evaluations computed by the network, batched passes, and changes of the chosen token.
-    capped (N,) bool: the adaptive solver reached `max_evaluations`.
+    capped (N,) bool: the adaptive solver reached `max_evaluations`. These five are on the host.
     clean (N, E, d) float64 and chosen (N, E, branches) int64: recorded on request, fixed grids only; the sequential
     solver also records the fused hidden states of all evaluations, evaluated (N, E + 1, H), of the first branch.
     """
@@ -64,6 +69,10 @@ class SiteSolution:
     chosen: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     evaluated: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("nfe_requested", "nfe_computed", "passes", "changes", "capped"):
+            setattr(self, name, getattr(self, name).cpu())
 
     @classmethod
     def join(cls, parts: "list[SiteSolution]") -> "SiteSolution":
@@ -83,19 +92,23 @@ def make_sites(
     positions: list[int],
     noises: list[RequestNoise],
     draw: int = 0,
+    device: torch.device | None = None,
 ) -> Sites:
-    """Sites (N,) with draw `draw` of the noise of their requests `noises` (N) at sequence positions `positions` (N)."""
-    dim, device = config.diffusion_dim, rows.device
+    """Sites (N,) with draw `draw` of the noise of their requests `noises` (N) at sequence positions `positions` (N).
+
+    `device`: where they are solved; by default that of `rows`.
+    """
+    dim, device = config.diffusion_dim, rows.device if device is None else device
     if sampler.is_base:
         return Sites(rows, index, torch.zeros(len(rows), dim, dtype=torch.float64, device=device))
     pairs = list(zip(noises, positions, strict=True))
     normal = torch.from_numpy(np.stack([noise.normal(position, draw, dim) for noise, position in pairs]))
-    start = (normal * config.noise_std).to(device).double()
+    start = upload((normal * config.noise_std).double(), device)
     uniforms = None
     if _needs_uniforms(sampler):
         count = sampler.max_evaluations if sampler.adaptive else fixed_grid(sampler).evaluations
         drawn = np.stack([noise.choices(position, draw, count) for noise, position in pairs])
-        uniforms = torch.from_numpy(drawn).to(device)
+        uniforms = upload(torch.from_numpy(drawn), device)
     return Sites(rows, index, start, uniforms)
 
 

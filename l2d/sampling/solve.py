@@ -41,17 +41,16 @@ def solve_sites(
     """
     evaluator = PathEvaluator(paths, state, sampler, site_class)
     if sampler.is_base:
-        nothing = torch.zeros(len(sites), dtype=torch.int64, device=sites.rows.device)
+        nothing = torch.zeros(len(sites), dtype=torch.int64)
         return SiteSolution(evaluator.base_hidden(sites), nothing + 1, nothing, nothing, nothing, nothing.bool())
     if sampler.adaptive:
         return solve_adaptive(evaluator, sites)
     grid = fixed_grid(sampler)
     method = solve_speculatively if speculates(paths, sampler) else solve_sequentially
     limit = max(1, _STATE_ELEMENTS // (grid.evaluations * sites.noise.shape[1]))
-    parts = [
-        method(evaluator, sites.take(keep), grid, record)
-        for keep in torch.arange(len(sites), device=sites.rows.device).split(limit)
-    ]
+    if len(sites) <= limit:
+        return method(evaluator, sites, grid, record)
+    parts = [method(evaluator, sites.take(keep), grid, record) for keep in torch.arange(len(sites)).split(limit)]
     return SiteSolution.join(parts)
 
 
@@ -92,7 +91,7 @@ def solve_sequentially(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, 
     x = grid.states(sites.noise, clean, count)[:, 0]
     output = _evaluate(evaluator, sites, grid, count, x, 1, carried)[:, 0]
     network = count - int(grid.times[0] == 0)  # velocity evaluations that the network computed
-    ones = torch.ones(len(sites), dtype=torch.int64, device=device)
+    ones = torch.ones(len(sites), dtype=torch.int64)
     return SiteSolution(
         hidden=output,
         nfe_requested=ones * grid.budget,
@@ -116,8 +115,8 @@ def _evaluate(
     carried: torch.Tensor | None,
 ) -> torch.Tensor:
     """Hidden states (N, branches, H) of evaluation `number` at states x (N, d); replaces `carried` (N, branches, H)."""
-    site = torch.arange(len(sites), device=x.device).repeat_interleave(branches)
-    branch = torch.arange(branches, device=x.device).repeat(len(sites))
+    site = torch.arange(len(sites)).repeat_interleave(branches)
+    branch = torch.arange(branches).repeat(len(sites))
     before = None if carried is None else carried[:, :branches].flatten(0, 1)
     x = x.repeat_interleave(branches, dim=0)
     hidden, own = evaluator.at_evaluations(sites, grid, site, torch.full_like(site, number), branch, x, before)
@@ -142,14 +141,14 @@ def solve_next(
         noises: (N) noise of the requests that the sites belong to.
         start: (N, d) float64 start noise in place of theirs.
     """
-    sites = make_sites(paths.config, sampler, rows, index, positions, noises)
+    sites = make_sites(paths.config, sampler, rows, index, positions, noises, device=paths.device)
     if start is not None and not sampler.is_base:
         sites.noise = start
     solved = solve_sites(paths, state, sites, sampler, sampler.class_index(paths.config.guidance_classes))
     logits = solved.logits
     if logits is None:
         logits = paths.logits(solved.hidden[:, None], plain=sampler.is_base)[:, 0]
-    return solved, logits.float()
+    return solved, logits.float().to(paths.device)
 
 
 # ---- padded sites ------------------------------------------------------------------------------------------------
@@ -205,7 +204,7 @@ def solve(
         members.append(member)
     solved, order = SiteSolution.join(parts), torch.cat(members)
     rows, columns = rows[order], columns[order]
-    final = paths.logits(solved.hidden)
+    final = paths.logits(solved.hidden).to(index.device)
     logits = final.new_zeros(*index.shape, final.shape[-1])
     logits[rows, columns] = final
     if grid is None or solved.clean is None or solved.chosen is None:

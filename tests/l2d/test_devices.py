@@ -1,16 +1,21 @@
 """What runs on accelerators, tried on devices that pretend. `python -m pytest tests/l2d/test_devices.py`
 
 - the pretended devices refuse and count as CUDA does
+- bases that are spread over devices, decoding, scoring and training there; how often the host waits
+- deltas in half precision
 """
 
+import accelerate
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from l2d import L2DConfig, L2DForCausalLM
+from l2d.network.attention import SiteLayout
+from l2d.network.diffusion_path import NoisedTargets
+from l2d.network.memory import logit_rows
+from tests.conftest import randomise_path
 from tests.pretend_device import PretendDevices
-
-
-def _lines(counter) -> int:
-    return counter.total()
 
 
 def test_pretended_devices_refuse_what_cuda_refuses():
@@ -64,4 +69,145 @@ def test_pretended_devices_count(work, launches, waits):
         x = torch.ones(2, 2, device="cuda:0")
         devices.reset()
         work(x)
-        assert (_lines(devices.launches), _lines(devices.synchronisations)) == (launches, waits)
+        assert (devices.launches.total(), devices.synchronisations.total()) == (launches, waits)
+
+
+SMALL = dict(diffusion_dim=16, input_width=16, conditioning_width=16, frequency_width=16, lora_rank=4, noise_std=2.0)
+IDS = torch.randint(3, 300, (2, 8), generator=torch.Generator().manual_seed(5))
+MASK = torch.ones_like(IDS)
+MASK[0, :3] = 0
+
+
+def small_base(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=300, tie_word_embeddings=False, eos_token_id=None, pad_token_id=0, initializer_range=0.25,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).to(dtype).eval()
+
+
+def small_model(base: LlamaForCausalLM, **settings) -> L2DForCausalLM:
+    model = L2DForCausalLM.from_base(base, L2DConfig(**SMALL, **settings)).eval()
+    randomise_path(model)
+    return model
+
+
+def answers(model: L2DForCausalLM, device: str, samplers: list[dict]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Tokens for every sampler, and scores."""
+    ids, mask = IDS.to(device), MASK.to(device)
+    tokens = [model.generate(ids, attention_mask=mask, max_new_tokens=4, sampler=one).cpu() for one in samplers]
+    return tokens, model.score(ids, sampler=samplers[-1]).logprobs.cpu()
+
+
+SAMPLERS = [{"budget": 1}, {"budget": 7, "speculation": False, "draft_tokens": 0}, {"budget": 7}]
+SAMPLED = {"budget": 5, "choice": "sample", "choice_temperature": 1.0}
+
+
+@pytest.mark.parametrize("settings", [{"warm_start": True, "guidance_classes": ["a"]}, {"carried_state": True}])
+def test_a_base_that_is_spread_over_devices_gives_the_same_answers(settings):
+    samplers = [*SAMPLERS, SAMPLED]
+    if settings.get("guidance_classes"):
+        samplers = [SAMPLERS[0], *({**one, "guidance_scale": 1.5, "guidance_class": "a"} for one in samplers[1:])]
+    tokens, scores = answers(small_model(small_base(), **settings), "cpu", samplers)
+    with PretendDevices():
+        places = {"model.embed_tokens": 0, "model.rotary_emb": 0, "model.norm": 1, "lm_head": 1}
+        places |= {f"model.layers.{number}": number for number in range(2)}
+        spread = small_model(accelerate.dispatch_model(small_base(), places, force_hooks=True), **settings)
+        parameters = dict(spread.trained_parameters())
+        assert {str(p.device) for name, p in parameters.items() if ".layers.1." in name} == {"cuda:1"}
+        again, others = answers(spread, "cuda:0", samplers)
+    assert all(torch.equal(*pair) for pair in zip(tokens, again, strict=True))
+    assert torch.equal(scores, others)
+
+
+def test_a_base_of_which_a_part_is_offloaded_is_refused(tmp_path):
+    small_base().save_pretrained(tmp_path / "base")
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk"}
+    places |= {"model.norm": "cpu", "lm_head": "cpu"}
+    settings = {"device_map": places, "offload_folder": str(tmp_path / "offloaded")}
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base", **settings)
+    for build in (
+        lambda: L2DForCausalLM.from_base(base),
+        lambda: L2DForCausalLM(L2DConfig(), base=base),
+        lambda: L2DForCausalLM.from_base(str(tmp_path / "base"), **settings),
+    ):
+        with pytest.raises(ValueError, match="device_map offloads a part of the base"):
+            build()
+
+
+@pytest.mark.parametrize(("sampler", "most"), [({"budget": 1}, 1), ({"draft_tokens": 0}, 2), ({}, 2), (SAMPLED, 8)])
+def test_the_host_waits_at_most_so_often_per_token(sampler, most):
+    """Once for the evaluations that differ, once for the tokens and what ends; a fresh path differs nowhere."""
+    with PretendDevices() as devices:
+        model = L2DForCausalLM.from_base(small_base().to("cuda:0"), L2DConfig(**SMALL)).eval()
+        ids, counts = IDS.to("cuda:0"), []
+        for length in (5, 5, 9):  # the first prepares what is kept
+            devices.reset()
+            model.generate(ids, max_new_tokens=length, sampler=sampler)
+            counts.append(devices.synchronisations.total())
+    assert (counts[2] - counts[1]) / 4 <= most
+
+
+def test_a_training_step_is_the_same_on_a_device():
+    targets = IDS.roll(-1, 1)[:, :-1]
+    index = torch.arange(7).expand(2, -1)
+    time, noise = torch.rand(3, 2, 7), torch.randn(3, 2, 7, 16)
+
+    def step(model, device):
+        noised = NoisedTargets(*(t.to(device) for t in (index, targets, time, noise)))
+        loss = model(IDS.to(device), noised_targets=noised).nll.mean()
+        loss.backward()
+        return loss.item(), [p.grad.cpu() for _, p in model.trained_parameters()]
+
+    loss, gradients = step(small_model(small_base()), "cpu")
+    with PretendDevices():
+        other, others = step(small_model(small_base().to("cuda:0")), "cuda:0")
+    assert other == loss and all(torch.equal(*pair) for pair in zip(gradients, others, strict=True))
+
+
+def test_attention_uses_flash_and_efficient_kernels_not_cudnn():
+    """For the base by itself, too: at T = 1 it must compute the same."""
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    small_model(small_base())
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.flash_sdp_enabled() and torch.backends.cuda.mem_efficient_sdp_enabled()
+
+
+@torch.no_grad()
+def test_masks_are_laid_out_for_cuda():
+    """The memory-efficient kernel takes rows that are a multiple of 16 numbers apart as they are."""
+    model = small_model(small_base())
+    state = model.paths.main_path(IDS, MASK)
+    layout = SiteLayout(state, torch.tensor([0, 0, 1]), torch.tensor([4, 6, 7]))
+    for number in range(len(layout.groups)):
+        bias = layout.bias(number, None, 2, state.layers[0].keys)
+        assert bias.stride(-1) == 1 and all(stride % 16 == 0 for stride in bias.stride()[:-1])
+        mask = layout.mask(number, None)
+        assert torch.equal(bias == 0, mask.repeat(1, 1, 2 if mask.shape[2] > 1 else 1, 1))
+        assert bool((bias[bias != 0] == -torch.inf).all())
+
+
+def test_logits_alive_at_once_follow_the_memory_of_the_device():
+    vocabulary, cpu = 128_256, torch.device("cpu")
+    assert logit_rows(vocabulary, cpu, 6 << 20, 1 / 64) == 49 and logit_rows(10**9, cpu, 6 << 20, 1 / 64) == 1
+    with PretendDevices(memory=80 << 30) as devices:
+        device = torch.device("cuda", 0)
+        assert logit_rows(vocabulary, device, 6 << 20, 1 / 64) > 2000  # twice through the head, not 42 times
+        devices.memory = 8 << 30
+        assert 500 < logit_rows(vocabulary, device, 6 << 20, 1 / 256) < 600
+
+
+@torch.no_grad()
+def test_deltas_in_half_precision_are_rounded_less_than_the_projections():
+    model = small_model(small_base(torch.bfloat16))
+    layer = model.path.layers[0].twin.self_attn.q_proj
+    inputs = torch.randn(5, 3, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact = inputs.double() @ layer.get_base_layer().weight.double().T
+    exact += inputs.double() @ layer.get_delta_weight("diffusion").double().T
+    errors = [(layer(inputs).double() - exact).square().mean().sqrt()]
+    model.paths.prepare_inference()
+    errors.append((layer(inputs).double() - exact).square().mean().sqrt())
+    assert "forward" in vars(layer) and errors[1] < 2.5 * errors[0] < 0.02 * exact.std()
+    model.paths.release()
+    assert "forward" not in vars(layer)

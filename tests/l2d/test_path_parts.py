@@ -37,7 +37,7 @@ def test_inputs_have_unit_variance_at_every_time(time):
     projection.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     generator = torch.Generator().manual_seed(0)
     noise, tokens = (torch.randn(2000, 64, generator=generator) for _ in range(2))
-    projection((1 - time) * 3.0 * noise + time * 1.5 * tokens, torch.full((2000,), time))
+    projection((1 - time) * 3.0 * noise + time * 1.5 * tokens, projection.std(torch.full((2000,), time)))
     assert seen[0].var().item() == pytest.approx(1.0, abs=0.02)
 
 

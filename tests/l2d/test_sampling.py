@@ -14,6 +14,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 import l2d.decoding
+import l2d.network.diffusion_path
 import l2d.network.onednn
 import l2d.sampling.speculation
 from l2d import L2DForCausalLM, SamplerConfig
@@ -123,17 +124,16 @@ def test_drafting_stops_where_the_base_guesses_wrong():
 
 def test_a_wrong_acceptance_rule_is_noticed(model, monkeypatch):
     slow = decode(model, dict(speculation=False))
-    right = l2d.sampling.speculation._answers
+    right = l2d.sampling.speculation._first_change
 
-    def accept_everything(evaluator, sites, grid, done, assumed, keep_logits):
-        return assumed, right(evaluator, sites, grid, done, assumed, keep_logits)[1]
+    def accept_everything(answers, assumed, plan, sites):
+        return torch.full((sites,), assumed.shape[1])
 
-    def one_evaluation_late(*arguments, **settings):
-        answers, logits = right(*arguments, **settings)
-        return answers.roll(1, 1), logits
+    def one_evaluation_late(answers, *arguments):
+        return right(answers.roll(1), *arguments)
 
     for wrong in (accept_everything, one_evaluation_late):
-        monkeypatch.setattr(l2d.sampling.speculation, "_answers", wrong)
+        monkeypatch.setattr(l2d.sampling.speculation, "_first_change", wrong)
         assert not torch.equal(decode(model, {}), slow)
 
 
@@ -409,10 +409,13 @@ def test_onednn_gives_the_tokens_of_plain_products(make_base, make_l2d, monkeypa
     assert not torch.equal(decode(single, GUIDED, tokens=8), plain)  # so the packed weights are what is used
 
 
-def test_rows_of_a_modulation_table_in_sequence_are_those_of_any_order(model):
+def test_rows_of_a_modulation_table_in_sequence_are_those_of_any_order(model, monkeypatch):
     times = torch.linspace(0.0, 0.9, 10)
     table = model.path.modulation_table(times, (0, 1))
-    for rows in (torch.arange(3, 9), torch.tensor([4, 4, 9]), torch.tensor([7]), torch.tensor([5, 4])):
-        part = table.select(rows)
-        assert torch.equal(part.output, table.output[rows])
-        assert all(torch.equal(got, all_rows[rows]) for got, all_rows in zip(part.layers, table.layers, strict=True))
+    for at_once in (l2d.network.diffusion_path._AT_ONCE, 0):
+        monkeypatch.setattr(l2d.network.diffusion_path, "_AT_ONCE", at_once)
+        for rows in (torch.arange(3, 9), torch.tensor([4, 4, 9]), torch.tensor([7]), torch.tensor([5, 4])):
+            part = table.select(rows)
+            assert torch.equal(part.output, table.output[rows]) and torch.equal(part.input_std, table.input_std[rows])
+            for number in range(len(model.path.layers)):
+                assert torch.equal(part.layer(number), table.layer(number)[rows])

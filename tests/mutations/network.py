@@ -67,8 +67,8 @@ MUTATIONS = [
     Mutation(
         "masks: rotary embeddings of the first position",
         _attention,
-        "part[rows, self.index].unsqueeze(0)",
-        "part[rows, 0 * self.index].unsqueeze(0)",
+        "self.at(part).unsqueeze(0)",
+        "self.at(part)[:1].expand(len(self._sites[0]), -1).unsqueeze(0)",
         "tests/l2d/test_architectures.py::test_an_open_path_is_the_main_path",
     ),
     # parts of the path
@@ -89,8 +89,8 @@ MUTATIONS = [
     Mutation(
         "path: gates exchanged",
         _diffusion_path,
-        "gate1.to(hidden.dtype) * self.twin.attend",
-        "gate2.to(hidden.dtype) * self.twin.attend",
+        "torch.addcmul(hidden, gate1",
+        "torch.addcmul(hidden, gate2",
         f"{_PARTS}::test_parts_of_a_modulation_are_in_the_published_order",
     ),
     Mutation(

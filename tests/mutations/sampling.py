@@ -115,15 +115,15 @@ MUTATIONS = [
     Mutation(
         "speculation: a change without a class is overlooked",
         _speculation,
-        "differs = (answers != assumed).any(-1)",
-        "differs = (answers != assumed)[..., 0]",
+        "differs = (answers != expected).cpu()",
+        "differs = (answers != expected).cpu() & (branch == 0)",
         f"{_SAMPLING}::test_speculation_gives_the_sequential_solvers_tokens",
     ),
     Mutation(
         "speculation: choices drawn with the first evaluation's numbers",
         _speculation,
-        "sites.uniforms[site[here], number]",
-        "sites.uniforms[site[here], 0]",
+        "take(sites.uniforms[:, number], site[here])",
+        "take(sites.uniforms[:, 0], site[here])",
         f"{_SAMPLING}::test_speculation_is_exact_for_sampled_choices",
     ),
     # the sampler's choices
@@ -236,8 +236,8 @@ MUTATIONS = [
     Mutation(
         "noise: output tokens by step, not by position",
         "l2d/decoding.py",
-        "positions = (self.lengths + ahead).tolist()",
-        "positions = [ahead] * len(self.lengths)",
+        "noise.output(length + ahead)",
+        "noise.output(ahead)",
         f"{_NOISE}::test_output_tokens_are_drawn_with_the_number_of_their_position",
     ),
     Mutation(
@@ -251,8 +251,8 @@ MUTATIONS = [
     Mutation(
         "decoding: drafts are taken unseen",
         "l2d/decoding.py",
-        "agreed = all(kept)",
-        "agreed = True",
+        "not all(agreed[row] for row in rows)",
+        "False",
         f"{_SAMPLING}::test_drafted_tokens_change_nothing",
     ),
     Mutation(

@@ -112,5 +112,5 @@ def check_inputs(context: Context) -> None:
     for key, match in case.keys(r"enc\.out_(.+)"):
         with record.attempt("input projection", key):
             time = case.given(f"fwd.t_{match[1]}").float().expand(context.input_ids.shape)
-            got = path.input_projection(case.given(f"fwd.x_{match[1]}"), time)
+            got = path.input_projection(case.given(f"fwd.x_{match[1]}"), path.input_projection.std(time))
             record.close("input projection", key, got, case.expected(key), where=context.valid)
