@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from tests.benchmarks import decode, launches, released, scoring, serving, training, warm_start
+from tests.benchmarks import decode, launches, released, scoring, serving, sharding, training, warm_start
 from tests.benchmarks.models import make_base, make_model
 from tests.benchmarks.training import COMMON, WAYS, count_operations, main, make_rows, naive_loss, parse
 from tests.conftest import randomise_path, train_tokenizer
@@ -34,6 +34,15 @@ def test_launches(tmp_path):
     assert plain["synchronisations"] == 1 and plain["ratio"] == 1 < base["ratio"] < 2
     assert plain["launches"] < drafted["launches"] < undrafted["launches"] < sequential["launches"]
     assert json.loads((tmp_path / "out.json").read_text())["results"] == figures
+
+
+@pytest.mark.slow
+def test_memory_of_sharding(tmp_path):
+    file = tmp_path / "figures.json"
+    small = ["--processes", "2", "--layers", "2", "--hidden", "64", "--only", "fsdp2"]
+    figures = sharding.main([*small, "--json", str(file)])
+    assert figures[0]["configuration"] == "fsdp2" and figures[0]["peak_mib"] > 0
+    assert json.loads(file.read_text())["results"] == figures
 
 
 def test_scoring_figures(tmp_path):

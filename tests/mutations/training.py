@@ -202,6 +202,20 @@ MUTATIONS = [
         "                    pass",
         f"{_TRAINER}::test_resumes_from_python_as_trainers_do",
     ),
+    Mutation(
+        "launch: sharding that does not happen is accepted",
+        "training/checks.py",
+        'os.environ.get(f"ACCELERATE_USE_{name}") == "true" and kind in unsharded',
+        'os.environ.get(f"ACCELERATE_USE_{name}") == "true" and kind not in DistributedType',
+        "tests/training/test_processes.py::test_a_launch_is_what_its_configuration_says",
+    ),
+    Mutation(
+        "launch: processes that train alone are accepted",
+        "training/checks.py",
+        "state.num_processes != processes or kind == DistributedType.NO",
+        "False",
+        "tests/training/test_processes.py::test_a_launch_is_what_its_configuration_says",
+    ),
     # data
     Mutation(
         "data: the prompt is trained on",

@@ -25,6 +25,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import ADAPTER_SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_NAME
 
+from l2d.network.quantized import is_quantized
 from training.checkpointing.resume import check_same_model
 from training.checks import check_launch
 from training.optimization import Optimization
@@ -96,6 +97,8 @@ class ShardedCheckpoints(Optimization):
         """Trained weights in float32, used under autocast, where the library would round them before they are used."""
         if self.args.fp16:
             raise ValueError("fp16=True with sharding would round the trained weights: use bf16: true.")
+        if self._zero_stage == 3 and is_quantized(getattr(self.model, "base", self.model)):
+            raise ValueError("ZeRO-3 cannot spread the weights of a quantized base: launch with fsdp2.yaml.")
         for _, parameter in self._trained():
             parameter.data = parameter.data.float()
         if self.is_fsdp_enabled:
