@@ -183,7 +183,7 @@ NEEDS_CLASSES = "needs a model that was trained with guidance classes"
 REFUSED = [
     ("pretrained={l2d},budget=3", "l2d: model argument 'budget' is not known: did you mean 'diffusion_budget'?"),
     ("pretrained={l2d},peft=x", "l2d: model argument 'peft' is not known"),
-    ("pretrained={l2d},load_in_8bit=True", "l2d: model argument 'load_in_8bit' is not known"),
+    ("pretrained={l2d},load_in_8bit=True", "l2d: load_in_8bit=True is not how the base of"),
     ("diffusion_budget=3", "l2d: model argument 'pretrained' is missing"),
     ("pretrained=/nowhere", "l2d: pretrained='/nowhere' is not a directory"),
     ("pretrained={base}", "is a 'llama' model, not an L2D checkpoint: evaluate it with --model hf"),
