@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from tests.benchmarks import decode, launches, released, scoring, serving, sharding, training, warm_start
+from tests.benchmarks import decode, gpu, launches, released, scoring, serving, sharding, training, warm_start
 from tests.benchmarks.models import make_base, make_model
 from tests.benchmarks.training import COMMON, WAYS, count_operations, main, make_rows, naive_loss, parse
 from tests.conftest import randomise_path, train_tokenizer
@@ -43,6 +43,30 @@ def test_memory_of_sharding(tmp_path):
     figures = sharding.main([*small, "--json", str(file)])
     assert figures[0]["configuration"] == "fsdp2" and figures[0]["peak_mib"] > 0
     assert json.loads(file.read_text())["results"] == figures
+
+
+def test_the_gpu_script_in_miniature(tmp_path, monkeypatch):
+    """Every part runs on a CPU; one that fails or has no time left keeps no other from running."""
+    file = tmp_path / "gpu.json"
+    options = ["--device", "cpu", *TINY, "--dtype", "float32", "--quick", "--json", str(file)]
+    figures = gpu.main([*options, "--minutes", "20"])
+    assert json.loads(file.read_text()) == figures and set(gpu.PARTS) < figures.keys()
+    assert all("failed" not in figures[name] and figures[name]["figures"] for name in gpu.PARTS)
+    for one in figures["checks"]["figures"]:
+        exact = one["dtype"] == "float32"
+        assert one.get("equal_bits", True) and one.get("equal", 1.0) >= (1.0 if exact else 0.5)
+        assert all(one.get(name, 0.0) == 0 for name in ("largest_difference", "loss_difference", "gradients"))
+    assert {one.get("drafts") for one in figures["decode"]["figures"]} == {None, 0, 3}
+    assert "no --base" in figures["study"]["figures"][0]["skipped"]
+
+    def fails(arguments):
+        raise RuntimeError("of a device")
+        yield {}
+
+    monkeypatch.setattr(gpu, "PARTS", {"checks": fails, "decode": lambda arguments: iter([{"a": 1}, {"a": 2}])})
+    figures = gpu.main([*options, "--minutes", "0"])
+    assert figures["checks"]["failed"] == "RuntimeError: of a device"
+    assert figures["decode"]["figures"] == [{"a": 1}] and "not measured" in figures["decode"]["stopped"]
 
 
 def test_scoring_figures(tmp_path):

@@ -39,7 +39,7 @@ def compare(model, solver: str, guided: bool, tokens: int, length: int = 25) -> 
     equal = total = changes = 0
     for rows, share in SHARES.items():
         for seed in range(-(-int(tokens * share) // (rows * length))):
-            ids, mask = prompts(rows, seed, model.base.config.vocab_size)
+            ids, mask = (t.to(model.device) for t in prompts(rows, seed, model.base.config.vocab_size))
             common = dict(attention_mask=mask, max_new_tokens=length, return_record=True)
             fast, record = model.generate(ids, sampler=sampler, **common)
             slow, _ = model.generate(ids, sampler={**sampler, "speculation": False, "draft_tokens": 0}, **common)
