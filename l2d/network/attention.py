@@ -45,12 +45,13 @@ class SiteLayout:
         state: the main path.
         rows: (N,) row of each evaluation, not decreasing.
         index: (N,) position of each evaluation among the state's new positions.
+        masked: attend with a mask where none is needed, too, so that it is always the same kernel.
 
     The layout is worked out on the host: give CPU tensors, others are copied there.
     """
 
-    def __init__(self, state: MainPathState, rows: torch.Tensor, index: torch.Tensor):
-        self.state = state
+    def __init__(self, state: MainPathState, rows: torch.Tensor, index: torch.Tensor, masked: bool = False):
+        self.state, self.masked = state, masked
         self._sites = torch.stack([rows.cpu(), index.cpu()])  # (2, N)
         self._sent: dict[tuple[int, torch.device], torch.Tensor] = {}
         self._masks: dict[tuple[int, int | None, torch.device], torch.Tensor | None] = {}
@@ -166,6 +167,8 @@ class SiteLayout:
             if window is not None and window < state.key_count:
                 recent = torch.arange(state.key_count, device=device) >= state.key_count - window
                 key_mask = recent[None] if key_mask is None else key_mask & recent
+            if key_mask is None and self.masked:
+                key_mask = torch.ones(1, state.key_count, dtype=torch.bool, device=device)
             return None if key_mask is None else key_mask[:, None, None]
         index = self.sent(group.index, device)
         position = (index + state.offset).unsqueeze(-1)  # (R, P, 1)

@@ -18,7 +18,8 @@ from l2d.network.memory import logit_rows
 from l2d.network.transfers import take
 from l2d.network.two_paths import TwoPaths
 from l2d.sampler_config import SamplerConfig
-from l2d.sampling.fixed_grid import FixedGrid
+from l2d.sampling.fixed_grid import FixedGrid, fixed_grid
+from l2d.sampling.fixed_shapes import FixedCalls, evaluations_per_row
 from l2d.sampling.noise import draw_token
 from l2d.sampling.sites import Sites
 
@@ -74,6 +75,12 @@ class PathEvaluator:
         self.branches: tuple[int | None, ...] = (
             (None,) if not classes else ((own, classes) if sampler.guided else (own,))
         )
+        self._places: int | None = None  # evaluations of each row in a call
+        if not sampler.is_base and not sampler.adaptive:
+            ahead = 1 if paths.path.carried_state is not None else fixed_grid(sampler).evaluations
+            self._places = evaluations_per_row(state, ahead * len(self.branches) + 1)
+        if self._places is not None:
+            self.chunk = min(self.chunk, self._places * state.hidden.shape[0])
 
     def at_evaluations(
         self,
@@ -88,11 +95,13 @@ class PathEvaluator:
         """Fused and own hidden states, (M, H) each, of a flat batch of grid evaluations.
 
         site (M,) in order, evaluation (M,) and branch (M,) are of the host; state x (M, d), carried (M, H): see
-        `DiffusionPath.forward`.
+        `DiffusionPath.forward`. In half precision on an accelerator, as calls of one shape (`fixed_shapes`).
         """
         kinds = tuple(kind for kind in self.branches if kind is not None) or None
         table = self.paths.path.modulation_table(grid.times, kinds)
         row = evaluation if branch is None else evaluation + branch * len(grid.times)
+        if self._places is not None:
+            return self._in_fixed_calls(sites, site, row, table, x, carried, self._places)
         # Where all sites are evaluated at the same times, one copy is enough.
         pattern = row[: len(row) // max(1, len(sites))]
         if len(row) and len(pattern) * len(sites) == len(row) and bool((row.view(len(sites), -1) == pattern).all()):
@@ -100,6 +109,29 @@ class PathEvaluator:
         else:
             modulation = table.select(row)
         return self._run(sites, site, x, modulation, carried)
+
+    def _in_fixed_calls(
+        self,
+        sites: Sites,
+        site: torch.Tensor,
+        row: torch.Tensor,
+        table: Modulation,
+        x: torch.Tensor,
+        carried: torch.Tensor | None,
+        count: int,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`at_evaluations` in calls of `count` evaluations of every row; `row` (M,) is that of the table."""
+        calls = FixedCalls.make(sites.rows[site], self.state.hidden.shape[0], count)
+        results = []
+        for filled, own in zip(calls.filled, calls.own, strict=True):
+            # What repeats an evaluation of another row has a position that every row has.
+            index = torch.zeros_like(filled).index_copy(0, own, sites.index[site[filled[own]]])
+            layout = SiteLayout(self.state, calls.rows, index, masked=True)
+            before = None if carried is None else take(carried, filled)
+            found = self.paths.path(take(x, filled), table.select(row[filled]), layout, before)
+            results.append([take(part, own) for part in found])
+        hidden, own_hidden = (take(_joined(parts), calls.order) for parts in zip(*results, strict=True))
+        return hidden, own_hidden
 
     def at_times(self, sites: Sites, x: torch.Tensor, time: torch.Tensor, branches: int) -> torch.Tensor:
         """Hidden states (N, branches, H) of one point per site at its own time: x (N, d), time (N,)."""
@@ -132,7 +164,7 @@ class PathEvaluator:
             uniforms = uniforms.repeat_interleave(hidden.shape[1], dim=0)
         parts = [
             self.estimate(
-                self.paths.logits(part, plain=False),
+                self._chunk_logits(part),
                 temperature,
                 None if uniforms is None else uniforms[start * self.chunk : (start + 1) * self.chunk],
             )
@@ -146,12 +178,23 @@ class PathEvaluator:
         kept: list[torch.Tensor] = []
         tokens = []
         for number, part in enumerate(hidden.split(self.chunk)):
-            logits = self.paths.logits(part, plain=False)
+            logits = self._chunk_logits(part)
             tokens.append(logits.argmax(-1).to(self.table.device))
             if keep is not None:
                 first = number * self.chunk
                 kept.append(take(logits, keep[(keep >= first) & (keep < first + self.chunk)] - first))
         return _joined(tokens), _joined(kept) if kept else None
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits (M, V) for hidden states (M, H), in chunks."""
+        return _joined([self._chunk_logits(part) for part in hidden.split(self.chunk)])
+
+    def _chunk_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of at most a chunk; in calls of one shape, of exactly a chunk, of which the rest is not used."""
+        count = len(hidden)
+        if self._places is not None and 0 < count < self.chunk:
+            hidden = torch.cat([hidden, hidden[-1:].expand(self.chunk - count, -1)])
+        return self.paths.logits(hidden, plain=False)[:count]
 
     def estimate(self, logits: torch.Tensor, temperature: float, uniforms: torch.Tensor | None) -> tuple:
         """`clean_estimate` under this sampler's settings."""

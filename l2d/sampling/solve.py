@@ -147,7 +147,10 @@ def solve_next(
     solved = solve_sites(paths, state, sites, sampler, sampler.class_index(paths.config.guidance_classes))
     logits = solved.logits
     if logits is None:
-        logits = paths.logits(solved.hidden[:, None], plain=sampler.is_base)[:, 0]
+        if sampler.is_base:  # with the shape that the base gives its head
+            logits = paths.logits(solved.hidden[:, None])[:, 0]
+        else:
+            logits = PathEvaluator(paths, state, sampler, None).logits(solved.hidden)
     return solved, logits.float().to(paths.device)
 
 

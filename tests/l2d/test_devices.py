@@ -2,7 +2,7 @@
 
 - the pretended devices refuse and count as CUDA does
 - bases that are spread over devices, decoding, scoring and training there; how often the host waits
-- deltas in half precision
+- deltas, and tokens, in half precision; the attention kernels and the memory that are used
 """
 
 import accelerate
@@ -10,10 +10,12 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import l2d.sampling.evaluator
 from l2d import L2DConfig, L2DForCausalLM
 from l2d.network.attention import SiteLayout
 from l2d.network.diffusion_path import NoisedTargets
 from l2d.network.memory import logit_rows
+from l2d.sampling.fixed_shapes import FixedCalls
 from tests.conftest import randomise_path
 from tests.pretend_device import PretendDevices
 
@@ -101,6 +103,7 @@ def answers(model: L2DForCausalLM, device: str, samplers: list[dict]) -> tuple[l
 
 
 SAMPLERS = [{"budget": 1}, {"budget": 7, "speculation": False, "draft_tokens": 0}, {"budget": 7}]
+GUIDED = {"budget": 7, "guidance_scale": 1.5, "guidance_class": "a"}
 SAMPLED = {"budget": 5, "choice": "sample", "choice_temperature": 1.0}
 
 
@@ -164,6 +167,62 @@ def test_a_training_step_is_the_same_on_a_device():
     with PretendDevices():
         other, others = step(small_model(small_base().to("cuda:0")), "cuda:0")
     assert other == loss and all(torch.equal(*pair) for pair in zip(gradients, others, strict=True))
+
+
+class RowDependent:
+    """Products and attention whose rounding depends on how many rows are computed together, as on an accelerator."""
+
+    def __init__(self, monkeypatch):
+        for owner, name in (
+            (torch.nn.functional, "linear"),
+            (torch, "addmm"),
+            (torch.nn.functional, "scaled_dot_product_attention"),
+        ):
+            monkeypatch.setattr(owner, name, self.rounded(getattr(owner, name), name))
+
+    def rounded(self, product, name):
+        def computed(*arguments, **settings):
+            result = product(*arguments, **settings)
+            if result.dtype != torch.bfloat16:
+                return result
+            count = result.shape[-2] if "attention" in name else result.numel() // result.shape[-1]
+            if "attention" in name and settings.get("attn_mask") is not None:
+                count += 1000  # another kernel
+            factor = 1 + ((count * 2654435761 >> 7) % 9 - 4) / 256  # a few units in the last place
+            return (result.float() * factor).bfloat16()
+
+        return computed
+
+
+ROW_DEPENDENT = [{"draft_tokens": 0, "speculation": False}, {"draft_tokens": 0}, {"draft_tokens": 3}]
+
+
+def tokens_of_each(settings: dict) -> list[torch.Tensor]:
+    model = small_model(small_base(torch.bfloat16).to("cuda:0"), guidance_classes=["a"])
+    common = dict(attention_mask=MASK.to("cuda:0"), max_new_tokens=6)
+    return [model.generate(IDS.to("cuda:0"), sampler={**settings, **one}, **common).cpu() for one in ROW_DEPENDENT]
+
+
+@pytest.mark.parametrize("settings", [{"budget": 5, "choice": "sample", "choice_temperature": 1.0}, GUIDED])
+def test_tokens_in_half_precision_do_not_depend_on_what_is_computed_together(settings, monkeypatch):
+    """With products whose rounding depends on the number of rows; without calls of one shape they do depend on it."""
+    with PretendDevices():
+        RowDependent(monkeypatch)
+        slow, fast, drafted = tokens_of_each(settings)
+        assert torch.equal(slow, fast) and torch.equal(slow, drafted)
+        monkeypatch.setattr(l2d.sampling.evaluator, "evaluations_per_row", lambda *arguments: None)
+        slow, fast, drafted = tokens_of_each(settings)
+        assert not torch.equal(slow, fast) or not torch.equal(slow, drafted)
+
+
+def test_calls_of_one_shape_hold_every_evaluation_once():
+    rows = torch.tensor([0] * 5 + [2] * 3 + [3])
+    calls = FixedCalls.make(rows, 4, 2)
+    assert len(calls.filled) == 3 and calls.rows.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    places = [filled[own] for filled, own in zip(calls.filled, calls.own, strict=True)]
+    assert torch.cat(places)[calls.order].tolist() == list(range(9))
+    for own, evaluations in zip(calls.own, places, strict=True):
+        assert torch.equal(calls.rows[own], rows[evaluations])
 
 
 def test_attention_uses_flash_and_efficient_kernels_not_cudnn():
