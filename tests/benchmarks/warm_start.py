@@ -54,8 +54,8 @@ def train(options: argparse.Namespace, start: str, rate: float) -> dict[str, Any
         output_dir=str(options.scratch / f"{start}-{rate:g}"),
         overwrite_output_dir=True,
         max_steps=options.steps,
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=options.batch // 4,
+        per_device_train_batch_size=min(4, options.batch),
+        gradient_accumulation_steps=max(1, options.batch // 4),
         learning_rate=rate,
         lr_scheduler_type="constant_with_warmup",
         warmup_steps=max(1, options.steps // 10),
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--base", required=True, help="folder or name of a chat model")
     parser.add_argument("--data", required=True, type=Path, help="GSM8K's training split, .parquet or .jsonl")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--batch", type=int, default=16, help="examples per step, a multiple of 4")
+    parser.add_argument("--batch", type=int, default=16, help="examples per step: 1, 2, or a multiple of 4")
     parser.add_argument("--held-out", type=int, default=32, help="rows that are measured in the end")
     parser.add_argument("--first-held-out", type=int, default=7000, help="number of the first of them")
     parser.add_argument(

@@ -62,8 +62,10 @@ def test_dry_run_needs_no_weights(dry, path):
     recipe = read_recipe(["--config", str(path)])
     batch = recipe.training.per_device_train_batch_size * recipe.training.gradient_accumulation_steps
     assert batch == 32 and recipe.training.adam_beta2 == 0.95 and recipe.training.weight_decay == 0.01
+    ours = path.stem.startswith("gsm8k")
     rates = {"full_sft": 1e-5}
-    assert recipe.training.learning_rate == rates.get(recipe.model.method, 1e-4)
+    assert recipe.training.learning_rate == (1e-3 if ours else rates.get(recipe.model.method, 1e-4))
+    assert recipe.model.warm_start == ours
     if recipe.model.method != "full_sft" and recipe.model.variant == "lora":
         alpha = 64 if recipe.model.method == "lora_sft" else 32
         assert (recipe.model.lora_rank, recipe.model.lora_alpha) == (32, alpha)
