@@ -206,8 +206,6 @@ class DiffusionPath(nn.Module):
         self.layers: Any = nn.ModuleList(DiffusionLayer(twin, width, hidden_size, gate) for twin in twins)
         self.output_modulation = modulation_head(width, hidden_size)
         self.noise_free, self.warm_start = config.noise_free, config.warm_start
-        # Set it to False to compare with `h_main + a(t) h`; not kept in checkpoints.
-        self.interpolates = config.warm_start
         if self.warm_start:
             self.input_projection.start_at_zero()
         # Initialised last, so that all other weights are those of a model without it.
@@ -326,7 +324,7 @@ class DiffusionPath(nn.Module):
 
     def _fuse(self, main: torch.Tensor, hidden: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
         """Fused hidden states (N, H): `main` (N, H), and as much of `hidden` (R, P, H) as `factor` (P, H) says."""
-        if not self.interpolates:
+        if not self.warm_start:
             start = main.unflatten(0, hidden.shape[:2])
             return torch.addcmul(start, factor.to(main.dtype), hidden.to(main.dtype)).flatten(0, 1)
         start = at_least_float32(main).unflatten(0, hidden.shape[:2])

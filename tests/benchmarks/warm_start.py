@@ -24,7 +24,7 @@ from l2d import L2DConfig, L2DForCausalLM
 from training.config import L2DTrainingConfig
 from training.trainer import L2DTrainer, response_positions
 
-STARTS = ("published", "warm", "added")
+STARTS = ("published", "warm")
 
 
 def rows_of(path: Path, first: int, count: int) -> Dataset:
@@ -48,8 +48,6 @@ def train(options: argparse.Namespace, start: str, rate: float) -> dict[str, Any
     torch.manual_seed(0)
     config = L2DConfig(warm_start=start != "published", noise_std=options.noise_std, variant=options.variant)
     model = L2DForCausalLM.from_base(options.base, config, dtype=torch.bfloat16)
-    if start == "added":
-        model.path.interpolates = False
     args = L2DTrainingConfig(
         output_dir=str(options.scratch / f"{start}-{rate:g}"),
         overwrite_output_dir=True,
@@ -144,7 +142,6 @@ def main(arguments: list[str] | None = None) -> None:
         "--published", type=float, nargs="*", default=[1e-3], help="learning rates of the published start"
     )
     parser.add_argument("--warm", type=float, nargs="*", default=[1e-3], help="learning rates, warm start")
-    parser.add_argument("--added", type=float, nargs="*", default=[], help="the same of the warm start's added form")
     parser.add_argument("--noise-std", type=float, default=64.0)
     parser.add_argument("--time-power", type=float, default=1.0)
     parser.add_argument(

@@ -58,17 +58,6 @@ def test_a_fresh_path_gives_the_bases_tokens_at_every_budget(base_dir, option, b
         assert torch.equal(one.generate(ids, sampler={"budget": budget, **more}, **settings), expected)
 
 
-def test_an_added_path_starts_as_the_base_too(base_dir):
-    """The other form that experiments may choose: `h_main + a h`, at first `(1 + t) h_main`, which the norm scales."""
-    one = fresh(base_dir)
-    one.path.interpolates = False
-    ids, mask = prompts()
-    settings = dict(attention_mask=mask, max_new_tokens=8)
-    expected = one.base.generate(ids, do_sample=False, **settings)
-    for budget in (1, 7):
-        assert torch.equal(one.generate(ids, sampler={"budget": budget}, **settings), expected)
-
-
 def test_a_fresh_noise_free_path_gives_the_bases_tokens(base_dir):
     one = fresh(base_dir, noise_free=True)
     ids, mask = prompts()
