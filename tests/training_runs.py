@@ -177,6 +177,16 @@ def logged(folder: Path, name: str = "loss") -> dict[int, float]:
     return {entry["step"]: entry[name] for entry in state["log_history"] if name in entry}
 
 
+def assert_resumed_exactly(whole: Path, resumed: Path, stem: str) -> None:
+    """A run of three steps, resumed after the first: the same bits, in every checkpoint and log line that follows."""
+    for step in (2, 3):
+        file = f"checkpoint-{step}/{stem}.safetensors"
+        assert same_bits(load_file(whole / file), load_file(resumed / file)), step
+    assert same_bits(weights(whole), weights(resumed))
+    for value in ("loss", "eval_loss", "grad_norm"):
+        assert logged(whole, value) == logged(resumed, value), value
+
+
 # Several runs by the same processes, as starting them takes longer than a run. Trained weights are random and matter,
 # noise belongs to an example. Accelerate takes FSDP for accelerators only: on CPUs its own state says so, and all that
 # follows works on them. Nothing is compiled: of DeepSpeed's own operators CPUs would use one, for sums.

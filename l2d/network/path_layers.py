@@ -372,8 +372,7 @@ def build_twin(decoder: Decoder, base_config: PreTrainedConfig, config: L2DConfi
         attention_names, mlp_names = _targets(attention, mlp)
         if not attention_names:
             raise ValueError(
-                f"{type(base_attention).__name__} has no linear layers that the path could train, as in a base that is "
-                "quantized by modules of its own: load the base unquantized."
+                f"{type(base_attention).__name__} has no linear layers that the path could train: use another base."
             )
         for module, names in ((attention, attention_names), (mlp, mlp_names)):
             if config.variant == "lora":

@@ -11,12 +11,12 @@ import torch
 
 
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on `device`; the host does not wait for the copy."""
+    """A tensor of the host on `device`; the host does not wait for a copy to another one."""
     if values.device == device:
         return values
     if values.device.type == "cpu" and device.type == "cuda":
         values = values.pin_memory()  # from other memory the copy could wait
-    return values.to(device, non_blocking=True)
+    return values.to(device, non_blocking=device.type != "cpu")  # a copy to the host is read at once
 
 
 def spacing(index: torch.Tensor) -> slice | None:

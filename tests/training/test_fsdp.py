@@ -13,6 +13,7 @@ from l2d import L2DForCausalLM
 from tests.training_runs import (
     BASELINE,
     SMALL,
+    assert_resumed_exactly,
     launch_runs,
     logged,
     same_bits,
@@ -93,14 +94,7 @@ def test_a_unit_is_a_layer(runs):
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_resuming_is_exact(runs, name):
-    """From the first of three steps: the same bits, in every checkpoint and log line that follows."""
-    stem = "adapter_model" if name == "sft" else "model"
-    for step in (2, 3):
-        file = f"checkpoint-{step}/{stem}.safetensors"
-        assert same_bits(load_file(runs / name / file), load_file(runs / f"{name}-on" / file)), step
-    assert same_bits(weights(runs / name), weights(runs / f"{name}-on"))
-    for value in ("loss", "eval_loss", "grad_norm"):
-        assert logged(runs / name, value) == logged(runs / f"{name}-on", value), value
+    assert_resumed_exactly(runs / name, runs / f"{name}-on", "adapter_model" if name == "sft" else "model")
 
 
 def test_what_is_left_is_the_best_model(runs):
