@@ -113,6 +113,12 @@ class SamplerConfig:
     mc_samples: int = setting(
         1, whole(1), "noise draws averaged when a given continuation is scored", compute=True, shown="{} noise draws"
     )
+    skip_confidence: float = setting(
+        1.0,
+        number("a number above 0 and at most 1", lambda value: 0 < value <= 1),
+        "take the base's answer, without evaluations, where its most likely token is at least so likely; 1: nowhere",
+        shown="the base's answer from p = {} on",
+    )
     seed: int = setting(0, whole(0, (1 << 64) - 1, "2**64 - 1"), "seed of all noise", shown="seed {}")
     speculation: bool = setting(
         True, truth, "evaluate whole trajectories at once; the result is the same", changes_answers=False

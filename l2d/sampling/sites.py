@@ -83,6 +83,12 @@ class SiteSolution:
         }
         return cls(**whole)
 
+    def take(self, order: torch.Tensor) -> "SiteSolution":
+        """The solutions of sites `order` (M,), numbers of the host, in that order."""
+        columns = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        taken: dict[str, Any] = {name: None if v is None else take(v, order) for name, v in columns.items()}
+        return SiteSolution(**taken)
+
 
 def make_sites(
     config: L2DConfig,

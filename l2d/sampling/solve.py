@@ -16,6 +16,7 @@ from l2d.network.main_path import MainPathState
 from l2d.network.two_paths import TwoPaths
 from l2d.sampler_config import SamplerConfig
 from l2d.sampling.adaptive import solve_adaptive
+from l2d.sampling.confidence import solve_where_unsure
 from l2d.sampling.evaluator import PathEvaluator
 from l2d.sampling.fixed_grid import FixedGrid, fixed_grid
 from l2d.sampling.noise import RequestNoise
@@ -43,10 +44,22 @@ def solve_sites(
     if sampler.is_base:
         nothing = torch.zeros(len(sites), dtype=torch.int64)
         return SiteSolution(evaluator.base_hidden(sites), nothing + 1, nothing, nothing, nothing, nothing.bool())
+
+    def solve_all(sites: Sites) -> SiteSolution:
+        return _solve_by_path(evaluator, sites, record)
+
+    if sampler.skip_confidence < 1 and len(sites):
+        return solve_where_unsure(evaluator, sites, solve_all, record)
+    return solve_all(sites)
+
+
+def _solve_by_path(evaluator: PathEvaluator, sites: Sites, record: bool) -> SiteSolution:
+    """Solve all sites by evaluations of the path, as many at a time as fit into memory."""
+    sampler = evaluator.sampler
     if sampler.adaptive:
         return solve_adaptive(evaluator, sites)
     grid = fixed_grid(sampler)
-    method = solve_speculatively if speculates(paths, sampler) else solve_sequentially
+    method = solve_speculatively if speculates(evaluator.paths, sampler) else solve_sequentially
     limit = max(1, _STATE_ELEMENTS // (grid.evaluations * sites.noise.shape[1]))
     if len(sites) <= limit:
         return method(evaluator, sites, grid, record)

@@ -33,7 +33,7 @@ from lm_eval_ext.leaderboard.__main__ import write_leaderboard
 from lm_eval_ext.model import L2DLM
 from tests.integration.harness import TASKS
 from tests.training_runs import write_jsonl
-from training.compare_budgets import main as controls
+from training.compare_budgets.__main__ import main as controls
 
 NAME, NOWHERE = "someone/model", "someone/else"
 NEW, OLD = "a" * 40, "0123456789" * 4

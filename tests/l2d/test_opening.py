@@ -21,7 +21,7 @@ from lm_eval_ext.arguments import UsageError, parse_arguments
 from lm_eval_ext.model import L2DLM
 from tests.integration.harness import TASKS
 from tests.training_runs import write_jsonl
-from training.compare_budgets import main as compare_budgets
+from training.compare_budgets.__main__ import main as compare_budgets
 
 _opened: list[str] = []  # an audit hook cannot be removed
 

@@ -272,6 +272,7 @@ SETTINGS = st.fixed_dictionaries(
         "final_time": st.sampled_from([0.02, 0.5, 1.0]), "choice": st.sampled_from(["sample", "average"]),
         "choice_temperature": st.sampled_from([0.0, 0.7, "polynomial_1_1.0"]), "speculation": st.booleans(),
         "guidance_class": st.sampled_from(["math", "coding", 0, 1]), "guidance_scale": st.just(1.0),
+        "skip_confidence": st.sampled_from([0.5, 0.95, 1.0]),
     },
 )  # fmt: skip
 

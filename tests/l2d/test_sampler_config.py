@@ -43,6 +43,9 @@ WRONG = [
     (dict(choice_temperature="polynomial_1_0"), "choice_temperature"),
     (dict(end_velocity="half"), "end_velocity"),
     (dict(mc_samples=0), "mc_samples"),
+    (dict(skip_confidence=0), "skip_confidence=0 must be a number above 0 and at most 1"),
+    (dict(skip_confidence=1.01), "skip_confidence"),
+    (dict(skip_confidence="high"), "skip_confidence"),
     (dict(seed=-1), "seed"),
     (dict(speculation="perhaps"), "speculation"),
 ]

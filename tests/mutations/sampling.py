@@ -7,8 +7,10 @@ _SAMPLING = "tests/l2d/test_sampling.py"
 _NOISE = "tests/l2d/test_noise.py"
 _CHOICES = "tests/l2d/test_choices.py"
 
-_fixed_grid, _evaluator, _noise, _adaptive, _speculation = (
-    f"l2d/sampling/{name}.py" for name in ("fixed_grid", "evaluator", "noise", "adaptive", "speculation")
+_GATE = "tests/l2d/test_confidence.py"
+
+_fixed_grid, _evaluator, _noise, _adaptive, _speculation, _confidence = (
+    f"l2d/sampling/{name}.py" for name in ("fixed_grid", "evaluator", "noise", "adaptive", "speculation", "confidence")
 )
 
 MUTATIONS = [
@@ -304,5 +306,27 @@ MUTATIONS = [
         "default_keys([row[:count]])[0]",
         "default_keys([row])[0]",
         f"{_NOISE}::test_continuations_of_one_context_share_their_noise",
+    ),
+    # the gate
+    Mutation(
+        "gate: unsure sites are skipped",
+        _confidence,
+        "confidence >= evaluator.sampler.skip_confidence",
+        "confidence < evaluator.sampler.skip_confidence",
+        f"{_GATE}::test_scores_are_the_bases_where_it_is_sure_and_the_solvers_elsewhere",
+    ),
+    Mutation(
+        "gate: solutions stay in the order in which they were joined",
+        _confidence,
+        "parts.take(torch.argsort(torch.cat([keep, skip])))",
+        "parts",
+        f"{_GATE}::test_scores_are_the_bases_where_it_is_sure_and_the_solvers_elsewhere",
+    ),
+    Mutation(
+        "gate: skipped sites count as if the budget had been asked for",
+        _confidence,
+        "SiteSolution(hidden, nothing + 1, nothing,",
+        "SiteSolution(hidden, nothing + 15, nothing,",
+        f"{_GATE}::test_generation_follows_the_same_rule",
     ),
 ]

@@ -10,16 +10,17 @@ from scipy import stats
 from l2d import L2DForCausalLM, SamplerConfig
 from lm_eval_ext.arguments import parse_arguments
 from tests.training_runs import sums, write_jsonl
-from training.compare_budgets import (
+from training.compare_budgets.__main__ import main
+from training.compare_budgets.measuring import (
     Measurement,
     best_single_evaluation,
+    cheapest_gate,
     choose_best,
     compare,
-    comparison,
-    main,
     measure,
     single_evaluation,
 )
+from training.compare_budgets.report import comparison, gate_verdict
 
 TIMES = (0.1, 0.5, 0.9)
 WIDTH = 6  # tokens of an answer
@@ -133,6 +134,49 @@ def test_comparison(budget, single, word):
         assert f"paired difference {pairs.mean():+.3f} [{low:+.3f}, {high:+.3f}]" in sentence
 
 
+# ---- gates -------------------------------------------------------------------------------------------------------
+
+
+def gated(right: list[int], computed: float, p: float) -> Measurement:
+    """A measurement of answers of four tokens at T = 15, with `right` tokens each."""
+    rights = torch.tensor(right, dtype=torch.float64)
+    fours = torch.full_like(rights, 4)
+    sampler = SamplerConfig(skip_confidence=p)
+    return Measurement(sampler, fours, rights, fours, computed=fours * computed, passes=fours)
+
+
+def test_the_cheapest_gate_within_one_error_is_named():
+    ungated = gated([4, 3, 4, 3] * 5, 15.5, 1.0)
+    far = gated([3, 2, 3, 2] * 5, 1.0, 0.5)  # each answer has lost a token: no doubt
+    close = gated([4, 3, 4, 2, 3, 4] + [4, 3] * 7, 4.25, 0.7)  # two tokens of 80 lost and one won: error .0216
+    same = gated([4, 3, 4, 3] * 5, 6.0, 0.9)
+    assert cheapest_gate([far, close, same], ungated) is close
+    assert cheapest_gate([far, same], ungated) is same
+    assert cheapest_gate([far], ungated) is None
+    sentence = gate_verdict([far, close, same], ungated)
+    assert "skip_confidence=0.7 computes 4.25 evaluations a token in place of 15.50" in sentence
+    assert "token accuracy -.0125 [" in sentence
+    assert gate_verdict([far], ungated) == "No gate keeps token accuracy within one standard error of T = 15."
+
+
+def test_gates_are_measured_at_the_largest_budget(l2d_dir, make_l2d, base_dir, tmp_path, capsys):
+    data = write_jsonl(tmp_path / "data.jsonl", sums(6))
+    free = make_l2d(base_dir, noise_free=True)
+    for folder, name in ((l2d_dir, "T = 7, base from p = "), (free, "one evaluation, t = 1, base from p = ")):
+        file = tmp_path / f"{folder.name}.json"
+        some = ["--skip_confidence", "0.9,1e-9", "--device", "cpu", "--json", str(file)]
+        budgets = [] if folder is free else ["--budgets", "7,1", "--times", "0.5"]
+        main([str(folder), "--data", str(data), *budgets, *some])
+        printed, written = capsys.readouterr().out, json.loads(file.read_text())
+        assert f"{name}1e-09  0.00 " in printed and f"{name}0.9 " in printed and "standard error" in printed
+        none, most = written["gates"]
+        assert none["evaluations"] == 0 < most["evaluations"]
+        (base,) = (one for one in written["budgets"] if one["sampler"]["budget"] == 1)
+        assert none["accuracy"] == base["accuracy"] and none["nll"] == pytest.approx(base["nll"], abs=1e-5)
+        reference = written["single_evaluations"][-1] if folder is free else written["budgets"][-1]
+        assert none["difference"]["value"] == pytest.approx(none["accuracy"] - reference["accuracy"])
+
+
 # ---- the command -------------------------------------------------------------------------------------------------
 
 
@@ -191,6 +235,9 @@ def test_noise_free_paths_have_one_evaluation(make_l2d, base_dir, tmp_path, caps
         (["--times", "early"], "times='early' must be numbers with commas between them"),
         (["--budgets", "3.5"], "budgets='3.5' must be whole numbers"),
         (["--budgets", "14"], "diffusion_budget=14 cannot be met by solver='midpoint'"),
+        (["--skip_confidence", "0,0.5"], "skip_confidence=0 must be a number above 0 and at most 1"),
+        (["--skip_confidence", "high"], "skip_confidence='high' must be numbers with commas"),
+        (["--skip_confidence", "0.5", "--budgets", "1"], "budgets=1 has none: give a larger one"),
         (["--limit", "0"], "limit=0 must be a whole number"),
         (["--batch_size", "-1"], "batch_size=-1 must be"),
         (["--json", "absent/file.json"], "json='absent/file.json' is in a folder that does not exist"),
@@ -200,7 +247,8 @@ def test_noise_free_paths_have_one_evaluation(make_l2d, base_dir, tmp_path, caps
     ],
 )
 def test_refused_before_weights_are_loaded(l2d_dir, tmp_path, monkeypatch, capsys, changes, sentence):
-    monkeypatch.setattr("training.compare_budgets.load_session", lambda *_, **__: pytest.fail("weights were loaded"))
+    loads = "training.compare_budgets.__main__.load_session"
+    monkeypatch.setattr(loads, lambda *_, **__: pytest.fail("weights were loaded"))
     data = write_jsonl(tmp_path / "data.jsonl", sums(5))
     with pytest.raises(SystemExit) as caught:
         main([str(l2d_dir), "--data", str(data), *changes])

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from l2d import L2DForCausalLM
 from tests.conftest import REPOSITORY
 from tests.training_runs import write_jsonl
-from training.compare_budgets import measure
+from training.compare_budgets.measuring import measure
 from training.demo.plan import write_configs
 from training.recipe import read_recipe
 from training.studies.real import __main__ as command

@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from l2d import L2DForCausalLM
 from l2d.sampler_config import NOISE_FREE_SAMPLER
-from training import compare_budgets
-from training.compare_budgets import single_evaluation
+from training.compare_budgets import measuring
+from training.compare_budgets.measuring import single_evaluation
 from training.demo.base import encode_rows
 from training.demo.data import read_rows
 from training.studies.packing import write_json
@@ -57,7 +57,7 @@ def measure(
     """
     targets = labels != -100
     if sampler is not None:
-        return _measured(compare_budgets.measure(model, input_ids, _until_last(targets), targets, sampler, BATCH))
+        return _measured(measuring.measure(model, input_ids, _until_last(targets), targets, sampler, BATCH))
     greedy, sampled = [], []
     for ids, scored in zip(input_ids.split(BATCH), targets[:, 1:].split(BATCH), strict=True):
         logits = model(input_ids=ids).logits[:, :-1].double()
@@ -67,7 +67,7 @@ def measure(
     return Measured(torch.cat(greedy), torch.cat(sampled))
 
 
-def _measured(measurement: compare_budgets.Measurement) -> Measured:
+def _measured(measurement: measuring.Measurement) -> Measured:
     return Measured(measurement.exact.bool(), (-measurement.nll_sums).exp())
 
 
@@ -99,9 +99,7 @@ def evaluate(checkpoint: Path, data: Path) -> dict[str, Any]:
     single, times = None, {}
     if l2d and not model.config.noise_free:
         ids, targets = validation[0], validation[1] != -100
-        best, tried = compare_budgets.best_single_evaluation(
-            model, ids, _until_last(targets), targets, batch_size=BATCH
-        )
+        best, tried = measuring.best_single_evaluation(model, ids, _until_last(targets), targets, batch_size=BATCH)
         single = best.sampler.final_time
         times = {f"{one.sampler.final_time:g}": _measured(one).record() | {"nll": one.nll.value} for one in tried}
     scores = {}

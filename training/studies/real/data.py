@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 from training.budget_metrics import padded
-from training.compare_budgets import encode_split
+from training.compare_budgets.rows import encode_split
 from training.data.options import DataArguments
 
 Row = dict[str, Any]

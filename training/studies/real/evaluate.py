@@ -23,7 +23,7 @@ import torch
 from l2d import L2DConfig, L2DForCausalLM
 from l2d.checkpoint.bases import base_configuration, load_base
 from l2d.sampler_config import NOISE_FREE_SAMPLER
-from training.compare_budgets import Measurement, best_single_evaluation, measure, single_evaluation
+from training.compare_budgets.measuring import Measurement, best_single_evaluation, measure, single_evaluation
 from training.studies.packing import write_json
 from training.studies.real.data import read_part
 
