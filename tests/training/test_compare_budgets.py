@@ -155,7 +155,7 @@ def test_the_cheapest_gate_within_one_error_is_named():
     assert cheapest_gate([far], ungated) is None
     sentence = gate_verdict([far, close, same], ungated)
     assert "skip_confidence=0.7 computes 4.25 evaluations a token in place of 15.50" in sentence
-    assert "token accuracy -.0125 [" in sentence
+    assert "token accuracy -0.0125 [" in sentence
     assert gate_verdict([far], ungated) == "No gate keeps token accuracy within one standard error of T = 15."
 
 
