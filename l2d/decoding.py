@@ -136,7 +136,7 @@ class DecodingLoop:
     Args:
         request_keys: one key per row, or `None` for the prompts themselves.
         noise: (steps, B, d) start noise in place of the requests' own, or `None`.
-        streamer: gets every token; transformers does not hand it to a custom loop.
+        streamer: gets every token, once its cost is in the record, which its `follow` gets before, if it has one.
     """
 
     def __init__(
@@ -175,6 +175,8 @@ class DecodingLoop:
         self.noises = [RequestNoise(self.sampler.seed, key) for key in self._keys(present)]
         self._check_noise()
         self.record = DecodeRecord.empty(len(input_ids))
+        if hasattr(self.streamer, "follow"):
+            self.streamer.follow(self.record)
         self.unfinished = torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
         self.running = list(range(len(input_ids)))  # rows that are unfinished, as the host knows them
         self.cache = DynamicCache()
@@ -285,9 +287,16 @@ class DecodingLoop:
             if number + 1 == width or len(self.running) < len(rows) or not all(agreed[row] for row in rows):
                 break
         self.record.add(rows, solved, number + 1)
+        self._stream(number + 1)
         for layer in self.cache.layers if number + 1 < width else ():
             length = layer.keys.shape[-2] - (width - number - 1)
             layer.keys, layer.values = layer.keys[..., :length, :], layer.values[..., :length, :]
+
+    def _stream(self, count: int) -> None:
+        """Hand the last `count` tokens of every row to the streamer."""
+        if self.streamer is not None:
+            for token in self.ids[:, -count:].cpu().unbind(1):
+                self.streamer.put(token)
 
     def _append(self, token: torch.Tensor, kept: torch.Tensor) -> list[bool]:
         """Append one token to every row; returns which rows `kept` (B,) their draft, as the host knows it."""
@@ -295,8 +304,6 @@ class DecodingLoop:
         if self.mask is not None:
             self.mask = torch.cat([self.mask, self.mask.new_ones(len(token), 1)], dim=1)
         self.lengths, self.step = [length + 1 for length in self.lengths], self.step + 1
-        if self.streamer is not None:
-            self.streamer.put(token.cpu())
         scores = tuple(self.scores) if self.config.output_scores else None
         self.unfinished = self.unfinished & ~self.stopping(self.ids, scores)
         agreed, unfinished = torch.stack([kept, self.unfinished]).tolist()  # the host waits here, once a token

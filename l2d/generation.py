@@ -48,7 +48,8 @@ def generate(
         noise: (steps, B, d) start noise, already scaled, in place of the requests' own.
         kwargs: everything that transformers' `generate` takes for greedy decoding and sampling: `generation_config`,
             `max_new_tokens`, `do_sample`, `temperature`, `top_p`, `top_k`, several end tokens, `stop_strings` (with
-            `tokenizer`), `stopping_criteria`, `logits_processor`, `streamer`, ...
+            `tokenizer`), `stopping_criteria`, `logits_processor`, `streamer`, ... A streamer with a method `follow`
+            gets the `DecodeRecord` that grows while tokens come: what a token cost is in it when `put` gets the token.
 
     Returns what transformers' `generate` returns: (B, L + new) token ids, or an output object on request.
     Raises `ValueError` for settings that this sampler would ignore.

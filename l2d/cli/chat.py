@@ -1,25 +1,27 @@
 """Talk to a checkpoint: streaming, with budget, guidance and seed changeable on the way.
 
 - `Chat`: the conversation; `answer` gives the next reply through `generate`, as the evaluation would
+- `Streamer`: writes tokens as they come, tinted by compute if asked to
 - `command`: what `/budget 31` and its like do
 - `run`: `python -m l2d chat DIR [--budget T ...]`
 """
 
 import argparse
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from l2d.cli.session import Session, add_sampler_arguments, check_text, decoding_options, sampler_from, session_from
-from l2d.cli.terminal import harmless, shade
+from l2d.cli.terminal import Waiting, harmless, shade
 from l2d.sampler_config import REMOVED
 
 HELP = """/budget T          evaluations per token; 1 is the base
 /guidance G [NAME] guidance scale and class; 1 is none
 /seed N            of all noise
 /temperature X     of the output tokens; 0 is greedy
-/tint              answers once more, tinted by compute: on or off
+/tint              answers tinted by compute, as they come: on or off
 /new               forget the conversation
 /settings          what holds now
 /help, /quit"""
@@ -27,6 +29,8 @@ HELP = """/budget T          evaluations per token; 1 is the base
 
 USUAL_LENGTH = 256
 """Most tokens of an answer where nothing else is asked for."""
+TINT = "the brighter a token, the more evaluations it took, up to three times those requested"
+"""What the colours of an answer mean."""
 
 
 @dataclasses.dataclass
@@ -42,18 +46,29 @@ class Reply:
     left_out: str = ""
 
 
+def effort(requested: int, computed: int) -> float:
+    """From 0, where a token took no more evaluations than were requested, to 1, where it took three times as many."""
+    return min(1.0, max(0.0, (computed / max(1, requested) - 1) / 2))
+
+
 class Streamer:
     """Writes tokens as they come; passed to `generate`.
 
     Args:
         session: decodes; write: takes text; hidden: tokens that are not shown.
+        tint: on a background that tells what the token cost; that of a character of several tokens is of the last one.
     """
 
-    def __init__(self, session: Session, write: Callable[[str], Any], hidden: list[int]):
-        self.session, self.write, self.hidden = session, write, hidden
+    def __init__(self, session: Session, write: Callable[[str], Any], hidden: list[int], tint: bool = False):
+        self.session, self.write, self.hidden, self.tint = session, write, hidden, tint
         self.tokens: list[int] = []
-        self.written = 0
+        self.seen = self.written = 0
         self.prompt = True
+        self.record: Any = None
+
+    def follow(self, record: Any) -> None:
+        """Take the `DecodeRecord` that grows with the answer."""
+        self.record = record
 
     def put(self, tokens: Any) -> None:
         """Take the next token of the only row, and write what is certain of the text so far.
@@ -63,6 +78,7 @@ class Streamer:
         if self.prompt:
             self.prompt = False
             return
+        self.seen += 1
         self.tokens += [token for token in tokens.flatten().tolist() if token not in self.hidden]
         text = self.session.tokenizer.decode(self.tokens, skip_special_tokens=False)
         if not text.endswith("\ufffd"):  # the rest of a character is still to come
@@ -73,8 +89,16 @@ class Streamer:
         self._write(self.session.tokenizer.decode(self.tokens, skip_special_tokens=False))
 
     def _write(self, text: str) -> None:
-        self.write(harmless(text[self.written :]))
-        self.written = len(text)
+        new, self.written = text[self.written :], len(text)
+        if not new:
+            return
+        if not (self.tint and self.record):
+            self.write(harmless(new))
+            return
+        requested, computed = (
+            counts[0][self.seen - 1] for counts in (self.record.nfe_requested, self.record.nfe_computed)
+        )
+        self.write(shade(new, effort(requested, computed), colour=True))
 
 
 class Chat:
@@ -146,21 +170,30 @@ class Chat:
             text = self.session.conversation_text([*self.start, *turns, {"role": "user", "content": text}])
         return self.session.encode(text)
 
-    def answer(self, text: str, write: Callable[[str], Any] = lambda piece: None) -> Reply:
+    def answer(
+        self,
+        text: str,
+        write: Callable[[str], Any] = lambda piece: None,
+        colour: bool = False,
+        wait: Callable[[str], Any] = lambda words: None,
+    ) -> Reply:
         """Answer the user's `text`, streaming through `write`; the conversation grows by both.
 
+        `colour`: `write` takes escape sequences, so that the answer may be tinted. `wait` gets words about what goes on
+        before the first token.
         Noise is keyed by the prompt's tokens, as in the evaluation: the same words get the same answer.
         """
         import torch
 
         model, end = self.session.model, self.session.end_tokens()
         ids, left_out = self.fit(text)
+        wait(f"reading {len(ids):,} tokens ...")
         sequences, record = model.generate(
             torch.tensor([ids], device=model.device),
             attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
             sampler=model.sampler(self.sampler),
             return_record=True,
-            streamer=Streamer(self.session, write, end),
+            streamer=Streamer(self.session, write, end, self.tint and colour),
             **self.session.ending(),
             **decoding_options(self.temperature, self.max_new_tokens),
         )
@@ -190,7 +223,7 @@ def command(chat: Chat, line: str) -> str | None:
         return "The conversation starts anew."
     if name == "tint":
         chat.tint = not chat.tint
-        return f"Tint is {'on' if chat.tint else 'off'}."
+        return f"Tint is on: {TINT}." if chat.tint else "Tint is off."
     changes = ("budget", "seed", "temperature")
     if name in changes and len(values) == 1:
         chat.change(**{name: _number(name, values[0], float if name == "temperature" else int)})
@@ -217,14 +250,6 @@ def _number(name: str, text: str, kind: Callable[[str], Any]) -> Any:
         raise ValueError(f"/{name} {text} must be a number: write for example /{name} 1.") from error
 
 
-def tinted(reply: Reply, colour: bool = True) -> str:
-    """The answer's tokens on backgrounds that are the brighter the more evaluations they took."""
-    most, least = max(reply.nfe_computed, default=0), min(reply.nfe_computed, default=0)
-    spread = max(1, most - least)
-    shares = [(count - least) / spread for count in reply.nfe_computed]
-    return "".join(shade(piece, share, colour) for piece, share in zip(reply.pieces, shares, strict=False))
-
-
 def summary(reply: Reply) -> str:
     """What the answer cost, in one line."""
     count = max(1, len(reply.nfe_computed))
@@ -242,7 +267,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampler_arguments(parser)
     parser.add_argument("--system", help="system message")
     parser.add_argument("--plain", action="store_true", help="no chat template: continue what is typed")
-    parser.add_argument("--tint", action="store_true", help="show each answer once more, tinted by compute")
+    parser.add_argument("--tint", action="store_true", help="answers tinted by compute, and what they cost")
 
 
 def run(given: argparse.Namespace) -> None:
@@ -252,8 +277,12 @@ def run(given: argparse.Namespace) -> None:
     sampler = sampler_from(given)
     chat = Chat(session, sampler, given.temperature, given.max_new_tokens, given.system, given.plain)
     chat.tint = given.tint
-    print(f"{chat.settings()}. /help lists what may be changed.")
     colour = sys.stdout.isatty()
+    print(f"{chat.settings()}. /help lists what may be changed.")
+    if chat.tint and colour:
+        print(f"Tint is on: {TINT}.")
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # lines may be edited and called back; pasted lines stay together
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="surrogateescape")  # bytes that are not UTF-8 cost a turn, not the conversation
     while True:
@@ -276,7 +305,13 @@ def run(given: argparse.Namespace) -> None:
 
 def _turn(chat: Chat, line: str, colour: bool) -> None:
     try:
-        reply = chat.answer(line, write=lambda piece: print(piece, end="", flush=True))
+        with Waiting(sys.stdout) as waiting:
+
+            def write(piece: str) -> None:
+                waiting.end()
+                print(piece, end="", flush=True)
+
+            reply = chat.answer(line, write, colour, waiting.say)
     except KeyboardInterrupt:
         print("\n(stopped; this turn is forgotten)")
         return
@@ -287,5 +322,4 @@ def _turn(chat: Chat, line: str, colour: bool) -> None:
     if reply.left_out:
         print(f"({reply.left_out})")
     if chat.tint:
-        print(tinted(reply, colour))
         print(summary(reply))

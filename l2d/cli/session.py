@@ -177,9 +177,24 @@ def open_from(options: argparse.Namespace) -> Checkpoint:
     return checkpoint
 
 
-def session_from(options: argparse.Namespace, template: bool = False) -> Session:
-    """Load the checkpoint that a command line names, after `open_from`. Raises `ValueError`."""
-    return load_session(open_from(options), options.dtype, options.device, template)
+def session_from(options: argparse.Namespace, template: bool = False, checkpoint: Checkpoint | None = None) -> Session:
+    """Load the checkpoint that a command line names, after `open_from` unless it is open. Raises `ValueError`.
+
+    Tells a terminal that loading takes a while, and everyone if the base's dtype is slow on this processor.
+    """
+    checkpoint = checkpoint or open_from(options)
+    if sys.stderr.isatty():
+        print(f"Loading {checkpoint.name} ...", file=sys.stderr, flush=True)
+    session = load_session(checkpoint, options.dtype, options.device, template)
+    from l2d.network.onednn import slow_dtype
+
+    if slow_dtype(session.model.base.dtype, session.model.device):
+        print(
+            f"The base is in {str(session.model.base.dtype).removeprefix('torch.')}, for which this processor has no "
+            "instructions: --dtype float32 is several times as fast, and takes twice the memory.",
+            file=sys.stderr,
+        )
+    return session
 
 
 def sampler_from(options: argparse.Namespace) -> dict[str, Any]:

@@ -3,9 +3,13 @@
 - `visible`: of one token, with its white space made visible
 - `harmless`: of an answer or a prompt, as it is
 - `shade`: on a background that tells compute
+- `width`: columns that a text takes; `fitted`: a text in as many columns as are wanted
+- `Waiting`: one line about what is waited for, gone when it is over
 """
 
+import shutil
 import unicodedata
+from typing import TextIO
 
 _CONTROLS = ("Cc", "Cs", "Zl", "Zp")
 """Categories of characters that a terminal obeys, or cannot write."""
@@ -44,3 +48,47 @@ def shade(text: str, share: float, colour: bool) -> str:
         return text
     number = min(len(_SHADES) - 1, int(share * len(_SHADES)))
     return "\n".join(f"\x1b[48;5;{_SHADES[number]};38;5;231m{line}\x1b[0m" if line else "" for line in text.split("\n"))
+
+
+def width(text: str) -> int:
+    """Columns of a terminal that a text without control characters takes: two for wide characters, none for marks."""
+    marks = ("Mn", "Me", "Cf")
+    letters = (letter for letter in text if unicodedata.category(letter) not in marks)
+    return sum(2 if unicodedata.east_asian_width(letter) in "WF" else 1 for letter in letters)
+
+
+def fitted(text: str, columns: int) -> str:
+    """`text` filled with spaces to so many `columns`; what is longer loses its end, and an ellipsis tells so."""
+    if width(text) > columns:
+        while width(text) > columns - 1:
+            text = text[:-1]
+        text += "…"
+    return text + " " * (columns - width(text))
+
+
+class Waiting:
+    """Says on one line of a terminal what is waited for, and takes it back; silent where `stream` is no terminal."""
+
+    def __init__(self, stream: TextIO):
+        self.stream, self.shown = stream, False
+
+    def __enter__(self) -> "Waiting":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def say(self, words: str) -> None:
+        """Show `words` in place of those before."""
+        if self.stream.isatty():
+            words = fitted(words, shutil.get_terminal_size().columns - 1).rstrip()
+            self.stream.write(f"\r\x1b[K\x1b[2m{words}\x1b[0m")
+            self.stream.flush()
+            self.shown = True
+
+    def end(self) -> None:
+        """Erase the line."""
+        if self.shown:
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()
+            self.shown = False

@@ -8,6 +8,7 @@ The answer is what `generate` gives; its trajectories are solved again from the 
 Legend: N generated tokens, E velocity evaluations (the output is read at evaluation E), d diffusion dimension.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from l2d.cli.session import Session, decoding_options
@@ -39,8 +40,9 @@ def trace_prompt(
     sampler: dict[str, Any] | None = None,
     temperature: float = 0.0,
     max_new_tokens: int | None = None,
+    wait: Callable[[str], Any] = lambda words: None,
 ) -> Trace:
-    """Generate an answer to `prompt` and record how each of its tokens formed.
+    """Generate an answer to `prompt` and record how each of its tokens formed; `wait` is told what goes on.
 
     Raises `ValueError` for adaptive solvers, whose evaluations differ from token to token, and for too long prompts.
     """
@@ -61,9 +63,11 @@ def trace_prompt(
         attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=model.device),
         sampler=settings,
         return_record=True,
+        streamer=_Count(wait, longest),
         **session.ending(),
         **options,
     )
+    wait(f"solving the trajectories of {sequences.shape[1] - len(ids)} tokens again ...")
     times, chosen, probabilities = _trajectories(session, sequences, len(ids), settings)
     new = sequences[0, len(ids) :].tolist()
     pieces = session.pieces(new)
@@ -82,6 +86,21 @@ def trace_prompt(
         times=times,
         tokens=tokens,
     )
+
+
+class _Count:
+    """A streamer that tells how many tokens have come."""
+
+    def __init__(self, wait: Callable[[str], Any], most: int):
+        self.wait, self.most, self.count = wait, most, -1
+
+    def put(self, tokens: Any) -> None:
+        self.count += 1  # the prompt comes first
+        read = f"reading {tokens.numel():,} tokens" if not self.count else f"token {self.count} of at most {self.most}"
+        self.wait(f"{read} ...")
+
+    def end(self) -> None:
+        pass
 
 
 def refuse_untraceable(settings: SamplerConfig) -> None:

@@ -12,27 +12,32 @@ from pathlib import Path
 
 from l2d.cli.files import write_files
 from l2d.cli.parser import check_folder
-from l2d.cli.session import add_sampler_arguments, check_text, load_session, open_from, sampler_from
-from l2d.cli.terminal import harmless, shade, visible
+from l2d.cli.session import add_sampler_arguments, check_text, open_from, sampler_from, session_from
+from l2d.cli.terminal import Waiting, fitted, harmless, shade, visible, width
 from l2d.cli.trace import Trace, refuse_untraceable, trace_prompt
 from l2d.cli.trace_page import html_page
 
+_COLUMNS = 5, 20
+"""Least and most columns of a token."""
+
 
 def terminal_text(trace: Trace, colour: bool = False) -> str:
-    """The answer tinted by passes, then one line per token: cost, and the chosen token wherever it changed."""
+    """The answer tinted by passes, then one line per token: cost, first choice, and each change of it with its time."""
     most = max((token.passes for token in trace.tokens), default=1)
     answer = "".join(shade(token.text, (token.passes - 1) / max(1, most - 1), colour) for token in trace.tokens)
     lines = [
         visible(trace.prompt) if not colour else harmless(trace.prompt),
         answer,
         "",
-        "token       passes  computed  trajectory",
     ]
-    for token in trace.tokens:
-        steps = [*([0] if token.chosen else []), *token.changes]
-        path = " -> ".join(f"{visible(token.chosen_texts[n])!r} at t = {trace.times[n]:.2f}" for n in steps)
-        last = f"{visible(token.text)!r}"
-        lines.append(f"{last:<10}  {token.passes:>6}  {token.nfe_computed:>8}  {path or 'the base'}")
+    names = [repr(visible(token.text)) for token in trace.tokens]
+    least, most = _COLUMNS
+    columns = min(most, max(least, *map(width, names), 0))
+    lines.append(f"{'token':<{columns}}  passes  evaluations  choice")
+    for name, token in zip(names, trace.tokens, strict=True):
+        path = [repr(visible(text)) for text in token.chosen_texts[:1] or ["the base"]]
+        path += [f"{visible(token.chosen_texts[n])!r} at t = {trace.times[n]:.2f}" for n in token.changes]
+        lines.append(f"{fitted(name, columns)}  {token.passes:>6}  {token.nfe_computed:>11}  {' -> '.join(path)}")
     changed = sum(bool(token.changes) for token in trace.tokens)
     differing = sum(token.token != token.base_token for token in trace.tokens)
     nfe_computed = sum(token.nfe_computed for token in trace.tokens) / max(1, len(trace.tokens))
@@ -59,10 +64,12 @@ def run(given: argparse.Namespace) -> None:
         check_folder("out", given.out.parent)
     prompt = sys.stdin.buffer.read().decode(errors="surrogateescape") if given.prompt == "-" else given.prompt
     check_text("prompt", prompt)
-    session = load_session(checkpoint, given.dtype, given.device, template=given.chat)
+    session = session_from(given, given.chat, checkpoint)
     if given.chat:
         prompt = session.conversation_text([{"role": "user", "content": prompt}])
-    trace = trace_prompt(session, prompt, sampler_from(given), given.temperature, given.max_new_tokens)
+    options = sampler_from(given), given.temperature, given.max_new_tokens
+    with Waiting(sys.stderr) as waiting:
+        trace = trace_prompt(session, prompt, *options, wait=waiting.say)
     print(terminal_text(trace, colour=sys.stdout.isatty()))
     if given.out is not None:
         page = given.out if given.out.suffix == ".html" else given.out.with_name(given.out.name + ".html")

@@ -3,6 +3,7 @@
 - `linear`: `functional.linear`, by oneDNN for large float32 weights on a CPU
 - `serves`: whether oneDNN is used for a weight
 - `packed_linear`: the same for a weight that is used many times, packed once
+- `slow_dtype`: whether products in a dtype are slow on this processor
 
 PyTorch gives float32 products to MKL, which does not use the wide vector units of every CPU (on AMD's it reaches less
 than half of oneDNN's speed), and to oneDNN on request only. Sums are taken in another order: results agree to rounding.
@@ -46,3 +47,11 @@ def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[
         return lambda inputs: functional.linear(inputs, weight, bias)
     kept = _PACK(weight.detach(), None)
     return lambda inputs: _ONEDNN(inputs, kept, bias, "none", [], "")
+
+
+def slow_dtype(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `device` is an x86 processor without instructions for products in `dtype`, which then take several times
+    as long as in float32.
+    """
+    narrow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in ("AVX2", "NO AVX")
+    return narrow and dtype in (torch.bfloat16, torch.float16)

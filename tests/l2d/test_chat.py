@@ -4,15 +4,16 @@ Run: `python -m pytest tests/l2d/test_chat.py` (about 15 seconds)
 """
 
 import io
+import re
 
 import pytest
 import torch
 from lm_eval.api.instance import Instance
 
 from l2d.__main__ import main
-from l2d.cli.chat import HELP, Chat, Streamer, command, tinted
+from l2d.cli.chat import HELP, TINT, Chat, Streamer, command, effort
 from l2d.cli.session import Session, load_session
-from l2d.cli.terminal import harmless, visible
+from l2d.cli.terminal import Waiting, fitted, harmless, shade, visible, width
 from l2d.cli.trace import trace_prompt
 from lm_eval_ext.model import L2DLM
 
@@ -176,12 +177,78 @@ def test_unknown_words_are_called_so(session, line, words):
     assert str(caught.value) == f"{words}\n{HELP}" and command(Chat(session), "/help") == HELP
 
 
-def test_tint_shows_compute(session):
-    reply = Chat(session, {"budget": 15}, max_new_tokens=16).answer(FIRST)
+def test_tint_shows_the_compute_of_every_token_as_it_comes(session):
+    chat, written = Chat(session, {"budget": 15}, max_new_tokens=16), []
+    chat.tint = True
+    reply = chat.answer(FIRST, written.append, colour=True)
     assert len(set(reply.nfe_computed)) > 1
-    text = tinted(reply)
-    assert text.count("\x1b[48;5;") >= sum(bool(piece.strip()) for piece in reply.pieces) - 1
-    assert "\x1b" not in tinted(reply, colour=False)
+    shares = [effort(*cost) for cost in zip(reply.nfe_requested, reply.nfe_computed, strict=True)]
+    assert len(set(shares)) > 1
+    whole = [(piece, share) for piece, share in zip(reply.pieces, shares, strict=False) if piece]
+    assert written == [shade(piece, share, colour=True) for piece, share in whole]
+    written.clear()
+    chat.reset()
+    assert chat.answer(FIRST, written.append) == reply and "\x1b" not in "".join(written)
+
+
+@pytest.mark.parametrize("cost, share", [((1, 0), 0), ((15, 14), 0), ((15, 30), 0.5), ((15, 45), 1), ((15, 400), 1)])
+def test_the_tint_is_relative_to_what_was_requested(cost, share):
+    assert effort(*cost) == share
+
+
+class Terminal(io.StringIO):
+    """Takes text as a terminal does: carriage returns and the erasing of a line are obeyed, colours left out."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def screen(self) -> list[str]:
+        """The lines that are seen in the end."""
+        text = re.sub("\x1b\\[[0-9;]*m", "", self.getvalue())
+        return [line.rpartition("\r\x1b[K")[2] for line in text.split("\n")]
+
+
+def test_what_is_waited_for_is_said_and_gone_with_the_first_token(folder, session, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{FIRST}\n"))
+    screen = Terminal()
+    monkeypatch.setattr("sys.stdout", screen)
+    main(["chat", str(folder), "--budget", "3", "--device", "cpu", "--max-new-tokens", "4", "--tint"])
+    count = len(Chat(session).prompt(FIRST))
+    answer = Chat(session, {"budget": 3}, max_new_tokens=4).answer(FIRST).text
+    assert f"reading {count} tokens" in screen.getvalue()
+    assert "reading" not in "\n".join(screen.screen()) and f"\n{harmless(answer)}\n4 tokens, " in "\n".join(
+        screen.screen()
+    )
+    assert f"Tint is on: {TINT}." in screen.screen()
+
+
+def test_files_get_no_notes_about_waiting():
+    file, screen = io.StringIO(), Terminal()
+    for stream in (file, screen):
+        waiting = Waiting(stream)
+        waiting.say("reading " + "long " * 100)
+        waiting.end()
+        waiting.end()
+    assert file.getvalue() == "" and screen.screen() == [""]
+    assert "…" in screen.getvalue() and screen.getvalue().count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["clips", "internationalization", "\u65e5\u672c\u8a9e\u306e\u6587", "\u0915\u094d\u200d\u0937", ""]
+)
+@pytest.mark.parametrize("columns", [5, 12])
+def test_texts_are_fitted_into_columns(text, columns):
+    shown = fitted(text, columns)
+    assert width(shown) == columns
+    assert shown.rstrip() == text if width(text) <= columns else shown.rstrip().endswith("…")
+
+
+def test_a_slow_dtype_is_said_and_what_helps(folder, monkeypatch, capsys):
+    for capability, dtype, told in (("AVX2", "bfloat16", 1), ("AVX2", "float32", 0), ("AVX512", "bfloat16", 0)):
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda said=capability: said)
+        monkeypatch.setattr("sys.stdin", io.StringIO("/quit\n"))
+        main(["chat", str(folder), "--dtype", dtype, "--device", "cpu"])
+        assert capsys.readouterr().err.count("--dtype float32 is several times as fast") == told
 
 
 def test_a_conversation_on_the_terminal(folder, monkeypatch, capsys):

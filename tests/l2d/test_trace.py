@@ -15,6 +15,7 @@ import torch
 
 from l2d.__main__ import main
 from l2d.cli.session import Session, load_session
+from l2d.cli.terminal import width
 from l2d.cli.trace import trace_prompt
 from l2d.cli.trace_command import terminal_text
 from l2d.cli.trace_page import html_page
@@ -115,6 +116,28 @@ def test_terminal_form(session):
     assert "\x1b" not in plain and "\x1b[48;5;" in coloured
     changed = next(token for token in trace.tokens if token.changes)
     assert f"at t = {trace.times[changed.changes[0]]:.2f}" in plain
+
+
+def test_columns_stay_in_line(session):
+    """Whatever the tokens are: long, wide, without width, empty."""
+    trace = trace_prompt(session, PROMPT, {"budget": 15}, max_new_tokens=6)
+    texts = [" a", " internationalization of everything", "\u65e5\u672c", "\u05d0\u0301", "", "\u200d"]
+    tokens = [dataclasses.replace(token, text=text) for token, text in zip(trace.tokens, texts, strict=True)]
+    lines = terminal_text(dataclasses.replace(trace, tokens=tokens)).splitlines()[-8:-1]
+    assert lines[0].startswith("token ")
+    begin = lines[0].index("passes")
+    for line, token in zip(lines[1:], tokens, strict=True):
+        name = next(line[:end] for end in range(len(line)) if width(line[:end]) == begin)
+        assert line[len(name) :].startswith(f"{token.passes:>6}  {token.nfe_computed:>11}  ")
+    assert "…" in lines[2]
+
+
+def test_progress_is_told(session):
+    told: list[str] = []
+    trace_prompt(session, PROMPT, {"budget": 3}, max_new_tokens=3, wait=told.append)
+    count = len(session.encode(PROMPT))
+    expected = [f"reading {count} tokens ...", *(f"token {n} of at most 3 ..." for n in (1, 2, 3))]
+    assert told == [*expected, "solving the trajectories of 3 tokens again ..."]
 
 
 def test_nothing_in_a_prompt_reaches_the_terminal_as_a_command(session):
