@@ -140,11 +140,17 @@ HARNESS_ARGUMENTS: dict[str, Setting] = {
     "max_memory_per_gpu": _harness(_memory, "all", "limit per GPU with parallelize"),
     "max_cpu_memory": _harness(_memory, "all", "limit of main memory with parallelize"),
     "offload_folder": _harness(_name, "./offload", "where parallelize puts weights that fit nowhere"),
+    "compile_path": _harness(truth, "false", "compile the path; equal to rounding, see docs/performance.md"),
     "think_end_token": _harness(_anything, "none", "text or number of the token that ends the thinking"),
     "enable_thinking": _harness(truth, "template's", "passed to the chat template"),
     "chat_template_args": _harness(_mapping, "none", "more arguments of the chat template"),
 }
-"""What the harness's own Hugging Face model class takes and this one passes on."""
+"""What the harness's own Hugging Face model class takes and this one passes on, and where and how it is computed."""
+
+PLACEMENT = (
+    "device", "batch_size", "max_batch_size", "parallelize", "max_memory_per_gpu", "max_cpu_memory", "compile_path"
+)  # fmt: skip
+"""Those that change no answer."""
 
 SAMPLER_ARGUMENTS: dict[str, str] = {one.argument: name for name, one in declared(SamplerConfig).items()}
 """Name for users -> field of `SamplerConfig`. Each may also come with a task's or a run's generation kwargs."""

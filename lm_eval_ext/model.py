@@ -30,7 +30,7 @@ from l2d.integrity import fingerprint
 from l2d.sampler_config import SamplerConfig
 from l2d.settings import declared
 from lm_eval_ext.argument_table import help_text
-from lm_eval_ext.arguments import AUTO, one_line, parse_arguments, sampler_changes
+from lm_eval_ext.arguments import AUTO, PLACEMENT, one_line, parse_arguments, sampler_changes
 from lm_eval_ext.harness import compute_files
 from lm_eval_ext.harness.preflight import check_device, take_opened
 from lm_eval_ext.harness.response_cache import claim_cache
@@ -45,8 +45,7 @@ logger = logging.getLogger(__name__)
 
 PROBED_POSITIONS = 8
 """Scored tokens per row when a batch size is tried."""
-_PLACEMENT = ("device", "batch_size", "max_batch_size", "parallelize", "max_memory_per_gpu", "max_cpu_memory")
-PERFORMANCE_ONLY = (*_PLACEMENT, *(name for name, one in declared(SamplerConfig).items() if not one.changes_answers))
+PERFORMANCE_ONLY = (*PLACEMENT, *(name for name, one in declared(SamplerConfig).items() if not one.changes_answers))
 """Arguments that change no answer."""
 
 compute_files.install()
@@ -73,6 +72,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         self.run_record = RunRecord()
         self._padded: list[Instance] = []  # requests that the harness repeats to even out the processes
         harness = dict(self.settings.harness)
+        compiled = harness.pop("compile_path", False)
         harness.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
         check_device(harness["device"])
         if harness["device"] == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -83,6 +83,9 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         if hasattr(self, "accelerator"):  # HFLM takes the local index, and none at all without several GPUs
             self._rank = self.accelerator.process_index
             self._world_size = self.accelerator.num_processes
+        if compiled:
+            with one_line():
+                self.model.compile_path()
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> "L2DLM":

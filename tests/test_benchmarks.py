@@ -57,6 +57,8 @@ def test_the_gpu_script_in_miniature(tmp_path, monkeypatch):
         assert one.get("equal_bits", True) and one.get("equal", 1.0) >= (1.0 if exact else 0.5)
         assert all(one.get(name, 0.0) == 0 for name in ("largest_difference", "loss_difference", "gradients"))
     assert {one.get("drafts") for one in figures["decode"]["figures"]} == {None, 0, 3}
+    assert [one["compiled"] for one in figures["compiled"]["figures"]] == [False, True]
+    assert all(one["equal_to_plain"] == 1 for one in figures["compiled"]["figures"])
     assert "no --base" in figures["study"]["figures"][0]["skipped"]
 
     def fails(arguments):

@@ -19,6 +19,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from l2d.card.text import write_card
 from l2d.modeling import L2DForCausalLM, L2DTrainingOutput
+from l2d.network.compiled import compile_layers
 from l2d.network.diffusion_path import NoisedTargets
 from training.budget_metrics import budget_accuracy, write_samples
 from training.checkpointing.atomic import SafeCheckpoints
@@ -82,7 +83,7 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
         if own_collator:
             self.data_collator = GuidanceCollator(**vars(self.data_collator))
         if backend is not None:
-            compile_path(model, backend)
+            compile_layers(model.path.layers, backend)  # the whole model would be compiled anew for most batches
         self._sums = torch.zeros(args.time_bins, 3, dtype=torch.float64, device=args.device)
         self._batch_of_step = (-1, 0)  # step, and number of the batch within its accumulation
 
@@ -305,7 +306,7 @@ def classes_at(classes: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def take_compile(args: L2DTrainingConfig) -> str | None:
-    """The backend that `torch_compile` asks for, which `Trainer` is then not told of: see `compile_path`."""
+    """The backend that `torch_compile` asks for, which `Trainer` is then not told of: see `l2d.network.compiled`."""
     if not args.torch_compile:
         return None
     backend = args.torch_compile_backend
@@ -313,15 +314,6 @@ def take_compile(args: L2DTrainingConfig) -> str | None:
     for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"):
         os.environ.pop(name, None)
     return backend
-
-
-def compile_path(model: L2DForCausalLM, backend: str) -> None:
-    """Compile the MLP half of every layer of the path, in which only the number of evaluations varies.
-
-    Attention is left as it is; the whole model, as `Trainer` compiles it, would be compiled anew for most batches.
-    """
-    for layer in model.path.layers:
-        layer.twin.transform = torch.compile(layer.twin.transform, dynamic=True, backend=backend)
 
 
 def sums_by_bin(output: L2DTrainingOutput, time: torch.Tensor, bins: int) -> torch.Tensor:

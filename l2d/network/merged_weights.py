@@ -62,6 +62,8 @@ def merge_deltas(layers: list[Any]) -> None:
 
 def _low_rank(weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, up: torch.Tensor) -> Any:
     """A projection with the delta `up` (O, r) times `down` (r, I), all in one dtype: inputs (..., I) to (..., O)."""
+    for kept in (down, up):  # CUDA graphs would copy them for every call
+        torch._dynamo.mark_static_address(kept)
 
     def forward(inputs: torch.Tensor) -> torch.Tensor:
         flat = inputs.flatten(0, -2)

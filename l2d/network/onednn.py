@@ -46,7 +46,8 @@ def packed_linear(weight: torch.Tensor, bias: torch.Tensor | None) -> Callable[[
     if _PACK is None or not serves(weight):
         return lambda inputs: functional.linear(inputs, weight, bias)
     kept = _PACK(weight.detach(), None)
-    return lambda inputs: _ONEDNN(inputs, kept, bias, "none", [], "")
+    # torch.compile leaves it as it is: its own compiler takes no weights that are packed already.
+    return torch.compiler.disable(lambda inputs: _ONEDNN(inputs, kept, bias, "none", [], ""))
 
 
 def slow_dtype(dtype: torch.dtype, device: torch.device) -> bool:

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 
 from l2d.config import L2DConfig
 from l2d.network.attention import IMPLEMENTATION, SiteLayout
+from l2d.network.compiled import compiled, with_graphs
 from l2d.network.embeddings import at_least_float32
 from l2d.network.main_path import Decoder, LayerState
 from l2d.network.quantized import FrozenLinear, known_linear, plain_tensor, quantized_linear
@@ -129,6 +130,7 @@ class TwinLayer(nn.Module):
             slots[f"{name}_out"] if slots[f"{name}_in"] is not None else None for name in ("attention", "mlp")
         )
         self._multiplier = getattr(layer, "residual_multiplier", None)
+        self.backend: str | None = None  # of torch.compile, for `transform`
 
     def stream_dtype(self, base_dtype: torch.dtype) -> torch.dtype:
         """Dtype of the hidden stream: the base's, or that of the trained copies where they are kept in float32."""
@@ -170,6 +172,12 @@ class TwinLayer(nn.Module):
 
     def transform(self, hidden: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         """What the MLP adds to the stream (..., H), before its gate."""
+        run: Any = TwinLayer._transform
+        if self.backend is not None:
+            run = compiled(run, self.backend, with_graphs(self.backend, hidden))
+        return run(self, hidden, weight, shift)
+
+    def _transform(self, hidden: torch.Tensor, weight: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         inputs = self._modulated[1](hidden, weight, shift) if self._before[1] else hidden
         output = self.mlp(inputs.flatten(0, -2).unsqueeze(0))
         output = (output[0] if isinstance(output, tuple) else output).view(inputs.shape)

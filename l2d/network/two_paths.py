@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from l2d.config import L2DConfig
 from l2d.network.attention import SiteLayout
+from l2d.network.compiled import compile_layers
 from l2d.network.diffusion_path import DiffusionPath, PathInputs
 from l2d.network.main_path import Decoder, MainPathState, run_main_path
 from l2d.network.merged_weights import DeltaMerger
@@ -118,7 +119,24 @@ class TwoPaths:
         """Embeddings of all tokens in the diffusion space, (V, d) float32, cached."""
         return self.path.vocabulary_table()
 
-    # ---- weights merged for inference ----------------------------------------------------------------------------
+    # ---- compiled, and weights merged for inference --------------------------------------------------------------
+
+    @torch.no_grad()
+    def compile(self, backend: str) -> None:
+        """Compile what follows attention in the path's layers, and try it; see `L2DForCausalLM.compile_path`."""
+        self.prepare_inference()
+        compile_layers(self.path.layers, backend)
+        twin = self.path.layers[0].twin
+        weight = twin.norm_weights()[1].repeat(2, 1)
+        hidden = torch.zeros_like(weight[None], dtype=twin.stream_dtype(self.decoder.base.dtype))
+        try:
+            twin.transform(hidden, weight, weight)
+        except Exception as error:  # of any kind: compilers are programs of others
+            compile_layers(self.path.layers, None)
+            reason = " ".join(str(error).strip().partition("\n\n")[0].split()).rstrip(".")
+            raise ValueError(
+                f"compile_path is not possible with this base, device and PyTorch ({reason}): leave it out."
+            ) from error
 
     def prepare_inference(self) -> None:
         """Merge LoRA deltas into one product where that changes only the speed."""

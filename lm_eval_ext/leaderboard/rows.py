@@ -13,12 +13,12 @@ from functools import cached_property
 from typing import Any
 
 from l2d.statistics import Estimate, Paired, mean
+from lm_eval_ext.arguments import PLACEMENT
 from lm_eval_ext.leaderboard.files import TOLERANCE, Measure, Run, Sample, Skipped, read_costs, read_samples
 from lm_eval_ext.leaderboard.methods import EXACT_SETTINGS, KINDS, Setting, by_sampler, decoding_of, describe
 from lm_eval_ext.leaderboard.protocol import differences, protocol_of
 
 PERFORMANCE = ("batch_size", "batch_sizes", "device", "model_num_parameters", "use_cache", "l2d", "model_args")
-_PERFORMANCE_ARGUMENTS = ("batch_size", "max_batch_size", "device", "parallelize", "max_memory_per_gpu")
 Described = list[tuple[Run, Setting]]
 
 
@@ -160,7 +160,7 @@ def _resolve_bases(described: Described) -> Described:
 def _row_key(run: Run, setting: Setting) -> str:
     """Everything that makes two runs the same row: model, settings and software, but not speed."""
     config = {name: value for name, value in run.config.items() if name not in PERFORMANCE}
-    arguments = {name: value for name, value in run.model_args.items() if name not in _PERFORMANCE_ARGUMENTS}
+    arguments = {name: value for name, value in run.model_args.items() if name not in PLACEMENT}
     sampler = {name: value for name, value in run.l2d.get("sampler", {}).items() if name not in EXACT_SETTINGS}
     software = [run.raw.get(name) for name in ("git_hash", "lm_eval_version", "transformers_version", "max_length")]
     templates = [run.raw.get(name) for name in ("chat_template_sha", "system_instruction_sha", "fewshot_as_multiturn")]

@@ -8,6 +8,7 @@ Parts run in this order, each within its share of the time, and FILE is written 
 - `checks`: T = 1 is the base, bit for bit; fast tokens are the sequential solver's, alone and in batches; scores,
   losses and gradients are the CPU's. In float32 and bfloat16, on a tiny model
 - `decode`: a token in plain Hugging Face steps, and in those of its static cache, which it compiles by itself
+- `compiled`: the same with `compile_path`, next to the plain path, for one setting; tokens are compared
 - `scoring` and `training`: as `tests.benchmarks.scoring` and `.training` measure them; `training` with peak memory
 - `study`: `python -m training.studies.real` for the time that is left, where base and data are at hand
 
@@ -36,7 +37,9 @@ from l2d.network.diffusion_path import NoisedTargets
 from tests.benchmarks import command, decode, exactness, scoring, training
 from tests.benchmarks.models import calibrate, make_base, make_model, scale_path
 
-SHARES = {"facts": 0.02, "checks": 0.13, "decode": 0.45, "scoring": 0.08, "training": 0.15, "study": 1.0}
+SHARES = {
+    "facts": 0.02, "checks": 0.13, "decode": 0.4, "compiled": 0.15, "scoring": 0.08, "training": 0.15, "study": 1.0
+}  # fmt: skip
 """Of the time that is left when a part begins, at most."""
 Figures = Iterator[dict[str, Any]]
 
@@ -133,10 +136,7 @@ def decode_ratios(arguments: argparse.Namespace) -> Figures:
     quick = arguments.quick
     batches, budgets, rates = ((1,), (7,), (1.0,)) if quick else ((1, 8, 32), (15, 127), (0.2, 1.0))
     tokens, length = (4, 8) if quick else (24, 64)
-    model = make_model(make_base(arguments.shape, getattr(torch, arguments.dtype), arguments.device), "lora")
-    generator = torch.Generator().manual_seed(3)
-    prompts = torch.randint(1, model.base.config.vocab_size, (max(*batches, 8), length), generator=generator)
-    prompts = prompts.to(model.device)
+    model, prompts = _model_and_prompts(arguments, max(*batches, 8), length)
     compiled = {}
     for batch in batches:
         compiled[batch] = _static_step(model, prompts[:batch], tokens, arguments.device)
@@ -148,14 +148,47 @@ def decode_ratios(arguments: argparse.Namespace) -> Figures:
         else:
             met = calibrate(model, rate, budget, prompts[:8], 8)
         for batch, drafts in itertools.product(batches, (0, 3)):
-            settings = SimpleNamespace(
-                budget=budget, solver="midpoint", speculation=True, draft_tokens=drafts, guidance=False, tokens=tokens,
-                check_tokens=tokens, device=arguments.device,
-            )  # fmt: skip
-            figures = decode.measure(model, prompts[None, :batch], settings)  # type: ignore[arg-type]  # a namespace
+            figures = _decoding(arguments, model, prompts[None, :batch], budget, drafts, tokens)
             ratio = figures["token_s"] / compiled[batch]
             named = {"batch": batch, "budget": budget, "changes": rate, "calibration": met, "drafts": drafts}
             yield {**named, **figures, "ratio_to_static_cache": ratio}
+
+
+def compiled_ratios(arguments: argparse.Namespace) -> Figures:
+    """One setting of `decode`, plain and with `compile_path`: the seconds that compiling took, and equal tokens."""
+    quick = arguments.quick
+    budget, tokens, length = (3, 4, 8) if quick else (15, 48, 64)
+    model, prompts = _model_and_prompts(arguments, 1, length)
+    scale_path(model, 3.0)
+    plain = model.generate(prompts, max_new_tokens=tokens, sampler={"budget": budget})
+    for compiled in (False, True):
+        begin = time.perf_counter()
+        if compiled:
+            model.compile_path("aot_eager" if quick else "inductor")
+        out = model.generate(prompts, max_new_tokens=tokens, sampler={"budget": budget})  # compiles for what follows
+        command.synchronize(arguments.device)
+        seconds = time.perf_counter() - begin
+        equal = float((out == plain)[:, length:].double().mean())
+        figures = _decoding(arguments, model, prompts[None], budget, 3, tokens)
+        yield {"compiled": compiled, "first_s": seconds, "equal_to_plain": equal, **figures}
+
+
+def _model_and_prompts(arguments: argparse.Namespace, rows: int, length: int) -> tuple[L2DForCausalLM, torch.Tensor]:
+    model = make_model(make_base(arguments.shape, getattr(torch, arguments.dtype), arguments.device), "lora")
+    generator = torch.Generator().manual_seed(3)
+    prompts = torch.randint(1, model.base.config.vocab_size, (rows, length), generator=generator)
+    return model, prompts.to(model.device)
+
+
+def _decoding(
+    arguments: argparse.Namespace, model: L2DForCausalLM, prompts: torch.Tensor, budget: int, drafts: int, tokens: int
+) -> dict[str, float]:
+    """`tests.benchmarks.decode` for batches of prompts (batches, B, L)."""
+    settings = SimpleNamespace(
+        budget=budget, solver="midpoint", speculation=True, draft_tokens=drafts, guidance=False, tokens=tokens,
+        check_tokens=tokens, device=arguments.device,
+    )  # fmt: skip
+    return decode.measure(model, prompts, settings)  # type: ignore[arg-type]  # a namespace
 
 
 def _static_step(model: L2DForCausalLM, prompts: torch.Tensor, tokens: int, device: str) -> float:
@@ -213,8 +246,8 @@ def study(arguments: argparse.Namespace) -> Figures:
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Figures]] = {
-    "facts": facts, "checks": checks, "decode": decode_ratios, "scoring": scoring_ratios, "training": training_ratios,
-    "study": study,
+    "facts": facts, "checks": checks, "decode": decode_ratios, "compiled": compiled_ratios, "scoring": scoring_ratios,
+    "training": training_ratios, "study": study,
 }  # fmt: skip
 
 
