@@ -28,6 +28,7 @@ from training.studies.packing import write_json
 from training.studies.real.data import read_part
 
 BUDGETS = (3, 7, 15, 31)  # T = 1 is the base, which is measured itself
+GATED_BUDGET = 15
 BATCH = 8  # rows at a time
 PROMPTS, TOKENS = 4, 32  # that are decoded to measure what decoding costs
 
@@ -43,12 +44,24 @@ def open_model(folder: Path, base: Path, dtype: torch.dtype | None) -> tuple[L2D
     return L2DForCausalLM.from_base(load_base(folder, **options), L2DConfig(lora_rank=1)).eval(), False
 
 
-def samplers(model: L2DForCausalLM, budgets: list[int], single: float | None) -> dict[str, dict[str, Any]]:
-    """Name -> sampler settings of all that is measured of an L2D checkpoint; `single`: time of one evaluation."""
+def samplers(
+    model: L2DForCausalLM, budgets: list[int], single: float | None, gates: list[float]
+) -> dict[str, dict[str, Any]]:
+    """Name -> sampler settings of all that is measured of an L2D checkpoint.
+
+    Args:
+        single: time of one evaluation. gates: of `skip_confidence`, at `GATED_BUDGET`.
+    """
     if model.config.noise_free:
         return {"single": dict(NOISE_FREE_SAMPLER)}
     chosen = {} if single is None else {"single": single_evaluation(single)}
-    return {**{f"T{budget}": {"budget": budget} for budget in budgets}, **chosen}
+    gated = {gated_setting(p): {"budget": GATED_BUDGET, "skip_confidence": p} for p in gates}
+    return {**{f"T{budget}": {"budget": budget} for budget in budgets}, **gated, **chosen}
+
+
+def gated_setting(p: float) -> str:
+    """What results call a gate."""
+    return f"T{GATED_BUDGET}-p{p:g}"
 
 
 def record(measured: Measurement) -> dict[str, Any]:
@@ -107,7 +120,13 @@ class Progress:
 
 
 def evaluate(
-    model: L2DForCausalLM, l2d: bool, rows: Rows, choosing: Rows | None, budgets: list[int], progress: Progress
+    model: L2DForCausalLM,
+    l2d: bool,
+    rows: Rows,
+    choosing: Rows | None,
+    budgets: list[int],
+    gates: list[float],
+    progress: Progress,
 ) -> dict[str, Any]:
     """Everything that is measured of a model, as plain values.
 
@@ -120,7 +139,7 @@ def evaluate(
     if l2d and choosing is not None and not model.config.noise_free:
         times = progress.measured("times", lambda: _times(model, choosing))
         single = times["best"]
-    wanted: dict[str, dict[str, Any]] = samplers(model, budgets, single) if l2d else {"plain": {"budget": 1}}
+    wanted: dict[str, dict[str, Any]] = samplers(model, budgets, single, gates) if l2d else {"plain": {"budget": 1}}
     scores = {}
     for name, sampler in wanted.items():
 
@@ -151,6 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="of these, the first so many")
     parser.add_argument("--choosing", type=Path, help="rows that choose the time of one evaluation (default: none)")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
+    parser.add_argument("--gates", help=f"of skip_confidence, at T = {GATED_BUDGET} (default: none)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all models")
     options = parser.parse_args(arguments)
     settings = {name: str(value) for name, value in vars(options).items()}
@@ -160,7 +180,8 @@ def main(arguments: list[str] | None = None) -> None:
     choosing = None if options.choosing is None else read_part(options.choosing, options.base)
     progress = Progress(options.out, settings)
     budgets = [int(word) for word in options.budgets.split(",")]
-    progress.finish({"model": options.model.name, **evaluate(model, l2d, rows, choosing, budgets, progress)})
+    gates = [float(word) for word in options.gates.split(",")] if options.gates else []
+    progress.finish({"model": options.model.name, **evaluate(model, l2d, rows, choosing, budgets, gates, progress)})
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ Worked solutions of GSM8K's test problems, scored by teacher forcing: whether ea
 the true tokens before it, its loss in nats, and whether this holds for all tokens of a solution, which is when greedy
 decoding gives that solution word for word. Brackets are 95 % intervals over problems, of which the tokens are one
 cluster. T is the budget: evaluations per token, midpoint solver; T = 1 is the base, whatever the path. One evaluation
-is at the time that held-out training rows choose.
+is at the time that held-out training rows choose. "Base from p" is `skip_confidence`: the base's answer wherever its
+most likely token is at least so likely.
 
 Cost: evaluations and passes of the path that a scored token took, beside the model's own step, with speculation, which
 changes no result; and the processor time of a decoded token, prompt and all, divided by that of the base's own greedy

@@ -19,7 +19,7 @@ from l2d.statistics import Estimate, holm, mean, paired, ratio, verdict
 from training.studies.packing import pack, unpack
 from training.studies.real.elsewhere import ASKED, BUDGET, LOSSES, Limits, read_answers
 from training.studies.real.equal import saved_steps
-from training.studies.real.evaluate import BUDGETS
+from training.studies.real.evaluate import BUDGETS, GATED_BUDGET, gated_setting
 from training.studies.real.plan import (
     EQUAL_TIME,
     METHODS,
@@ -32,7 +32,13 @@ from training.studies.real.plan import (
 
 Key = tuple[str, str]
 """Method, and setting: `T3` and so on, `single`, or `plain`."""
-SETTINGS = {**{f"T{budget}": f"T = {budget}" for budget in BUDGETS}, "single": "one evaluation", "plain": ""}
+GATES = sorted({p for method in METHODS.values() for p in method.gates})
+SETTINGS = {
+    **{f"T{budget}": f"T = {budget}" for budget in BUDGETS},
+    **{gated_setting(p): f"T = {GATED_BUDGET}, base from p = {p:g}" for p in GATES},
+    "single": "one evaluation",
+    "plain": "",
+}
 METRICS = {"accuracy": "token accuracy", "loss": "loss", "exact": "whole solutions"}
 EQUAL = {name: at_equal_time(name) for name in METHODS}
 # (what it is about, first method and setting, second method and setting): first minus second
@@ -42,6 +48,10 @@ COMPARISONS: tuple[tuple[str, Key, Key], ...] = (
     ("warm start, at T = 15", ("warm", "T15"), ("plain", "T15")),
     ("more evaluations: warm start, T = 31 against T = 3", ("warm", "T31"), ("warm", "T3")),
     ("more evaluations: warm start, T = 15 against one", ("warm", "T15"), ("warm", "single")),
+    *(
+        (f"gate of p = {p:g}, warm start, at T = 15", ("warm", gated_setting(p)), ("warm", f"T{GATED_BUDGET}"))
+        for p in GATES
+    ),
     ("corruption, warm start, at T = 15", ("warm_corrupted", "T15"), ("warm", "T15")),
     ("warm start at T = 15 against a noise-free path", ("warm", "T15"), ("warm_noise_free", "single")),
     ("warm start at T = 15 against LoRA, all layers", ("warm", "T15"), ("lora_all", "plain")),
