@@ -27,6 +27,7 @@ from l2d import L2DForCausalLM
 from l2d.checkpoint.loading import config_from, load_tokenizer
 from l2d.checkpoint.opening import Checkpoint
 from l2d.integrity import fingerprint
+from l2d.network.onednn import slow_dtype
 from l2d.sampler_config import SamplerConfig
 from l2d.settings import declared
 from lm_eval_ext.argument_table import help_text
@@ -157,6 +158,11 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
             self._model = L2DForCausalLM.from_pretrained(self._checkpoint, dtype=get_dtype(dtype), **options)
         if not parallelize:
             self._model.to(self.device)
+        if slow_dtype(self._model.base.dtype, self._model.device):
+            logger.warning(
+                "dtype=%s: this processor has no instructions for it; dtype=float32 is several times as fast.",
+                str(self._model.base.dtype).removeprefix("torch."),
+            )
 
     @property
     def max_length(self) -> int:

@@ -30,7 +30,7 @@ def compare_row(row: Row, rows: list[Row]) -> None:
         if comparison := _closest(cell, [other for other in bases if _measured(other, cell)], _base_rank):
             cell.comparisons["base"], row.base = comparison, row.base or comparison.row
             cell.base_reasons = comparison.reasons
-        else:
+        elif setting.kind != "l2d-base":  # which is its base, bit for bit
             cell.base_reasons = ["no result of the base with this decoding"]
         for kind in CONTROL_KINDS if setting.kind in _BUDGETS else ():
             controls = [other for other in others if _is_control_of(other.setting, setting, kind)]

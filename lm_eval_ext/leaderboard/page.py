@@ -69,11 +69,11 @@ def _embedded(value: Any) -> str:
 
 def _figures(board: Board) -> list[dict[str, Any]]:
     sections = [
-        ("Accuracy against budget", "curves", curve_figures(board, "budget"), "Bars and bands are 95 % intervals."),
+        ("Score against budget", "curves", curve_figures(board, "budget"), "Bars and bands are 95 % intervals."),
         ("Differences to the base and the controls", "differences", difference_figures(board), "Mean paired difference "
          "with a 95 % interval, on the same documents. Filled: told apart from 0 at p < .05, not corrected for "
          f"{board.tests} tests; hollow: not told apart."),
-        ("Accuracy against measured time", "time", curve_figures(board, "seconds"), "Seconds per generated "
+        ("Score against measured time", "time", curve_figures(board, "seconds"), "Seconds per generated "
          "or scored token, of the requests where they were measured, else of the whole call with loading; models that "
          "count no tokens appear as lines."),
         ("Evaluations per token", "cost", cost_figures(board), "Evaluations that the network made for a token, "

@@ -101,11 +101,11 @@ def _reach(row: Row, task: str) -> tuple[float, float, float]:
     return score.value, max(0.0, score.value - low), max(0.0, high - score.value)
 
 
-# ---- accuracy ----------------------------------------------------------------------------------------------------
+# ---- scores ------------------------------------------------------------------------------------------------------
 
 
 def curve_figures(board: Board, horizontal: str) -> list[Figure]:
-    """Panels of accuracy against `horizontal`, "budget" or "seconds" (per token, of the whole call)."""
+    """Panels of scores against `horizontal`, "budget" or "seconds" (per token, of the whole call)."""
     figures = []
     for task in board.tasks:
         measured = [row for row in board.rows if task in row.cells]
@@ -150,6 +150,7 @@ def _curve_panel(title: str, task: str, rows: list[Row], horizontal: str) -> Fig
     marks: dict[str, str] = {}  # by model, the colour of its first curve
     for number, members in enumerate(series.values()):
         marks.setdefault(members[-1].setting.model, f"c{number % COLOURS}")
+    measure = rows[0].cells[task].measure
     lines = _lines(rows, task, kinds, marks if len(marks) > 1 else {})
     legend = [(f"c{number % COLOURS}", name) for number, name in enumerate(series)]
     legend += [
@@ -167,6 +168,7 @@ def _curve_panel(title: str, task: str, rows: list[Row], horizontal: str) -> Fig
         for number, members in enumerate(series.values()):
             _errorbars(axes, members, task, position, f"c{number % COLOURS}", "o-")
         _errorbars(axes, points, task, position, "control", "D")
+        axes.set_ylabel(measure.metric + ("" if measure.higher_is_better else ", less is better"))
         _scale(axes, sorted({position(row.setting) for members in series.values() for row in members}), by_budget)
         if not by_budget:
             for row in [row for members in series.values() for row in members][:16]:
@@ -175,7 +177,7 @@ def _curve_panel(title: str, task: str, rows: list[Row], horizontal: str) -> Fig
                 axes.annotate(name, spot, (0, -14), textcoords="offset points", ha="center", color=_colour("soft"))
 
     words = "evaluations per token, T" if by_budget else "seconds per token"
-    label = f"{title}: accuracy against {words}"
+    label = f"{title}: {measure.metric} against {words}"
     return Figure(title, label, _draw(label, paint), legend, _missing(rows))
 
 

@@ -46,6 +46,7 @@ class AnswersScoring(HFLM):
     """`loglikelihood` and `loglikelihood_rolling` for `L2DLM`; budget 1 leaves them to the harness's own class."""
 
     _scored: list[Source] | None = None  # where the next requests to be scored come from
+    _windows: Any = None  # the bar of a rolling task at budget 1, for which the harness would begin one per batch
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy) of each continuation of each context."""
@@ -55,12 +56,6 @@ class AnswersScoring(HFLM):
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Log-probability of each text, in windows that each score what no other does."""
         listed = self._sources(requests)
-        if self.sampler.is_base:
-            self._scored, start = None, time.perf_counter()
-            answers = super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
-            counts = [len(self.tok_encode(request.args[0])) for request in requests]
-            self._record_base(listed, counts, time.perf_counter() - start)
-            return answers
         windows, self._scored = [], []
         for source in listed:
             tokens = self.tok_encode(source.instance.args[0])
@@ -68,20 +63,42 @@ class AnswersScoring(HFLM):
             cut = [(None, *make_disjoint_window(part)) for part in parts]
             windows += cut
             self._scored += [source] * len(cut)
+        if self.sampler.is_base:
+            return self._rolling_base(requests, listed, len(windows), disable_tqdm)
         totals = dict.fromkeys(map(id, listed), 0.0)
         owners = list(self._scored)
-        for owner, (logprob, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+        answers = self._loglikelihood_tokens(windows, disable_tqdm, kind="loglikelihood_rolling")
+        for owner, (logprob, _) in zip(owners, answers, strict=True):
             totals[id(owner)] += logprob
         for source in listed:
             self.cache_hook.add_partial("loglikelihood_rolling", source.instance.args, totals[id(source)])
         return [totals[id(source)] for source in listed]
+
+    def _rolling_base(
+        self, requests: list[Instance], listed: list[Source], windows: int, disable_tqdm: bool
+    ) -> list[float]:
+        self._scored, start = None, time.perf_counter()
+        silent = disable_tqdm or self.rank != 0
+        self._windows = tqdm(total=windows, disable=silent, desc="Running loglikelihood_rolling requests")
+        try:
+            answers = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        finally:
+            self._windows.close()
+            self._windows = None
+        counts = [len(self.tok_encode(request.args[0])) for request in requests]
+        self._record_base(listed, counts, time.perf_counter() - start)
+        return answers
 
     def _record_base(self, listed: list[Source], counts: list[int], seconds: float) -> None:
         ones, zeros = [[1] * count for count in counts], [[0] * count for count in counts]
         self.run_record.add_batch(listed, ones, zeros, zeros, seconds)
 
     def _loglikelihood_tokens(
-        self, requests: list[ScoringRequest], disable_tqdm: bool = False, override_bs: int | None = None
+        self,
+        requests: list[ScoringRequest],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+        kind: str = "loglikelihood",
     ) -> list[tuple[float, bool]]:
         """(log-probability, whether greedy) of each continuation; only continuation positions are solved."""
         listed, self._scored = self._scored, None
@@ -93,7 +110,10 @@ class AnswersScoring(HFLM):
                 )
         if self.sampler.is_base:
             start = time.perf_counter()
-            answers = super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+            silent = disable_tqdm or self._windows is not None
+            answers = super()._loglikelihood_tokens(requests, disable_tqdm=silent, override_bs=override_bs)
+            if self._windows is not None:
+                self._windows.update(len(requests))
             if listed is not None:
                 counts = [len(continuation) for _, _, continuation in requests]
                 self._record_base(listed, counts, time.perf_counter() - start)
@@ -105,9 +125,8 @@ class AnswersScoring(HFLM):
         size = override_bs or self.batch_size
         if size == "auto":
             size = self._detect_batch_size(sorted(requests, key=lambda request: -len(request[1] + request[2])))
-        progress = tqdm(
-            total=len(requests), disable=disable_tqdm or self.rank != 0, desc="Running loglikelihood requests"
-        )
+        silent = disable_tqdm or self.rank != 0
+        progress = tqdm(total=len(requests), disable=silent, desc=f"Running {kind} requests")
         answers = []
         for batch in order.get_batched(n=size):
             for (_, job), answer in zip(batch, self._score_mixed([job for _, job in batch]), strict=True):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lm_eval_ext.leaderboard.__main__ import write_leaderboard
+from lm_eval_ext.leaderboard.plots import curve_figures
 from tests.lm_eval_ext.test_leaderboard import by_label, coins, unpack, write_run
 
 
@@ -213,6 +214,18 @@ def test_a_perplexity_is_not_tested_by_the_mean_of_its_documents(tmp_path):
     assert cell.paired is None
     assert cell.base_reasons == ["the score is not the mean of its documents' scores"]
     assert cell.measure.higher_is_better is False
+    (panel,) = curve_figures(board, "budget")
+    assert ">perplexity, less is better<" in panel.svg
+
+
+def test_l2d_at_budget_one_is_the_base_and_lacks_none(tmp_path):
+    write_run(tmp_path / "l2d", {"gsm8k": coins(40, 0.7, 2)}, model="l2d", l2d={"sampler": {"budget": 1}})
+    board = write_leaderboard([tmp_path], tmp_path / "out")
+    assert [row.setting.kind for row in board.rows] == ["l2d-base"]
+    assert board.rows[0].cells["gsm8k"].base_reasons == []
+    write_run(tmp_path / "more", {"gsm8k": coins(40, 0.7, 2)}, model="other", l2d={"base": "/models/another"})
+    other = by_label(write_leaderboard([tmp_path], tmp_path / "out"))["L2D (lora), T = 15"]
+    assert other.cells["gsm8k"].base_reasons == ["no result of the base with this decoding"]
 
 
 def test_less_may_be_better(tmp_path):

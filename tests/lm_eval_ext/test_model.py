@@ -111,6 +111,32 @@ def test_scores_do_not_depend_on_batch_or_order(lm):
     assert lm(16).loglikelihood_rolling(rolling(PROMPTS)) == pytest.approx(texts, abs=1e-4)
 
 
+@pytest.mark.parametrize("budget", [1, 15])
+def test_texts_are_scored_under_one_bar(lm, capsys, budget):
+    """Whatever the budget, and not one bar per batch."""
+    model = lm(2, diffusion_budget=budget)
+    assert len(model.loglikelihood_rolling(rolling(PROMPTS))) == len(PROMPTS) > 2
+    shown = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines() if "Running" in line]
+    assert {line.partition(":")[0] for line in shown} == {"Running loglikelihood_rolling requests"}
+    assert (
+        f"{len(PROMPTS)}/{len(PROMPTS)}" in shown[-1] and sum(": 0%" in line.replace("   ", " ") for line in shown) == 1
+    )
+    model.loglikelihood_rolling(rolling(PROMPTS), disable_tqdm=True)
+    assert "Running" not in capsys.readouterr().err
+
+
+def test_a_slow_dtype_is_said(l2d_dir, monkeypatch, caplog):
+    for capability, dtype, told in (
+        ("AVX2", "bfloat16", True),
+        ("AVX2", "float32", False),
+        ("AVX512", "bfloat16", False),
+    ):
+        monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda said=capability: said)
+        caplog.clear()
+        L2DLM(pretrained=str(l2d_dir), device="cpu", dtype=dtype)
+        assert ("dtype=bfloat16: this processor has no instructions for it" in caplog.text) == told
+
+
 def test_samples_of_one_prompt_are_distinct_and_reproducible(lm):
     requests = generation(["The cat"] * 6, do_sample=True, temperature=1.0)
     first = lm(1).generate_until(requests)
