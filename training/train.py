@@ -32,7 +32,7 @@ from training.checkpointing.resume import (
     choose_checkpoint,
     saved_step,
 )
-from training.console import LOCAL_RANK, PROCESSES, RANK, end, say
+from training.console import LOCAL_RANK, PROCESSES, RANK, end, say, show_log_lines
 from training.recipe import Recipe, read_recipe
 
 
@@ -61,6 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
             return
         job = prepare(recipe)
         trainer = build_trainer(job)
+        show_log_lines(trainer)
     except (ImportError, OSError, ValueError) as error:
         end(error, 2)
     from training.data.values import DataError
@@ -256,6 +257,7 @@ def leave_results(trainer: Any, job: Job, metrics: dict[str, float]) -> None:
     """Evaluate, and write metrics and the final model."""
     folder, step = job.recipe.training.output_dir, trainer.state.global_step
     if trainer.made_steps:
+        metrics = {name: value for name, value in metrics.items() if value or name != "total_flos"}  # not counted
         trainer.log_metrics("train", metrics)
         trainer.save_metrics("train", metrics)
     else:

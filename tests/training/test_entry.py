@@ -13,10 +13,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import is_progress_bar_enabled
 
 from l2d import L2DForCausalLM
 from tests.training_runs import BASELINE, SMALL, same_bits, sums, train_here, weights, write_jsonl, write_recipe
 from training.checkpointing.resume import check_output_dir, choose_checkpoint, clear_output_dir, missing_parts
+from training.console import log_line
 
 
 @pytest.fixture
@@ -57,6 +59,36 @@ def test_l2d(recipe, tmp_path, base_dir, capsys, variant):
     assert yaml.safe_load((out / "recipe.yaml").read_text())["draws"] == 2
     assert not any("base" in name for name in weights(out))
     assert str(base_dir) in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("bar", [True, False])
+@pytest.mark.parametrize("method", ["l2d", "full_sft"])
+def test_each_step_is_one_short_line_and_checkpoints_draw_no_bars(recipe, capsys, method, bar):
+    train_here(
+        recipe(method=method, eval_holdout=4, eval_strategy="steps", eval_steps=3, save_strategy="steps", save_steps=2,
+               disable_tqdm=not bar)
+    )  # fmt: skip
+    printed, drawn = capsys.readouterr()
+    steps = [line for line in printed.splitlines() if line.startswith("step ")]
+    assert [line.partition(":")[0] for line in steps if "eval_" not in line][:3] == ["step 1", "step 2", "step 3"]
+    assert "step 3: eval_loss " in printed and "{'" not in printed and "total_flos" not in steps[0]
+    assert ("; by time: loss " in steps[0] and ", accuracy " in steps[0]) == (method == "l2d")
+    assert ("total_flos" in printed) == (method == "full_sft")  # L2D's operations are not counted
+    assert ("3/3" in drawn) == bar
+    assert drawn.count("Writing model shards: 100%") <= 2  # of the final model, and of no checkpoint before it
+    assert is_progress_bar_enabled()
+
+
+def test_a_line_holds_all_that_is_logged():
+    logs = {"loss": 1.18249, "accuracy": 0.7225, "learning_rate": 1e-3, "epoch": 2, "total_flos": 0}
+    logs |= {
+        f"{name}_t_{at}": value
+        for at, value in (("0.00_0.50", 0.5), ("0.50_1.00", 0.25))
+        for name in ("loss", "eval_a")
+    }
+    line = "step 7: loss 1.182, accuracy 0.7225, learning_rate 0.001, epoch 2; by time: loss 0.5 0.25, eval_a 0.5 0.25"
+    assert log_line(7, logs) == line
+    assert log_line(3, {"train_runtime": 2.0}) == "step 3: train_runtime 2"
 
 
 @pytest.mark.parametrize("how", ["packing", "padding_free", "torch_compile"])

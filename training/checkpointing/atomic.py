@@ -34,7 +34,7 @@ from training.checkpointing.resume import (
     write_checksums,
 )
 from training.checkpointing.sharding import ShardedCheckpoints
-from training.console import say
+from training.console import one_bar, say
 
 
 class SafeCheckpoints(ShardedCheckpoints):
@@ -115,7 +115,7 @@ class SafeCheckpoints(ShardedCheckpoints):
             shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed while it saved
         self.accelerator.wait_for_everyone()
         try:
-            with writing(self.args.output_dir):
+            with writing(self.args.output_dir), one_bar():
                 self._write_checkpoint(partial, final)
                 self._publish(partial, final)
         except Interrupted:
