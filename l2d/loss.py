@@ -79,7 +79,7 @@ def _rolled_out(
     learning = torch.is_grad_enabled()
     x = flat.of(noised.noise) * paths.config.noise_std
     with torch.no_grad():
-        base = state.hidden[flat.rows, noised.index[flat.rows, flat.columns]]
+        base = _at(state.hidden, flat.rows, noised.index[flat.rows, flat.columns])
         chosen = _argmax(paths, base).repeat_interleave(flat.draws)
     before, scored = torch.zeros_like(x[:, 0]), []
     carried = None if paths.path.carried_state is None else x.new_zeros(len(x), base.shape[-1])
@@ -132,18 +132,25 @@ def _sources(
         raise ValueError("sources need uniforms, which fix the tokens that are sampled: set both or neither.")
     uniforms, targets = flat.of(uniforms)[sampled], flat.targets[sampled]
     with torch.no_grad():
-        hidden = state.hidden[flat.row[sampled], flat.index[sampled]]
+        hidden = _at(state.hidden, flat.row[sampled], flat.index[sampled])
         chunk = _chunk(paths, hidden)
         drawn = []
         for part, uniform, target in zip(hidden.split(chunk), uniforms.split(chunk), targets.split(chunk), strict=True):
-            logits = at_least_float32(paths.logits(part)).scatter(-1, target[:, None], -torch.inf)
+            logits = at_least_float32(paths.logits(part).to(target.device)).scatter(-1, target[:, None], -torch.inf)
             drawn.append(draw_token(torch.softmax(logits, -1), uniform))
     return sources.index_copy(0, sampled, torch.cat(drawn))
 
 
 def _cross_entropy(paths: TwoPaths, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses and most likely tokens, (N,) each."""
-    return chunked_cross_entropy(hidden, targets, paths.logits, _chunk(paths, hidden))
+    """Losses and most likely tokens, (N,) each, where the targets are; computed where the output head is."""
+    hidden = hidden.to(paths.decoder.lm_head.weight.device)
+    losses, chosen = chunked_cross_entropy(hidden, targets.to(hidden.device), paths.logits, _chunk(paths, hidden))
+    return losses.to(targets.device), chosen.to(targets.device)
+
+
+def _at(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Values (B, S, ...) at rows and columns (N,), which may be on another device."""
+    return values[rows.to(values.device), columns.to(values.device)]
 
 
 def _argmax(paths: TwoPaths, hidden: torch.Tensor) -> torch.Tensor:

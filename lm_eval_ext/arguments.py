@@ -136,10 +136,8 @@ HARNESS_ARGUMENTS: dict[str, Setting] = {
     "use_fast_tokenizer": _harness(truth, "true", "use the fast tokenizer"),
     "trust_remote_code": _harness(truth, "false", "run code that comes with the base"),
     "attn_implementation": _harness(_name, "base's", "attention kernel, for example sdpa or eager"),
-    "parallelize": _harness(truth, "false", "spread the layers over all GPUs"),
-    "max_memory_per_gpu": _harness(_memory, "all", "limit per GPU with parallelize"),
-    "max_cpu_memory": _harness(_memory, "all", "limit of main memory with parallelize"),
-    "offload_folder": _harness(_name, "./offload", "where parallelize puts weights that fit nowhere"),
+    "parallelize": _harness(truth, "false", "spread the layers over all GPUs, which must hold the whole base"),
+    "max_memory_per_gpu": _harness(_memory, "all", "limit per GPU with parallelize; nothing is offloaded"),
     "compile_path": _harness(truth, "false", "compile the path; equal to rounding, see docs/performance.md"),
     "think_end_token": _harness(_anything, "none", "text or number of the token that ends the thinking"),
     "enable_thinking": _harness(truth, "template's", "passed to the chat template"),
@@ -147,10 +145,10 @@ HARNESS_ARGUMENTS: dict[str, Setting] = {
 }
 """What the harness's own Hugging Face model class takes and this one passes on, and where and how it is computed."""
 
-PLACEMENT = (
-    "device", "batch_size", "max_batch_size", "parallelize", "max_memory_per_gpu", "max_cpu_memory", "compile_path"
-)  # fmt: skip
+PLACEMENT = ("device", "batch_size", "max_batch_size", "parallelize", "max_memory_per_gpu", "compile_path")
 """Those that change no answer."""
+
+_OFFLOADING = ("max_cpu_memory", "offload_folder")
 
 SAMPLER_ARGUMENTS: dict[str, str] = {one.argument: name for name, one in declared(SamplerConfig).items()}
 """Name for users -> field of `SamplerConfig`. Each may also come with a task's or a run's generation kwargs."""
@@ -189,6 +187,8 @@ def parse_arguments(arguments: dict[str, Any]) -> Settings:
     for name in arguments:
         if name in REMOVED:
             raise UsageError(REMOVED[name])
+        if name in _OFFLOADING:
+            raise UsageError(f"{name} has no effect, since no part of a base can be offloaded: leave it out.")
         if name not in ARGUMENTS:
             raise UsageError(f"model argument {name!r} is not known: {_nearest(name, ARGUMENTS)}")
     values = {name: value for name, value in arguments.items() if value is not None}

@@ -75,7 +75,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         harness = dict(self.settings.harness)
         compiled = harness.pop("compile_path", False)
         harness.setdefault("device", "cuda" if torch.cuda.is_available() else "cpu")
-        check_device(harness["device"])
+        check_device(harness)
         if harness["device"] == "cpu" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
             os.environ.setdefault("ACCELERATE_USE_CPU", "true")  # else each process would do all the work
         with one_line():
@@ -141,8 +141,6 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         parallelize: bool | None = False,
         gpus: int | None = None,
         max_memory_per_gpu: int | str | None = None,
-        max_cpu_memory: int | str | None = None,
-        offload_folder: str | None = None,
         trust_remote_code: bool | None = False,
         attn_implementation: str | None = None,
         **ignored: Any,
@@ -150,9 +148,7 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
         """Load base and path; what `HFLM` would also pass (adapters, quantization) is not among our arguments."""
         options = {"trust_remote_code": trust_remote_code or None, "attn_implementation": attn_implementation}
         if parallelize:
-            options |= self._get_accelerate_args(
-                parallelize, "auto", max_memory_per_gpu, max_cpu_memory, offload_folder, gpus
-            )
+            options |= self._get_accelerate_args(parallelize, "auto", max_memory_per_gpu, None, None, gpus)
         options = {name: value for name, value in options.items() if value is not None}
         with one_line():
             self._model = L2DForCausalLM.from_pretrained(self._checkpoint, dtype=get_dtype(dtype), **options)

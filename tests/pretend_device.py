@@ -38,6 +38,7 @@ _ALLOCATIONS = {
     "_unsafe_view", "set_", "_local_scalar_dense", "is_same_size", "sym_size", "_pin_memory",
 }  # fmt: skip
 _COPIES = {"copy_", "_to_copy", "set_", "_foreach_copy_"}
+_FACTORIES = {f"{name}_like" for name in ("empty", "full", "ones", "rand", "randint", "randn", "zeros")}
 _SIZES_FROM_VALUES = {"nonzero", "masked_select", "_unique", "_unique2", "unique_dim", "unique_consecutive", "bincount"}
 _READS = _SIZES_FROM_VALUES | {"_local_scalar_dense", "equal"}
 _ONE_KERNEL = {torch.rms_norm, torch.nn.functional.rms_norm}
@@ -69,9 +70,10 @@ class PretendDevices:
     def __enter__(self) -> "PretendDevices":
         self._stack = contextlib.ExitStack()
         self._stack.enter_context(_replaced(torch.cuda, "mem_get_info", lambda device=None: (self.memory, self.memory)))
-        properties = lambda device=None: types.SimpleNamespace(total_memory=self.memory)  # noqa: E731
+        properties = lambda device=None: types.SimpleNamespace(total_memory=self.memory, name="pretended")  # noqa: E731
         self._stack.enter_context(_replaced(torch.cuda, "get_device_properties", properties))
         self._stack.enter_context(_replaced(torch.cuda, "device_count", lambda: 2))
+        self._stack.enter_context(_replaced(torch._C, "_group_tensors_by_device_and_dtype", _grouped))
         self._stack.enter_context(_Dispatched(self))
         self._stack.enter_context(_Functions(self))
         return self
@@ -246,7 +248,8 @@ class _Dispatched(TorchDispatchMode):
         kwargs, devices = kwargs or {}, self.devices
         name = func.overloadpacket.__name__
         tensors = [part for part in tree_iter((args, kwargs)) if isinstance(part, torch.Tensor)]
-        device = self._common(name, args, tensors) if tensors else devices.requested
+        made = not tensors or name in _FACTORIES
+        device = devices.requested if made else self._common(name, args, tensors)
         if device.type == "cuda":
             if name not in _ALLOCATIONS and not _is_view(func):
                 devices.launched()
@@ -291,6 +294,17 @@ class _Dispatched(TorchDispatchMode):
             apart = len({self.devices.device_of(tensor) for tensor in tensors}) > 1
             return apart and not (len(args) > 2 and args[2])
         return False
+
+
+def _grouped(lists: list[list[torch.Tensor]], with_indices: bool = False) -> dict[Any, Any]:
+    """Lists of tensors, of which some may be empty, by device and data type of the first; for clipping and optimizers."""
+    groups: dict[Any, Any] = {}
+    for number, tensor in enumerate(lists[0]):
+        columns, indices = groups.setdefault((tensor.device, tensor.dtype), ([[] for _ in lists], []))
+        for column, values in zip(columns, lists, strict=True):
+            column.extend(values[number : number + 1])
+        indices.append(number)
+    return groups
 
 
 def _is_view(func: Any) -> bool:

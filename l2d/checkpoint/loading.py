@@ -150,12 +150,12 @@ def _check_dtype(given: Any, recorded: torch.dtype) -> None:
 
 
 def refuse_offloaded(base: PreTrainedModel) -> None:
-    """Raise `ValueError` for a base a part of which is loaded only while its own layers run."""
+    """Raise `ValueError` for a base of which a part, or all, is loaded only while its own layers run."""
     on_meta = [p.is_meta for p in base.parameters()]
-    if any(on_meta) and not all(on_meta):
+    if any(on_meta) and not (all(on_meta) and getattr(base, "hf_device_map", None) is None):  # else a dry run's
         raise ValueError(
-            "device_map offloads a part of the base, whose weights the diffusion path shares: name a device_map that "
-            "keeps all of it on devices."
+            "a part of the base would be offloaded, and the diffusion path shares its weights: keep all of it on "
+            "devices (device_map, max_memory, max_memory_per_gpu), on more of them or in a smaller dtype."
         )
 
 

@@ -85,7 +85,7 @@ def check_command(config: Any) -> None:
         raise UsageError("tasks is not set: give --tasks NAME,NAME; lm_eval ls tasks lists all.")
     check_checkpoint(settings, config.gen_kwargs)
     _opened[:] = [settings.checkpoint] if settings.checkpoint is not None else []
-    check_device(settings.harness.get("device"))
+    check_device(settings.harness)
 
 
 def refuse_checkpoint(model: str, model_args: Any) -> None:
@@ -141,8 +141,11 @@ def take_opened(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "pretrained": opened}
 
 
-def check_device(device: str | None) -> None:
-    """Raise `UsageError` for a GPU on a machine without one; torch is imported only for a GPU."""
+def check_device(harness: dict[str, Any]) -> None:
+    """Raise `UsageError` for a GPU on a machine without one, or GPUs; torch is imported only for them."""
+    device = harness.get("device", "cuda" if harness.get("parallelize") else None)
+    if device == "cpu" and harness.get("parallelize"):
+        raise UsageError("parallelize spreads a base over GPUs, and this run is on the CPU: leave it out.")
     if device is None or not device.startswith("cuda"):
         return
     import torch

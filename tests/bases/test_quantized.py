@@ -5,6 +5,7 @@ Run: `python -m pytest tests/bases/test_quantized.py` (a minute)
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lm_eval_ext.arguments import UsageError, parse_arguments
 from tests.bases.making import KINDS, SIZES, look, train
 from tests.conftest import randomise_path
 from tests.training_runs import SMALL, sums, write_jsonl, write_recipe
+from training.checkpointing.sharding import ShardedCheckpoints
 from training.recipe import read_recipe
 
 pytest.importorskip("bitsandbytes")
@@ -214,3 +216,37 @@ def test_lm_eval_takes_what_is_recorded_and_nothing_else(base, tmp_path):
     for name, value in {"load_in_8bit": True, "bnb_4bit_quant_type": "fp4", "gguf_file": "a.gguf"}.items():
         with pytest.raises(UsageError, match=f"{name}={value!r} is not how the base of"):
             parse_arguments({"pretrained": str(tmp_path), name: value})
+
+
+@pytest.mark.parametrize(
+    ("stage", "fp16", "words"),
+    [
+        (3, False, "ZeRO-3 cannot spread the weights of a quantized base: launch with fsdp2.yaml"),
+        (2, True, "fp16=True with sharding would round the trained weights: use bf16: true"),
+        (3, True, "fp16=True with sharding"),
+        (2, False, None),
+    ],
+)
+def test_what_sharded_training_cannot_hold_is_refused(base, kind, stage, fp16, words):
+    """Asked by a trainer that is sharded, before it spreads anything."""
+    model = SimpleNamespace(base=load_base(base, **kind))
+    plugin = SimpleNamespace(deepspeed_config={})
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(fp16=fp16, bf16=False), model=model, _zero_stage=stage, is_fsdp_enabled=False,
+        accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)), _trained=list,
+    )  # fmt: skip
+    if words is None:
+        ShardedCheckpoints._keep_float32(trainer)
+        return
+    with pytest.raises(ValueError, match=words):
+        ShardedCheckpoints._keep_float32(trainer)
+
+
+@pytest.mark.parametrize("name", ["bitsandbytes 4", "torchao int8"])
+def test_the_path_of_a_quantized_base_can_be_compiled(base, name):
+    torch._dynamo.reset()
+    model = L2DForCausalLM.from_base(load_base(base, **KINDS[name]), L2DConfig(**PATH)).eval()
+    randomise_path(model)
+    plain = model.score(IDS, sampler={"budget": 5}).logprobs
+    model.compile_path("aot_eager")
+    assert torch.equal(model.score(IDS, sampler={"budget": 5}).logprobs, plain)

@@ -1,6 +1,6 @@
 """Tokens of the fast solver against those of the plain sequential one: the share that is equal.
 
-    python -m tests.benchmarks.exactness [--tokens 2000] [--dtype float64] [--json FILE]
+    python -m tests.benchmarks.exactness [--tokens 500] [--dtype float64] [--json FILE]
 
 For every solver, with and without guidance: at least `--tokens` tokens of left-padded prompts, spread over batches of
 1, 4 and 8 rows, on a tiny random base whose path changes the chosen token about once per trajectory. In float64 all
@@ -52,7 +52,7 @@ def compare(model, solver: str, guided: bool, tokens: int, length: int = 25) -> 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.exactness", description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=2000, help="per solver, with and without guidance")
+    parser.add_argument("--tokens", type=int, default=500, help="per solver, with and without guidance; 2000 take ten minutes")
     parser.add_argument("--dtype", choices=LEAST, nargs="+", default=list(LEAST))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)

@@ -60,12 +60,17 @@ def change_rate(model: L2DForCausalLM, prompts: torch.Tensor, budget: int, token
 
 
 def calibrate(
-    model: L2DForCausalLM, changes: float | None, budget: int, prompts: torch.Tensor | None = None, tokens: int = 20
+    model: L2DForCausalLM,
+    changes: float | None,
+    budget: int,
+    prompts: torch.Tensor | None = None,
+    tokens: int = 20,
+    rounds: int = 8,
 ) -> tuple[float, float]:
     """Scale the path until the chosen token changes about `changes` times per trajectory: gain and rate that were met.
 
-    The rate is measured roughly at T = 15 first, then at `budget` until it is within a tenth of what was asked for, on
-    `tokens` tokens after each of `prompts` (B, L). It differs much between prompts: give those that will be timed.
+    The rate is measured roughly at T = 15 first, then at `budget` until it is within a tenth of what was asked for, at
+    most `rounds` times, on `tokens` tokens after each of `prompts` (B, L). It differs much between prompts: give those that will be timed.
     `changes=None`: at least once at T = 15.
     """
     if prompts is None:
@@ -78,7 +83,7 @@ def calibrate(
         scale_path(model, gain)
         low, high = (low, gain) if change_rate(model, prompts, 15, 48) >= target else (gain, high)
     gain, best = (low * high) ** 0.5, None
-    for _ in range(8):
+    for _ in range(rounds):
         scale_path(model, gain)
         rate = change_rate(model, prompts, budget, tokens * len(prompts))
         enough = changes is not None or rate >= 1.0

@@ -68,6 +68,8 @@ BAD = [
     (dict(parallelize="yes"), "parallelize='yes' must be true or false"),
     (dict(trust_remote_code=1), "trust_remote_code=1 must be true or false"),
     (dict(chat_template_args="x"), "chat_template_args='x' must be a JSON object"),
+    (dict(max_cpu_memory="10GiB"), "max_cpu_memory has no effect, since no part of a base can be offloaded"),
+    (dict(offload_folder="off"), "offload_folder has no effect"),
     (dict(max_memory_per_gpu="lots"), "max_memory_per_gpu='lots' must be a number of bytes"),
     (dict(base="/nowhere/base"), "base='/nowhere/base' is not a directory"),
 ]

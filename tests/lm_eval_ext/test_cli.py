@@ -215,6 +215,7 @@ REFUSED = [
     ("pretrained={l2d},batch_size=0", "l2d: batch_size=0 must be a whole number of at least 1, 'auto' or 'auto:N'"),
     ("pretrained={l2d},max_length=1", "l2d: max_length=1 must be a whole number of at least 2"),
     ("pretrained={l2d},parallelize=yes", "l2d: parallelize='yes' must be true or false"),
+    ("pretrained={l2d},parallelize=true,device=cpu", "l2d: parallelize spreads a base over GPUs, and this run is on"),
     ("pretrained={l2d},trust_remote_code=1", "l2d: trust_remote_code=1 must be true or false"),
 ]
 

@@ -23,6 +23,7 @@ from lm_eval_ext.model import L2DLM
 from lm_eval_ext.requests.compute_record import RunRecord, sources
 from lm_eval_ext.requests.jobs import make_jobs
 from lm_eval_ext.requests.token_search import beam_search
+from tests.pretend_device import PretendDevices
 
 PROMPTS = ["Question: how many?", "The cat", "Natalia sold 48 clips in April and", "def add(a", "a", "0 1 2 3"]
 CHOICES = [" yes", " no", "1", " 24 clips"]
@@ -548,3 +549,20 @@ def test_foreign_base_and_damaged_checkpoint(l2d_dir, make_base, tmp_path):
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="has no CUDA device"):
             L2DLM(pretrained=str(l2d_dir), device="cuda:0")
+
+
+def test_parallelize_spreads_the_base_and_changes_no_answer(l2d_dir, lm, monkeypatch):
+    """Loaded onto two devices, which pretend; where both are too small it is refused in one sentence."""
+    requests = generation(PROMPTS[:3]), choices(PROMPTS[:2])
+    plain = lm(diffusion_budget=5)
+    expected = plain.generate_until(requests[0]), plain.loglikelihood(requests[1])
+    monkeypatch.setattr("lm_eval_ext.model.check_device", lambda harness: None)
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # other threads know nothing of pretended devices
+    settings = {"pretrained": str(l2d_dir), "device": "cuda:0", "parallelize": True, "diffusion_budget": 5}
+    with PretendDevices():
+        spread = L2DLM(**settings, batch_size=4, max_memory_per_gpu="160KiB")
+        assert set(spread.model.base.hf_device_map.values()) == {0, 1}
+        assert spread.generate_until(requests[0]) == expected[0]
+        assert spread.loglikelihood(requests[1]) == expected[1]
+        with pytest.raises(UsageError, match="a part of the base would be offloaded, .* max_memory_per_gpu"):
+            L2DLM(**settings, max_memory_per_gpu="60KiB")
