@@ -297,7 +297,7 @@ class _Dispatched(TorchDispatchMode):
 
 
 def _grouped(lists: list[list[torch.Tensor]], with_indices: bool = False) -> dict[Any, Any]:
-    """Lists of tensors, of which some may be empty, by device and data type of the first; for clipping and optimizers."""
+    """Lists of tensors, some of them empty, by device and data type of the first; for clipping and optimizers."""
     groups: dict[Any, Any] = {}
     for number, tensor in enumerate(lists[0]):
         columns, indices = groups.setdefault((tensor.device, tensor.dtype), ([[] for _ in lists], []))

@@ -112,7 +112,7 @@ def parse(options: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-speculation", dest="speculation", action="store_false")
     parser.add_argument("--draft-tokens", type=int, default=3, help="tokens that the base may draft ahead")
     parser.add_argument("--prompt", type=int, default=64, help="prompt tokens")
-    parser.add_argument("--tokens", type=int, help="timed tokens per row (default: 30; above T = 31 4, which is noisier)")
+    parser.add_argument("--tokens", type=int, help="timed tokens per row (default: 30; above T = 31 4, noisier)")
     parser.add_argument("--batches", type=int, help="batches of prompts, one after the other (default: 8 rows in all)")
     parser.add_argument("--check-tokens", type=int, help="tokens compared with the sequential solver (default: 8 or 2)")
     return parser.parse_args(options)

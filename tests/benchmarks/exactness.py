@@ -52,7 +52,7 @@ def compare(model, solver: str, guided: bool, tokens: int, length: int = 25) -> 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.exactness", description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=500, help="per solver, with and without guidance; 2000 take ten minutes")
+    parser.add_argument("--tokens", type=int, default=500, help="per solver, guided and not; 2000: ten minutes")
     parser.add_argument("--dtype", choices=LEAST, nargs="+", default=list(LEAST))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)

@@ -70,7 +70,8 @@ def calibrate(
     """Scale the path until the chosen token changes about `changes` times per trajectory: gain and rate that were met.
 
     The rate is measured roughly at T = 15 first, then at `budget` until it is within a tenth of what was asked for, at
-    most `rounds` times, on `tokens` tokens after each of `prompts` (B, L). It differs much between prompts: give those that will be timed.
+    most `rounds` times, on `tokens` tokens after each of `prompts` (B, L). It differs much between prompts: give those
+    that will be timed.
     `changes=None`: at least once at T = 15.
     """
     if prompts is None:
