@@ -35,8 +35,8 @@ TINT = "the brighter a token, the more evaluations it took, up to three times th
 
 @dataclasses.dataclass
 class Reply:
-    """One answer: its text, the texts of its tokens, their cost, and what was left out of the conversation, if
-    anything was."""
+    """One answer: its text, the texts of its tokens, their cost, what was left out of the conversation, if anything
+    was, and whether it ended only because it reached the most tokens of an answer."""
 
     text: str
     pieces: list[str]
@@ -44,6 +44,7 @@ class Reply:
     nfe_computed: list[int]
     passes: list[int]
     left_out: str = ""
+    cut: bool = False
 
 
 def effort(requested: int, computed: int) -> float:
@@ -197,12 +198,14 @@ class Chat:
             **self.session.ending(),
             **decoding_options(self.temperature, self.max_new_tokens),
         )
-        tokens = [token for token in sequences[0, len(ids) :].tolist() if token not in end]
+        new = sequences[0, len(ids) :].tolist()
+        tokens = [token for token in new if token not in end]
+        cut = len(new) == self.max_new_tokens == len(tokens)
         pieces = self.session.pieces(tokens)
         said = self.session.tokenizer.decode(tokens, skip_special_tokens=False)
         if not self.plain:
             self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": said}]
-        return Reply(said, pieces, record.nfe_requested[0], record.nfe_computed[0], record.passes[0], left_out)
+        return Reply(said, pieces, record.nfe_requested[0], record.nfe_computed[0], record.passes[0], left_out, cut)
 
     def settings(self) -> str:
         """What holds now, in one line."""
@@ -321,5 +324,7 @@ def _turn(chat: Chat, line: str, colour: bool) -> None:
     print()
     if reply.left_out:
         print(f"({reply.left_out})")
+    if reply.cut:
+        print(f"(stopped after {chat.max_new_tokens} tokens: --max-new-tokens allows for more)")
     if chat.tint:
         print(summary(reply))

@@ -72,6 +72,16 @@ def test_streams_exactly_the_answer(session):
     assert "".join(written) == harmless(reply.text)
 
 
+def test_an_answer_that_reaches_its_length_is_said_to_be_cut(session, monkeypatch):
+    whole = Chat(session, {"budget": 1}, max_new_tokens=8).answer(FIRST)
+    assert whole.cut and len(whole.pieces) == 8
+    text = session.encode(session.conversation_text([{"role": "user", "content": FIRST}]))
+    fourth = session.model.generate(torch.tensor([text]), sampler={"budget": 1}, max_new_tokens=4)[0, -1].item()
+    monkeypatch.setattr(session.model.generation_config, "eos_token_id", fourth)
+    ended = Chat(session, {"budget": 1}, max_new_tokens=8).answer(FIRST)
+    assert not ended.cut and len(ended.pieces) < 4
+
+
 SCRIPTS = {
     "Persian": "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645", "Hindi": "\u0915\u094d\u200d\u0937",
     "composed": "\U0001f469\u200d\U0001f680", "flag": "\U0001f3f4\U000e0067\U000e0062\U000e007f",
@@ -216,9 +226,8 @@ def test_what_is_waited_for_is_said_and_gone_with_the_first_token(folder, sessio
     count = len(Chat(session).prompt(FIRST))
     answer = Chat(session, {"budget": 3}, max_new_tokens=4).answer(FIRST).text
     assert f"reading {count} tokens" in screen.getvalue()
-    assert "reading" not in "\n".join(screen.screen()) and f"\n{harmless(answer)}\n4 tokens, " in "\n".join(
-        screen.screen()
-    )
+    shown = "\n".join(screen.screen())
+    assert "reading" not in shown and f"\n{harmless(answer)}\n(stopped after 4 tokens: " in shown
     assert f"Tint is on: {TINT}." in screen.screen()
 
 
