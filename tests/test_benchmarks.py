@@ -115,6 +115,8 @@ def test_training_figures(tmp_path):
     figures = main([*small, "--no-memory", "--json", str(tmp_path / "figures.json")])
     assert figures["speedup_over_naive"] > 0 and figures["speedup_over_sft"] > 0
     assert all(0 < figures[f"{way}_of_peak"] < 1 for way in WAYS)
+    alone = main([*small, "--no-memory", "--ways", "ours", "--warm-start", "--processor-time"])
+    assert 0 < alone["ours_of_peak"] < 1 and "speedup_over_sft" not in alone
     written = json.loads((tmp_path / "figures.json").read_text())
     assert written["draws"] == 2 and written["speedup_over_naive"] == figures["speedup_over_naive"]
 
@@ -123,6 +125,8 @@ def test_operations_of_products_and_attention_are_counted():
     """Forward and backward pass, by hand: three products of a linear layer, two and five of attention."""
     layer, x = torch.nn.Linear(8, 16), torch.randn(4, 8, requires_grad=True)
     assert count_operations(lambda: layer(x).sum().backward()) == 3 * 2 * 4 * 8 * 16
+    one, other = torch.ones(4, 5), torch.ones(5, 6)
+    assert count_operations(lambda: torch.ones(4, 6).addmm_(one, other)) == 2 * 4 * 5 * 6
     query, key = (torch.randn(2, 3, length, 16, requires_grad=True) for length in (5, 7))
     attention = torch.nn.functional.scaled_dot_product_attention
     assert count_operations(lambda: attention(query, key, key).sum().backward()) == 7 * 2 * (2 * 3 * 5 * 7 * 16)

@@ -2,6 +2,7 @@
 
 - `dry_run`: builds the model on the meta device, reads the data, prints, and stops
 - `estimate_memory`, `estimate_flops`: per device, from shapes alone
+- `settle_checkpointing`: activation checkpointing off where the estimate leaves plenty of memory, and a line about it
 - `coloured`: a decoded example with its targets marked
 - `write_examples`: all of them, for programs
 
@@ -20,6 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import datasets
+import psutil
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -42,6 +44,7 @@ ASSUMED_LENGTH, ASSUMED_RESPONSE = 700, 0.5  # mean tokens per example and share
 FLOPS_PER_S = 0.4 * 989e12  # 40 % of an H100's bfloat16 peak
 GIB = 2**30
 STREAMED = 1000  # examples of a stream that are read, and of others that are averaged over
+_PLENTY = 0.5  # part of a device's memory up to which activations are kept
 _STATE = "trained weights, gradients, AdamW"
 _GREEN, _GREY, _END = "\033[1;32m", "\033[90m", "\033[0m"
 
@@ -251,6 +254,52 @@ def estimate_memory(shape: Shape) -> dict[str, float]:
     chunk = min(chunk_rows(base.vocab_size, torch.device(shape.device)), targets)
     parts["logits"] = 3 * 4 * chunk * base.vocab_size
     return parts
+
+
+def settle_checkpointing(recipe: Recipe, model: PreTrainedModel, train: Any, limit: int) -> str | None:
+    """Switch activation checkpointing off for L2D where a run without it needs little memory; what was done, in a line.
+
+    TRL's default switches it on, which costs a forward pass of the path and changes no result. Left alone are sharded
+    runs and recipes that set it. `model` is the one to be trained, `limit` the longest example.
+    """
+    training = recipe.training
+    names = ("activation_checkpointing", "gradient_checkpointing")
+    chosen = any(name in recipe.settings or f"{name}_kwargs" in recipe.settings for name in names)
+    sharded = training.fsdp or training.fsdp_config or training.deepspeed or os.environ.get("ACCELERATE_USE_FSDP")
+    sharded = sharded or os.environ.get("ACCELERATE_USE_DEEPSPEED")
+    if recipe.model.method != "l2d" or chosen or sharded or not training.activation_checkpointing:
+        return None
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters()) - trained
+    shape = shape_of(recipe, model, trained, frozen, longest_of(train, limit, training.packing), response=1.0)
+    kind = training.device.type
+    most = training.max_evaluations_per_pass or default_evaluations(shape.base, shape.stream_bytes, kind)
+    shape = dataclasses.replace(
+        shape, length=shape.mean_length, checkpointing=False, device=kind, max_evaluations_per_pass=most
+    )
+    need, memory = sum(estimate_memory(shape).values()), memory_of(training.device)
+    if need > _PLENTY * memory:
+        return None
+    training.activation_checkpointing = training.gradient_checkpointing = False
+    return (
+        f"activation checkpointing is off: without it the run needs about {need / GIB:.1f} of {memory / GIB:.1f} GiB "
+        "(activation_checkpointing: true saves memory and takes longer)"
+    )
+
+
+def longest_of(train: Any, limit: int, packing: bool) -> int:
+    """Tokens of the longest encoded example, or the most that are allowed where they are packed or streamed."""
+    if packing or not isinstance(train, datasets.Dataset):
+        return limit
+    chunks = train.data.column("input_ids").chunks
+    return max((int(chunk.value_lengths().to_numpy().max()) for chunk in chunks if len(chunk)), default=limit)
+
+
+def memory_of(device: torch.device) -> float:
+    """Bytes that a process may use: all of an accelerator, and its share of what is free for processes on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def estimate_flops(shape: Shape) -> float:

@@ -154,6 +154,8 @@ def base_options(recipe: Recipe) -> dict[str, Any]:
     model, training = recipe.model, recipe.training
     mixed = training.bf16 or training.fp16
     dtype = model.dtype or ("auto" if mixed and model.method != "full_sft" else "float32")
+    if in_dtype_of_run(recipe):
+        dtype = "bfloat16"
     options = {
         **model.base_options(),
         "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
@@ -161,6 +163,29 @@ def base_options(recipe: Recipe) -> dict[str, Any]:
         "trust_remote_code": training.trust_remote_code,
     }
     return {name: value for name, value in options.items() if value is not None}
+
+
+def in_dtype_of_run(recipe: Recipe) -> bool:
+    """Whether the base is loaded in bfloat16 because the run computes in it: autocast would cast float32 weights anew
+    in every piece of a batch.
+    """
+    return recipe.model.method == "l2d" and bool(recipe.training.bf16) and recipe.model.dtype is None
+
+
+def about_dtype(recipe: Recipe) -> Iterator[str]:
+    """Lines about a base that is loaded in another dtype than it is stored in, and about a processor's slow dtype."""
+    import torch
+
+    from l2d.network.onednn import slow_dtype
+
+    stored = getattr(base_config(recipe).get_text_config(), "dtype", None)
+    if in_dtype_of_run(recipe) and stored not in (None, torch.bfloat16):
+        yield (
+            f"base: stored in {str(stored).removeprefix('torch.')}, loaded in bfloat16, in which the run computes "
+            "(dtype: auto keeps it)"
+        )
+    if recipe.training.bf16 and slow_dtype(torch.bfloat16, recipe.training.device):
+        yield "bf16: this processor has no instructions for it; bf16: false is several times as fast"
 
 
 def build_trainer(job: Job) -> Any:
@@ -173,6 +198,8 @@ def build_trainer(job: Job) -> Any:
 
     model, training = job.recipe.model, job.recipe.training
     set_seed(training.seed)
+    for line in about_dtype(job.recipe):
+        say(line)
     options = base_options(job.recipe)
     common = {
         "args": training,
@@ -187,6 +214,9 @@ def build_trainer(job: Job) -> Any:
         options |= model.quantization()
         with whole_loading(training):
             built = L2DForCausalLM.from_base(model.base, model.l2d_config(), **options)
+        from training.dry_run import settle_checkpointing
+
+        say(settle_checkpointing(job.recipe, built, job.train, job.limit))
         trainer = L2DTrainer(model=built, **common)
     else:
         with whole_loading(training):

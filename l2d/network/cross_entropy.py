@@ -41,21 +41,20 @@ def chunked_cross_entropy(
     """
     if torch.is_grad_enabled() and hidden.requires_grad:
         return _ChunkedCrossEntropy.apply(hidden, targets, head, rows)
-    chunks = [_forward(head(part), target) for part, target in _chunks(hidden, targets, rows)]
-    return torch.cat([loss for loss, _, _ in chunks]), torch.cat([chosen for _, chosen, _ in chunks])
+    with torch.no_grad():
+        chunks = [_losses(head(part), target)[:2] for part, target in _chunks(hidden, targets, rows)]
+    return torch.cat([loss for loss, _ in chunks]), torch.cat([chosen for _, chosen in chunks])
 
 
 def _chunks(hidden: torch.Tensor, targets: torch.Tensor, rows: int) -> zip:
     return zip(hidden.split(rows), targets.split(rows), strict=True)
 
 
-@torch.no_grad()
-def _forward(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Losses (C,), most likely tokens (C,), and normalisers (C, 1) of logits (C, V)."""
+def _losses(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Losses (C,), most likely tokens (C,), and log-probabilities (C, V) of logits (C, V)."""
     full = at_least_float32(logits)
-    normaliser = torch.logsumexp(full, dim=-1, keepdim=True)
-    losses = (normaliser - full.gather(1, targets[:, None])).squeeze(1)
-    return losses, full.argmax(-1), normaliser
+    logprobs = torch.log_softmax(full, dim=-1)  # one kernel, and no copy of the logits beside its result
+    return -logprobs.gather(1, targets[:, None]).squeeze(1), full.argmax(-1), logprobs
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -68,15 +67,14 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 part = part.detach().requires_grad_()
                 logits = head(part)
-            loss, tokens, normaliser = _forward(logits, target)
-            # softmax - one_hot, for every row on its own
-            slope = torch.sub(at_least_float32(logits.detach()), normaliser).exp_()
+            loss, tokens, logprobs = _losses(logits.detach(), target)
+            slope = logprobs.exp_()  # softmax - one_hot, for every row on its own
             slope.scatter_add_(1, target[:, None], slope.new_full((len(target), 1), -1.0))
             own = torch.autograd.grad(logits, part, slope.to(logits.dtype))[0]
             gradient[number * rows : number * rows + len(target)] = own
             losses.append(loss)
             chosen.append(tokens)
-            del logits, slope, normaliser  # before those of the next chunk
+            del logits, logprobs, slope  # before those of the next chunk
         ctx.save_for_backward(gradient)
         most_likely = torch.cat(chosen)
         ctx.mark_non_differentiable(most_likely)

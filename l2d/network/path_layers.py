@@ -327,6 +327,8 @@ def _inject_lora(module: nn.Module, names: list[str], config: L2DConfig) -> None
     holder.register_parameter("place", nn.Parameter(torch.empty(0, device=place), requires_grad=False))
     from peft import LoraConfig, inject_adapter_in_model  # late: peft may be what imports us, through transformers
 
+    from l2d.network.lora import fuse_products
+
     pattern = "|".join(name.replace(".", r"\.") for name in names)
     lora = LoraConfig(
         r=config.lora_rank,
@@ -342,6 +344,7 @@ def _inject_lora(module: nn.Module, names: list[str], config: L2DConfig) -> None
             f"variant='lora' is not possible for {type(module).__name__}, to which PEFT adds no deltas ({error}): "
             "use variant='full'."
         ) from error
+    fuse_products(module)
 
 
 def _clone_parameters(module: nn.Module, names: list[str]) -> None:

@@ -11,7 +11,8 @@ Same base, same batch, optimizer step included; medians over `--steps` rounds, e
 `speedup_over_naive` compares supervised (token, draw) pairs per second, `speedup_over_sft` supervised tokens.
 `WAY_of_peak` is the part of the machine's best matrix product that a step reaches: the step's operations, as torch
 counts them, by its median time, over the operations per second of the fastest of some large products, which take turns
-with the steps. What is neither a product nor attention counts as no operation.
+with the steps. What is neither a product nor attention counts as no operation. `--ways ours` measures that step alone;
+`--processor-time` counts this process's time on a CPU, for one thread on a machine that others use, too.
 `memory_over_naive` compares peaks of weights, optimizer and step together, each way in a process of its own; on the CPU
 it is resident memory above that of the imported libraries. `--no-memory` leaves these processes out.
 """
@@ -86,7 +87,7 @@ def make_step(way: str, arguments: argparse.Namespace, folder: str) -> Step:
             base, SFTConfig(**common), train_dataset=rows, processing_class=tokenizer, peft_config=lora
         )
     else:
-        model = L2DForCausalLM.from_base(base, L2DConfig(variant=arguments.variant))
+        model = L2DForCausalLM.from_base(base, L2DConfig(variant=arguments.variant, warm_start=arguments.warm_start))
         args = L2DTrainingConfig(**common, draws=arguments.draws)
         trainer = L2DTrainer(model, args, train_dataset=rows, processing_class=tokenizer)
     batch = trainer.data_collator([{**row} for row in trainer.train_dataset])
@@ -125,7 +126,13 @@ def attention_backward_operations(
     return 10 * query.numel() * key[2]
 
 
-ATTENTION_ON_CPU = {  # which torch's counter does not know
+def added_operations(_: object, one: torch.Size, other: torch.Size, *__: object, **___: object) -> int:
+    """A product of (N, K) and (K, M) that is added in place."""
+    return 2 * one[0] * one[1] * other[1]
+
+
+NOT_COUNTED = {  # by torch's counter itself
+    torch.ops.aten.addmm_: added_operations,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_operations,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward_operations,
 }
@@ -133,7 +140,7 @@ ATTENTION_ON_CPU = {  # which torch's counter does not know
 
 def count_operations(step: Step) -> int:
     """Floating-point operations of products and attention in a step, two for a multiplication and an addition."""
-    with FlopCounterMode(display=False, custom_mapping=ATTENTION_ON_CPU) as counter:
+    with FlopCounterMode(display=False, custom_mapping=NOT_COUNTED) as counter:
         step()
     return counter.get_total_flops()
 
@@ -154,18 +161,19 @@ def make_product(arguments: argparse.Namespace) -> tuple[Step, int]:
 
 def measure_times(arguments: argparse.Namespace, folder: str) -> tuple[dict[str, float], dict[str, float]]:
     """Median seconds of a step, by way; and the part of the machine's best matrix product that it reaches."""
-    steps = {way: make_step(way, arguments, folder) for way in WAYS}
+    steps = {way: make_step(way, arguments, folder) for way in arguments.ways}
+    clock = time.process_time if arguments.processor_time else time.perf_counter
     operations = {way: count_operations(step) for way, step in steps.items()}  # makes optimizer states and warms up
     product, product_operations = make_product(arguments)
-    times: dict[str, list[float]] = {way: [] for way in (*WAYS, "product")}
+    times: dict[str, list[float]] = {way: [] for way in (*steps, "product")}
     for _ in range(arguments.steps):
         for way, step in (*steps.items(), *[("product", product)] * PRODUCTS):
-            begin = time.perf_counter()
+            begin = clock()
             step()
-            times[way].append(time.perf_counter() - begin)
+            times[way].append(clock() - begin)
     peak = product_operations / min(times.pop("product"))
     medians = {way: statistics.median(values) for way, values in times.items()}
-    return medians, {way: operations[way] / medians[way] / peak for way in WAYS}
+    return medians, {way: operations[way] / medians[way] / peak for way in steps}
 
 
 def resident_mib(field: str) -> float:
@@ -203,10 +211,16 @@ def parse(options: list[str]) -> argparse.Namespace:
     parser.add_argument("--variant", choices=("lora", "full"), default="lora")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--length", type=int, default=256, help="tokens per row")
+    parser.add_argument("--warm-start", action="store_true")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--processor-time", action="store_true")
     parser.add_argument("--steps", type=int, default=3, help="timed rounds")
     parser.add_argument("--no-memory", dest="memory", action="store_false")
     parser.add_argument("--memory-of", choices=WAYS, help=argparse.SUPPRESS)
-    return parser.parse_args(options)
+    arguments = parser.parse_args(options)
+    if "ours" not in arguments.ways:
+        parser.error("--ways must name ours, which the others are compared with")
+    return arguments
 
 
 def main(options: list[str] | None = None) -> dict[str, float]:
@@ -222,12 +236,12 @@ def main(options: list[str] | None = None) -> dict[str, float]:
     figures = {f"{way}_step_s": seconds for way, seconds in times.items()}
     figures |= {f"{way}_of_peak": part for way, part in parts.items()}
     # naive does a whole pass per draw, so a step of either way is worth the same number of (token, draw) pairs
-    figures["speedup_over_naive"] = times["naive"] / times["ours"]
-    figures["speedup_over_sft"] = times["sft"] / times["ours"]
+    figures |= {f"speedup_over_{way}": times[way] / times["ours"] for way in arguments.ways if way != "ours"}
     if arguments.memory:
-        peaks = {way: memory_in_process(way, options) for way in WAYS}
+        peaks = {way: memory_in_process(way, options) for way in arguments.ways}
         figures |= {f"{way}_peak_mib": peak for way, peak in peaks.items()}
-        figures["memory_over_naive"] = peaks["ours"] / peaks["naive"]
+        if "naive" in peaks:
+            figures["memory_over_naive"] = peaks["ours"] / peaks["naive"]
     targets = arguments.batch_size * round(arguments.length * arguments.response_fraction)
     figures["supervised_tokens_per_s"] = targets / times["ours"]
     print(f"{arguments.shape}, {arguments.batch_size} x {arguments.length} tokens, response "

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from datasets import Dataset
 from huggingface_hub import HfApi
 from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
@@ -17,6 +18,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from l2d import L2DForCausalLM
 from tests.training_runs import BASELINE, SMALL, same_bits, sums, train_here, weights, write_jsonl, write_recipe
+from training import dry_run, train
 from training.checkpointing.resume import check_output_dir, choose_checkpoint, clear_output_dir, missing_parts
 from training.console import log_line
 
@@ -77,6 +79,52 @@ def test_each_step_is_one_short_line_and_checkpoints_draw_no_bars(recipe, capsys
     assert ("3/3" in drawn) == bar
     assert drawn.count("Writing model shards: 100%") <= 2  # of the final model, and of no checkpoint before it
     assert is_progress_bar_enabled()
+
+
+@pytest.mark.parametrize(
+    ("settings", "loaded", "told"),
+    [({}, torch.bfloat16, True), ({"dtype": "auto"}, torch.float32, False), ({"bf16": False}, torch.float32, False),
+     ({"method": "lora_sft"}, torch.float32, False)],
+)  # fmt: skip
+def test_the_base_is_loaded_in_the_dtype_of_the_run(recipe, monkeypatch, capsys, settings, loaded, told):
+    """Of L2D, and unless the recipe names one; a processor on which it is slow is said."""
+    bases = []
+    monkeypatch.setattr(train, "run", lambda trainer, job: bases.append(trainer.model))
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX2")
+    train_here(recipe(**{"bf16": True, **settings}))
+    printed = capsys.readouterr().out
+    base = bases[0].base if settings.get("method") is None else bases[0].get_base_model()
+    assert base.dtype == loaded
+    assert ("base: stored in float32, loaded in bfloat16" in printed) == told
+    assert ("no instructions for it" in printed) == settings.get("bf16", True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "memory", "on"),
+    [({}, 1 << 40, False), ({}, 1 << 20, True), ({"activation_checkpointing": True}, 1 << 40, True),
+     ({"gradient_checkpointing": True}, 1 << 40, True), ({"method": "full_sft"}, 1 << 40, True)],
+)  # fmt: skip
+def test_checkpointing_is_off_where_memory_is_plenty_unless_it_is_set(
+    recipe, monkeypatch, capsys, settings, memory, on
+):
+    """Results are the same bits; it is said when it is switched off, and of L2D only."""
+    monkeypatch.setattr(dry_run, "memory_of", lambda device: memory)
+    path = recipe(**{"activation_checkpointing": None, **settings})
+    seen = []
+    monkeypatch.setattr(train, "run", lambda trainer, job: seen.append(trainer))
+    train_here(path)
+    args = seen[0].args
+    assert bool(args.activation_checkpointing) is bool(args.gradient_checkpointing) is on
+    assert (
+        "activation checkpointing is off: without it the run needs about 0.0 of 1024.0 GiB" in (capsys.readouterr().out)
+    ) == (not on)
+
+
+def test_the_longest_example_is_found():
+    rows = Dataset.from_dict({"input_ids": [[1] * 3, [1] * 7, [1]]})
+    assert dry_run.longest_of(rows, 100, packing=False) == 7
+    assert dry_run.longest_of(rows, 100, packing=True) == 100
+    assert dry_run.longest_of(rows.to_iterable_dataset(), 100, packing=False) == 100
 
 
 def test_a_line_holds_all_that_is_logged():
