@@ -21,7 +21,7 @@ from scipy import stats
 from l2d import L2DConfig, L2DForCausalLM
 from l2d.sampling.noise import default_keys
 from l2d.statistics import mean, shown
-from tests.conftest import randomise_path
+from tests.conftest import nine_digits, randomise_path
 from training.compare_budgets.measuring import TIMES, single_evaluation
 from training.demo.base import build_base, encode_rows
 from training.demo.data import build_tokenizer
@@ -413,11 +413,6 @@ def test_figure_and_files_are_written(made_up):
     assert (made_up / "study.png").read_bytes().startswith(b"\x89PNG")
     command = json.loads((made_up / "results.json").read_text())["command"]
     assert command.startswith("python -m training.studies.compute")
-
-
-def nine_digits(number: str) -> float:
-    """The last digits of a sum differ from one processor to another."""
-    return float(f"{float(number):.9g}")
 
 
 def test_documented_study_follows_from_its_samples():
