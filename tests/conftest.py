@@ -105,12 +105,12 @@ def make_base(tmp_path_factory, tokenizer) -> Callable[..., Path]:
     return make
 
 
-@torch.no_grad()
 def nine_digits(number: str) -> float:
     """A number of a JSON file: the last digits of a sum differ from one processor to another."""
     return float(f"{float(number):.9g}")
 
 
+@torch.no_grad()
 def randomise_path(model, seed: int = 1, gain: float = 1.0) -> None:
     """Give all trained weights random values of a size at which the path changes tokens (at `gain` 0.5 hardly any)."""
     generator = torch.Generator().manual_seed(seed)

@@ -29,6 +29,7 @@ from l2d.network.embeddings import (
     version,
 )
 from l2d.network.main_path import Decoder, LayerState
+from l2d.network.own_values import OwnValues
 from l2d.network.path_layers import TwinLayer, build_twin
 from l2d.network.transfers import spacing, take, upload
 
@@ -144,6 +145,7 @@ class DiffusionLayer(nn.Module):
         super().__init__()
         self.twin, self.gate = twin, gate
         self.modulation = modulation_head(width, 6 * hidden_size)
+        self.own_values: OwnValues | None = None
 
     def modulate(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Scale, shift and gate (P, H) of attention and of the MLP for embeddings (P, C); norms' weights are in."""
@@ -166,6 +168,8 @@ class DiffusionLayer(nn.Module):
 
         `modulation` (P, 6H) of this layer, or `None` to compute it from `embedding` (P, C).
         """
+        if self.own_values is not None:
+            layer = self.own_values.of(layer)
         parts = self.modulate(embedding) if modulation is None else modulation.chunk(6, dim=-1)
         scale1, shift1, gate1, scale2, shift2, gate2 = parts
         attended = self.twin.attend(hidden, scale1, shift1, layout, layer)
@@ -208,8 +212,10 @@ class DiffusionPath(nn.Module):
         self.noise_free, self.warm_start = config.noise_free, config.warm_start
         if self.warm_start:
             self.input_projection.start_at_zero()
-        # Initialised last, so that all other weights are those of a model without it.
+        # Initialised last, so that all other weights are those of a model without them.
         self.carried_state = CarriedState(hidden_size) if config.carried_state else None
+        for layer, original in zip(self.layers if config.own_values_rank else (), decoder.layers, strict=False):
+            layer.own_values = OwnValues(original.self_attn, config.own_values_rank)
         self.checkpointing: tuple[Callable, int] | None = None  # function, and every how many layers
         self._decoder = decoder
         # Modules whose weights a table of modulations depends on.

@@ -127,11 +127,15 @@ class LayerState:
     """What one layer of the main path hands to the diffusion path.
 
     keys, values: (B, G, S, D); rotary: the layer's own rotary embeddings, each (B or 1, L, D), or `None` without.
+    For a path with values of its own: these, own_values (B, G, S, D), or what they are made from, received (B, S, H),
+    the input of attention.
     """
 
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, ...] | None = None
+    received: torch.Tensor | None = None
+    own_values: torch.Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -175,7 +179,7 @@ class MainPathState:
                 if id(rotary[0]) not in joined:
                     joined[id(rotary[0])] = tuple(torch.cat(part, dim=1) for part in parts)
                 rotary = joined[id(rotary[0])]
-            layers.append(LayerState(steps[-1].keys, steps[-1].values, rotary))
+            layers.append(dataclasses.replace(steps[-1], rotary=rotary))
         hidden = torch.cat([state.hidden for state in states], dim=1)
         numbers = [state.position_ids for state in states if state.position_ids is not None]
         position_ids = torch.cat(numbers, dim=1) if numbers else None
@@ -191,7 +195,7 @@ class MainPathState:
             rotary = layer.rotary
             if rotary is not None:
                 rotary = cut.setdefault(id(rotary[0]), tuple(part[:, -1:] for part in rotary))
-            layers.append(LayerState(layer.keys, layer.values, rotary))
+            layers.append(dataclasses.replace(layer, rotary=rotary))
         position_ids = None if self.position_ids is None else self.position_ids[:, -1:]
         inputs = None if self.inputs is None else self.inputs[:, -1:]
         return MainPathState(
@@ -211,7 +215,9 @@ class _Recorder:
 
 
 @contextlib.contextmanager
-def _recording(decoder: Decoder, layers: list[LayerState], recorded: dict[str, Any], cached: bool) -> Iterator[None]:
+def _recording(
+    decoder: Decoder, layers: list[LayerState], recorded: dict[str, Any], cached: bool, keep_received: bool
+) -> Iterator[None]:
     recorder = _Recorder(layers)
     owner = threading.get_ident()  # other threads may run the same base meanwhile, and have hooks of their own
 
@@ -222,6 +228,8 @@ def _recording(decoder: Decoder, layers: list[LayerState], recorded: dict[str, A
             rotary = kwargs.get("position_embeddings")
             layers[number].rotary = (rotary,) if isinstance(rotary, torch.Tensor) else rotary
             recorded["position_ids"] = kwargs.get("position_ids")
+            if keep_received:
+                layers[number].received = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
             return None if cached else (args, {**kwargs, "past_key_values": recorder})
 
         return hook
@@ -254,6 +262,7 @@ def run_main_path(
     attention_mask: torch.Tensor | None = None,
     position_ids: torch.Tensor | None = None,
     cache: DynamicCache | None = None,
+    keep_received: bool = False,
 ) -> MainPathState:
     """Run the base's decoder over `input_ids` (B, L).
 
@@ -261,11 +270,12 @@ def run_main_path(
         attention_mask: (B, S), 0 at padding. `None`: nothing is padded; rows are then packed documents wherever
             `position_ids` (B, L) restart.
         cache: grows by the new positions; without one the keys and values are kept by this call alone.
+        keep_received: also keep what every attention receives at the new positions.
     """
     layers = [LayerState() for _ in decoder.layers]
     recorded: dict[str, Any] = {}
     offset = cache.get_seq_length() if cache is not None else 0
-    with _recording(decoder, layers, recorded, cached=cache is not None):
+    with _recording(decoder, layers, recorded, cache is not None, keep_received):
         decoder.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -274,7 +284,7 @@ def run_main_path(
             use_cache=cache is not None,
         )
     if cache is not None:
-        for layer, kept in zip(layers, cache.layers, strict=True):
+        for layer, kept in zip(layers, cache.layers[: len(layers)], strict=True):
             layer.keys, layer.values = kept.keys, kept.values
     for layer, part in zip(layers, decoder.layers, strict=True):
         if hasattr(part.self_attn, "expand_kv"):  # latent attention caches a compressed form of keys and values
