@@ -3,8 +3,8 @@
 - `OwnValues`: the change of one layer
 
 By itself the path reads the frozen base's keys and values, so all that it learns has to happen at the last position.
-With `own_values_rank` its attention reads `v + U D a`: the base's value `v` at a position, and a change that is linear in
-what the base's attention receives there, `a`. It starts at zero. The base's own computation stays as it is, and the
+With `own_values_rank` its attention reads `v + U D a`: the base's value `v` at a position, and a change that is linear
+in what the base's attention receives there, `a`. It starts at zero. The base's own computation stays as it is, and the
 values are made once per token, so speculation and T = 1 are what they were.
 
 Legend: B rows, S keys, L new positions, H hidden size, G key/value heads, D head size.
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Cache
 
 from l2d.network.main_path import LayerState
 from l2d.network.quantized import known_linear
@@ -52,3 +53,12 @@ class OwnValues(nn.Module):
                 raise ValueError("a path with values of its own needs a main path made for it: use TwoPaths.main_path.")
             values = self(layer.received, layer.values)
         return dataclasses.replace(layer, values=values)
+
+    def keep(self, layer: LayerState, cache: Cache, number: int) -> None:
+        """Make the values of the new positions, add them to `cache` as the keys of its layer `number`, and give the
+        state of a layer all that are there."""
+        if layer.received is None or layer.values is None:
+            raise ValueError("the main path kept nothing to make values from: run it with keep_received.")
+        made = self(layer.received, layer.values[..., -layer.received.shape[1] :, :])
+        layer.own_values, _ = cache.update(made, made[..., :0], number)
+        layer.received = None

@@ -61,12 +61,10 @@ class TwoPaths:
         """Run the base once over `input_ids` (B, S) and keep what the diffusion path needs; see `run_main_path`."""
         own = [layer.own_values for layer in self.path.layers if layer.own_values is not None]
         state = run_main_path(self.decoder, input_ids, attention_mask, position_ids, cache, keep_received=bool(own))
-        for number, (values, layer) in enumerate(zip(own, state.layers if cache is not None else (), strict=False)):
-            # The path's values are kept in the same cache, behind the base's layers, which never look there.
-            new = layer.values[..., -input_ids.shape[1] :, :]
-            made = values(layer.received, new)
-            layer.own_values, _ = cache.update(made, made[..., :0], len(state.layers) + number)
-            layer.received = None
+        if own and cache is not None:
+            for number, (values, layer) in enumerate(zip(own, state.layers, strict=True)):
+                # In the same cache, behind the base's layers, which never look there.
+                values.keep(layer, cache, len(own) + number)
         return state
 
     def logits(self, hidden: torch.Tensor, plain: bool = True) -> torch.Tensor:
