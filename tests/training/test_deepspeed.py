@@ -82,7 +82,7 @@ def test_two_processes_equal_one(runs, name):
     rounded = CASES[name][1].get("bf16", False)  # products of other shapes round otherwise
     for value, bound in (("loss", 5e-4 if rounded else 1e-5), ("eval_loss", 2e-3 if rounded else 2e-5)):
         assert logged(found, value) == pytest.approx(logged(expected, value), abs=bound), value
-    same_gradients(found, expected, rel=2e-3 if rounded else 1e-4)
+    same_gradients(found, expected, rel=5e-3 if rounded else 1e-4)
     assert min(logged(found, "grad_norm").values()) > CASES[name][1]["max_grad_norm"]
     for file in ("checkpoint-3", "."):
         stem = "adapter_model" if file == "checkpoint-3" and name == "zero3-sft" else "model"
