@@ -5,7 +5,7 @@
 Prints `plain_step_s` (median Hugging Face greedy step with its cache), `token_s` (median; the mean where tokens are
 drafted ahead and come in bursts), and their `ratio`; the change rate that was met; and `exact`, the share of tokens
 equal to the sequential solver's. `--json FILE` writes the same figures. Budgets above 31 have fewer tokens and a
-rougher rate unless `--tokens` says otherwise: with them the 135M shape takes at most three minutes on two cores.
+rougher rate unless `--tokens` says otherwise: about a quarter of the work.
 """
 
 import argparse
