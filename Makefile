@@ -1,5 +1,6 @@
 # make setup   an own environment in .venv, with the versions of constraints.txt (skipped while it is current)
-# make test    checks style and types and runs all tests
+# make test    checks style and types and runs the tests, about 11 minutes on 2 cores; SLOW=1 also runs those marked slow,
+#              8 minutes more, as CI does
 # make coverage   the same tests, and which lines they run: at least 90 % of them
 # make demo    the demo, about 10 minutes on 2 cores; OUT=FOLDER for another folder, OVERWRITE=1 to replace a finished one
 # make study   the study of training options, about an hour on 2 cores; OUT and OVERWRITE as for the demo
@@ -13,6 +14,7 @@ PYTHON ?= python3
 VENV := .venv
 OUT ?= $(if $(filter study real,$(MAKECMDGOALS)),$(MAKECMDGOALS),demo)
 PROCESSES ?= -n 2 --dist loadfile
+MARKS := $(if $(SLOW),,-m 'not slow')
 STAMP := $(VENV)/.l2d-setup
 TORCH := $(shell grep '^torch==' constraints.txt)
 
@@ -36,7 +38,7 @@ test: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(VENV)/bin/python -m pytest $(PROCESSES)
+	$(VENV)/bin/python -m pytest $(PROCESSES) $(MARKS)
 
 # Where the disk is full, coverage cannot write either.
 coverage: setup

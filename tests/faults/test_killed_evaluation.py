@@ -47,6 +47,7 @@ def answers(output: Path) -> dict[str, list]:
     return found
 
 
+@pytest.mark.slow
 def test_a_sweep_killed_again_and_again(nursery, l2d_dir, tmp_path):
     whole, out, chance = tmp_path / "whole", tmp_path / "out", random.Random(3)
     start = time.monotonic()
@@ -77,6 +78,7 @@ def test_a_sweep_killed_again_and_again(nursery, l2d_dir, tmp_path):
     print(f"{killed} kills of a sweep, {finished + 1} sweeps finished")
 
 
+@pytest.mark.slow
 def test_a_report_killed_again_and_again(nursery, tmp_path):
     """Every file is at any time an old one or a new one."""
     results, out, chance = write_demo(tmp_path / "results"), tmp_path / "out", random.Random(5)

@@ -75,6 +75,7 @@ def test_killed_at_twenty_moments(nursery, training_settings, undisturbed, tmp_p
     print(f"{killed} kills, {finished + 1} runs finished")
 
 
+@pytest.mark.slow
 def test_killed_through_the_real_command(training_settings, undisturbed, tmp_path):
     """The same with `python -m training.train` in a process of its own, killed while it writes its third checkpoint."""
     out = tmp_path / "out"

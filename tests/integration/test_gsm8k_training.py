@@ -87,7 +87,8 @@ def test_train_and_evaluate(base, shared_data, tmp_path):
     assert found["n-samples"]["gsm8k"]["effective"] == 2 and found["n-shot"]["gsm8k"] == 5
 
 
-@pytest.mark.parametrize("kills, steps", [(1, 8), pytest.param(5, 24, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills, steps", [(1, 8), (5, 24)])
 def test_two_processes_interrupted_at_random(base, shared_data, tmp_path, request, kills, steps):
     """SIGKILL at random steps and moments, then SIGTERM to one process: weights and curve of an unbroken run."""
     if kills > 1 and "slow" not in (request.config.getoption("-m") or ""):

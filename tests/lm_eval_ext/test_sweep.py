@@ -42,6 +42,7 @@ def run(file: Path, *start: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_is_completed(l2d_dir, tmp_path):
     file, out = write(tmp_path, l2d_dir), tmp_path / "out"
     choice = out / "l2d_test_choice"
@@ -199,6 +200,7 @@ def test_controls_are_settings(l2d_dir, tmp_path, controls):
             sweep.read_plan(write(tmp_path, l2d_dir, controls={name: str(folder)}))
 
 
+@pytest.mark.slow
 def test_the_leaderboard_knows_what_a_sweep_ran(l2d_dir, make_l2d, base_dir, tmp_path, controls):
     """Real runs: controls as kinds of rows, carried state in the labels, and nothing missing."""
     grid = {"diffusion_budget": [3]}

@@ -88,6 +88,7 @@ def test_accuracy_needs_every_token():
         assert demo_base.accuracy(oracle, input_ids, labels) == expected
 
 
+@pytest.mark.slow
 def test_base_is_trained_to_its_target_and_saved(tmp_path, monkeypatch):
     write_data(tmp_path / "data")
     monkeypatch.setattr(demo_base, "TARGET_ACCURACY", 0.001)

@@ -72,6 +72,7 @@ def test_two_processes_equal_one(tmp_path, settings, monkeypatch):
         torch.testing.assert_close(weights(tmp_path / "two")[name], tensor, rtol=1e-3, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_resume_with_two_processes(tmp_path, settings):
     """The real command with two processes, from the beginning and from a checkpoint: bit for bit the same."""
     settings |= {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "output_dir": tmp_path / "out"}

@@ -25,7 +25,7 @@ from scipy import stats
 from transformers import AutoModelForCausalLM
 
 from l2d import L2DForCausalLM
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, nine_digits
 from tests.training_runs import write_jsonl
 from training.compare_budgets.measuring import measure
 from training.demo.plan import write_configs
@@ -475,6 +475,17 @@ def test_report_holds_everything(study):
     assert "HumanEval, loss (50) |" in text and f"| {mean:.3f} [" in text.split("## Elsewhere")[1]
     assert "| T = 15, base from p = 0.7 |" in text and "gate of p = 0.7, warm start, at T = 15" in text
     assert all(text.count(method.title) >= 3 for method in METHODS.values())
+
+
+def test_documented_study_follows_from_its_samples():
+    """`docs/real-model.md` ends with the report on `docs/real-model.json`."""
+    docs = REPOSITORY / "docs"
+    content = json.loads((docs / "real-model.json").read_text(encoding="utf-8"))
+    measured, about = unpack_study(content["measured"]), {name: content[name] for name in ABOUT}
+    again = json.loads(json.dumps(report.results(measured, about)), parse_float=nine_digits)
+    assert again == json.loads(json.dumps(content), parse_float=nine_digits)
+    text = report.markdown(measured, about)
+    assert text[text.index(report.INTRODUCTION) :] in (docs / "real-model.md").read_text(encoding="utf-8")
 
 
 def test_figure_is_drawn(tmp_path, study):
