@@ -75,7 +75,8 @@ class L2DForCausalLM(PreTrainedModel, GenerationMixin):
         )
         device = base.get_input_embeddings().weight.device
         for layer in self.path.layers:  # on the device of the base's layer
-            layer.modulation.to(next(layer.twin.parameters()).device)
+            for part in layer.own_parts():
+                part.to(next(layer.twin.parameters()).device)
         for name, parameter in self.trained_parameters():
             placed = parameter.data if name.startswith("path.layers.") else parameter.data.to(device)
             parameter.data = placed.float()

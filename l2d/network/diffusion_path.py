@@ -147,6 +147,10 @@ class DiffusionLayer(nn.Module):
         self.modulation = modulation_head(width, 6 * hidden_size)
         self.own_values: OwnValues | None = None
 
+    def own_parts(self) -> list[nn.Module]:
+        """The modules that are not the twin's."""
+        return [self.modulation] if self.own_values is None else [self.modulation, self.own_values]
+
     def modulate(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Scale, shift and gate (P, H) of attention and of the MLP for embeddings (P, C); norms' weights are in."""
         embedding = embedding.to(next(self.modulation.parameters()).device)

@@ -114,7 +114,14 @@ GUIDED = {"budget": 7, "guidance_scale": 1.5, "guidance_class": "a"}
 SAMPLED = {"budget": 5, "choice": "sample", "choice_temperature": 1.0}
 
 
-@pytest.mark.parametrize("settings", [{"warm_start": True, "guidance_classes": ["a"]}, {"carried_state": True}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"warm_start": True, "guidance_classes": ["a"]},
+        {"carried_state": True},
+        {"warm_start": True, "own_values_rank": 4},
+    ],
+)
 def test_a_base_that_is_spread_over_devices_gives_the_same_answers(settings):
     """Generated tokens and scores."""
     samplers = [*SAMPLERS, SAMPLED]
@@ -162,7 +169,7 @@ def test_the_host_waits_at_most_so_often_per_token(sampler, most):
 @pytest.mark.parametrize("kind", ["published", "corrupted", "rollout"])
 def test_a_training_step_is_the_same_on_devices(place, kind):
     generator = torch.Generator().manual_seed(7)
-    settings = {"carried_state": True} if kind == "rollout" else {}
+    settings = {"carried_state": True, "own_values_rank": 4} if kind == "rollout" else {}
     noised = {
         "index": torch.arange(7).expand(2, -1),
         "targets": IDS.roll(-1, 1)[:, :-1],
