@@ -46,7 +46,7 @@ CASES = {
     "zero2-full": (2, L2D),
     "zero2-lora": (2, {**L2D, **LORA, **MIXED}),
     "zero3-full": (3, {**L2D, **MIXED}),
-    "zero3-lora": (3, {**L2D, **LORA, "activation_checkpointing": True}),
+    "zero3-lora": (3, {**L2D, **LORA, "activation_checkpointing": True, "warm_start": True, "own_values_rank": 2}),
     "zero2-sft": (2, {**BASELINE, "method": "full_sft", "max_grad_norm": 0.3}),
     "zero3-sft": (3, SFT),
 }
