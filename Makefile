@@ -1,6 +1,5 @@
 # make setup   an own environment in .venv, with the versions of constraints.txt (skipped while it is current)
-# make test    checks style and types and runs the tests, about 11 minutes on 2 cores; SLOW=1 also runs those marked slow,
-#              8 minutes more, as CI does
+# make test    checks style and types and runs the tests on 2 cores; SLOW=1 also runs those marked slow, as CI does
 # make coverage   the same tests, and which lines they run: at least 90 % of them
 # make demo    the demo, about 10 minutes on 2 cores; OUT=FOLDER for another folder, OVERWRITE=1 to replace a finished one
 # make study   the study of training options, about an hour on 2 cores; OUT and OVERWRITE as for the demo

@@ -103,7 +103,8 @@ class L2DLM(AnswersGeneration, AnswersScoring, HFLM):
 
     @property
     def _checkpoint(self) -> Checkpoint:
-        assert self.settings.checkpoint is not None  # the harness loads nothing where a model is handed over
+        if self.settings.checkpoint is None:  # a model was handed over, and the harness loads nothing
+            raise ValueError("pretrained names no checkpoint: give a folder or hub name to load one.")
         return self.settings.checkpoint
 
     def _get_config(self, pretrained: str, **kwargs: Any) -> None:

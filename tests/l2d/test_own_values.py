@@ -11,7 +11,7 @@ from l2d import L2DConfig, L2DForCausalLM
 from l2d.decoding import DraftLength
 from lm_eval_ext.requests.token_search import beam_search
 from tests.conftest import randomise_path
-from tests.l2d.test_sampling import GUIDED, decode, prompts
+from tests.l2d.test_sampling import GUIDED, decode, decode_and_score, prompts
 
 RANK = 4
 SAMPLERS = [{}, GUIDED, dict(solver="bosh3", rtol=0.1, atol=0.1), dict(choice_temperature=1.0), dict(budget=1)]
@@ -83,14 +83,7 @@ def test_attention_reads_the_changed_values(model):
 @pytest.mark.parametrize("drafts", [0, 3])
 def test_decoding_with_a_cache_is_scoring_without_one(model, monkeypatch, sampler, drafts):
     monkeypatch.setattr(DraftLength, "choose", lambda self, rows: self.most)
-    sampler = {**sampler, "draft_tokens": drafts}
-    ids, mask = prompts(1)
-    out, record = decode(model, sampler, rows=1, return_record=True)
-    new = torch.zeros(out.shape, dtype=torch.bool)
-    new[:, ids.shape[1] :] = True
-    scored = model.score(out, continuation_mask=new, sampler=sampler)
-    assert bool(scored.greedy[new].all())
-    assert record.nfe_requested[0] == scored.nfe_requested[new].tolist()
+    decode_and_score(model, {**sampler, "draft_tokens": drafts})
 
 
 @pytest.mark.parametrize("settings", [{}, GUIDED])

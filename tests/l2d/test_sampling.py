@@ -46,6 +46,21 @@ def decode(model, sampler: dict, rows=4, tokens=12, **kwargs):
     return model.generate(ids, attention_mask=mask, sampler=sampler, max_new_tokens=tokens, **kwargs)
 
 
+def decode_and_score(model, sampler: dict):
+    """Decode one row, whose tokens must be the most likely ones of their scores, at the evaluations that these ask for.
+
+    Returns tokens (1, S) and the record.
+    """
+    length = prompts(1)[0].shape[1]
+    out, record = decode(model, sampler, rows=1, return_record=True)
+    new = torch.zeros(out.shape, dtype=torch.bool)
+    new[:, length:] = True
+    scored = model.score(out, continuation_mask=new, sampler=sampler)
+    assert bool(scored.greedy[new].all())
+    assert record.nfe_requested[0] == scored.nfe_requested[new].tolist()
+    return out, record
+
+
 SOLVERS = [("midpoint", 15), ("euler", 15), ("heun2", 15), ("heun3", 16), ("rk4", 17), ("midpoint", 3)]
 
 

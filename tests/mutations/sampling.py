@@ -307,6 +307,21 @@ MUTATIONS = [
         "default_keys([row])[0]",
         f"{_NOISE}::test_continuations_of_one_context_share_their_noise",
     ),
+    # values of the path's own
+    Mutation(
+        "values: the cache gets the base's",
+        "l2d/network/own_values.py",
+        "made = self(layer.received, layer.values[..., -layer.received.shape[1] :, :])",
+        "made = layer.values[..., -layer.received.shape[1] :, :]",
+        "tests/l2d/test_own_values.py::test_decoding_with_a_cache_is_scoring_without_one",
+    ),
+    Mutation(
+        "values: the path reads the base's",
+        "l2d/network/own_values.py",
+        "return dataclasses.replace(layer, values=values)",
+        "return layer",
+        "tests/l2d/test_own_values.py::test_attention_reads_the_changed_values",
+    ),
     # the gate
     Mutation(
         "gate: unsure sites are skipped",

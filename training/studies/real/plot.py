@@ -30,6 +30,7 @@ def draw(study: Study, path: Path) -> None:
     figure, panels = pyplot.subplots(2, 2, figsize=(11, 8.8), layout="constrained")
     for axes, (metric, name) in zip(panels.flat, METRICS.items(), strict=False):
         draw_curves(axes, *_lines(study, metric))
+        axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]))
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("budget T: evaluations per token (open marks: one at its best time)", fontsize=8)
     _trainings(panels[1, 1], study, *_lines(study, "loss"))
