@@ -66,6 +66,7 @@ METHODS = {
         Method("warm_noise_free", "control: noise-free path, warm start", {**_WARM, "noise_free": True}),
         Method("plain", "L2D as published", _PATH),
         Method("warm_corrupted", "L2D, warm start, corrupted, q = 0.3", {**_WARM, "corruption_rate": 0.3}),
+        Method("warm_own_values", "L2D, warm start, own values", {**_WARM, "own_values_rank": 32}),
         Method("lora_qv", "LoRA finetuning, q and v", {**_LORA, "lora_target_modules": ["q_proj", "v_proj"]}),
         Method("full", "full finetuning", {"method": "full_sft", "learning_rate": 1e-4}),
     )
