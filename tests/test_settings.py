@@ -138,7 +138,7 @@ def test_recipes_and_resuming_follow_the_declarations_of_a_checkpoint(tmp_path):
     assert {"noise_std", "carried_state", "sampler"} < set(L2D_SETTINGS)
     L2DConfig().save_pretrained(tmp_path)
     other = {"variant": "full", "guidance_classes": ["math"]}
-    other |= {"carried_state": True, "noise_free": True, "warm_start": True, "own_values_rank": 4}
+    other |= {"carried_state": True, "noise_free": True, "warm_start": True, "own_values_rank": 4, "own_keys_rank": 4}
     for name in (name for name, one in known.items() if one.of_the_weights):
         changed = other[name] if name in other else 2 * (known[name].default or 0.25)
         now = L2DConfig(**{name: changed})

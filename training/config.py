@@ -89,6 +89,7 @@ class ModelArguments:
     noise_free: bool = of_checkpoint("noise_free")
     warm_start: bool = of_checkpoint("warm_start")
     own_values_rank: int = of_checkpoint("own_values_rank")
+    own_keys_rank: int = of_checkpoint("own_keys_rank")
     sampler: dict[str, Any] | str | None = of_checkpoint("sampler")
 
     def __post_init__(self) -> None:

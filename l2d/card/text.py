@@ -136,8 +136,9 @@ def _options(config: L2DConfig, recipe: dict[str, Any]) -> str:
     sentences = []
     if config.warm_start:
         sentences.append("The path was trained from a warm start, as the base itself, which is not as published.")
-    if config.own_values_rank:
-        sentences.append(f"Its attention reads values of its own, by a change of rank {config.own_values_rank}.")
+    for what, rank in (("keys", config.own_keys_rank), ("values", config.own_values_rank)):
+        if rank:
+            sentences.append(f"Its attention reads {what} of its own, by a change of rank {rank}.")
     if rate := recipe.get("corruption_rate"):
         sentences.append(f"Trained on noised targets of which a share of {rate:g} was built from wrong tokens.")
     if evaluations := recipe.get("rollout_evaluations"):

@@ -113,6 +113,12 @@ class CheckpointSettings:
         "rank of the path's own change of the values that its attention reads; 0: none, as published",
         of_the_weights=True,
     )
+    own_keys_rank: int = setting(
+        0,
+        whole(0, 1 << 17),
+        "rank of the path's own change of the keys that its attention reads; 0: none, as published",
+        of_the_weights=True,
+    )
     sampler: dict[str, Any] = setting(
         None,
         Kind("a mapping", lambda name, value: dict(_mapping.check(name, value or {}))),

@@ -29,7 +29,7 @@ from l2d.network.embeddings import (
     version,
 )
 from l2d.network.main_path import Decoder, LayerState
-from l2d.network.own_values import OwnValues
+from l2d.network.own_keys_values import OwnKeys, OwnValues, read
 from l2d.network.path_layers import TwinLayer, build_twin
 from l2d.network.transfers import spacing, take, upload
 
@@ -145,11 +145,12 @@ class DiffusionLayer(nn.Module):
         super().__init__()
         self.twin, self.gate = twin, gate
         self.modulation = modulation_head(width, 6 * hidden_size)
+        self.own_keys: OwnKeys | None = None
         self.own_values: OwnValues | None = None
 
     def own_parts(self) -> list[nn.Module]:
         """The modules that are not the twin's."""
-        return [self.modulation] if self.own_values is None else [self.modulation, self.own_values]
+        return [self.modulation, *(part for part in (self.own_keys, self.own_values) if part is not None)]
 
     def modulate(self, embedding: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Scale, shift and gate (P, H) of attention and of the MLP for embeddings (P, C); norms' weights are in."""
@@ -172,8 +173,8 @@ class DiffusionLayer(nn.Module):
 
         `modulation` (P, 6H) of this layer, or `None` to compute it from `embedding` (P, C).
         """
-        if self.own_values is not None:
-            layer = self.own_values.of(layer)
+        if self.own_keys is not None or self.own_values is not None:
+            layer = read(layer, layout.state.position_ids, self.own_keys, self.own_values)
         parts = self.modulate(embedding) if modulation is None else modulation.chunk(6, dim=-1)
         scale1, shift1, gate1, scale2, shift2, gate2 = parts
         attended = self.twin.attend(hidden, scale1, shift1, layout, layer)
@@ -218,8 +219,11 @@ class DiffusionPath(nn.Module):
             self.input_projection.start_at_zero()
         # Initialised last, so that all other weights are those of a model without them.
         self.carried_state = CarriedState(hidden_size) if config.carried_state else None
-        for layer, original in zip(self.layers if config.own_values_rank else (), decoder.layers, strict=False):
-            layer.own_values = OwnValues(original.self_attn, config.own_values_rank)
+        for layer, original in zip(self.layers, decoder.layers, strict=True):
+            if config.own_values_rank:
+                layer.own_values = OwnValues(original.self_attn, config.own_values_rank)
+            if config.own_keys_rank:
+                layer.own_keys = OwnKeys(original.self_attn, config.own_keys_rank)
         self.checkpointing: tuple[Callable, int] | None = None  # function, and every how many layers
         self._decoder = decoder
         # Modules whose weights a table of modulations depends on.

@@ -127,14 +127,15 @@ class LayerState:
     """What one layer of the main path hands to the diffusion path.
 
     keys, values: (B, G, S, D); rotary: the layer's own rotary embeddings, each (B or 1, L, D), or `None` without.
-    For a path with values of its own: these, own_values (B, G, S, D), or what they are made from, received (B, S, H),
-    the input of attention.
+    For a path with keys or values of its own: these, own_keys and own_values (B, G, S, D), or what they are made from,
+    received (B, S, H), the input of attention.
     """
 
     keys: torch.Tensor | None = None
     values: torch.Tensor | None = None
     rotary: tuple[torch.Tensor, ...] | None = None
     received: torch.Tensor | None = None
+    own_keys: torch.Tensor | None = None
     own_values: torch.Tensor | None = None
 
 

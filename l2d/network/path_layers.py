@@ -46,14 +46,15 @@ _ZEROS: dict[tuple[torch.device, torch.dtype, int], torch.Tensor] = {}  # one ro
 _NORMS = frozenset(name for layout in _LAYOUTS for name in layout if name is not None)
 
 
-class _NoProjection(nn.Module):
-    """Replaces a projection whose result is not used: keys and values are the main path's."""
+class NoProjection(nn.Module):
+    """Replaces a projection whose result is not used, such as keys and values of the path: they are the main path's."""
 
     def __init__(self, features: int):
         super().__init__()
         self.features = features
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Zeros (..., O) for (..., I)."""
         key = (hidden.device, hidden.dtype, self.features)
         if key not in _ZEROS:
             _ZEROS[key] = torch.zeros(self.features, device=hidden.device, dtype=hidden.dtype)
@@ -250,7 +251,7 @@ def _refuse_unknown_parts(layer: Any, known: list[nn.Module], model_type: str) -
         )
 
 
-def _structural_copy(module: nn.Module, config: PreTrainedConfig | None = None) -> nn.Module:
+def structural_copy(module: nn.Module, config: PreTrainedConfig | None = None) -> nn.Module:
     """A copy of the module tree that shares every parameter and buffer with the original."""
     memo: dict[int, object] = {id(t): t for t in itertools.chain(module.parameters(), module.buffers())}
     memo |= {id(m): FrozenLinear(m) for m in module.modules() if quantized_linear(m)}
@@ -374,12 +375,12 @@ def build_twin(decoder: Decoder, base_config: PreTrainedConfig, config: L2DConfi
         _refuse_unknown_parts(layer, [base_attention, base_mlp, *norms], base_config.model_type)
         path_config: Any = copy.copy(base_attention.config)
         path_config._attn_implementation_internal = IMPLEMENTATION
-        attention = _structural_copy(base_attention, path_config)
+        attention = structural_copy(base_attention, path_config)
         for name in _UNUSED_PROJECTIONS:
             projection = getattr(attention, name, None)
             if isinstance(projection, nn.Linear):
-                setattr(attention, name, _NoProjection(projection.out_features))
-        mlp = _structural_copy(base_mlp)
+                setattr(attention, name, NoProjection(projection.out_features))
+        mlp = structural_copy(base_mlp)
         attention_names, mlp_names = _targets(attention, mlp)
         if not attention_names:
             raise ValueError(

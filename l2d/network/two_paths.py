@@ -20,6 +20,7 @@ from l2d.network.compiled import compile_layers
 from l2d.network.diffusion_path import DiffusionPath, PathInputs
 from l2d.network.main_path import Decoder, MainPathState, run_main_path
 from l2d.network.merged_weights import DeltaMerger
+from l2d.network.own_keys_values import keep
 
 
 class TwoPaths:
@@ -59,12 +60,12 @@ class TwoPaths:
         cache: Any = None,
     ) -> MainPathState:
         """Run the base once over `input_ids` (B, S) and keep what the diffusion path needs; see `run_main_path`."""
-        own = [layer.own_values for layer in self.path.layers if layer.own_values is not None]
-        state = run_main_path(self.decoder, input_ids, attention_mask, position_ids, cache, keep_received=bool(own))
+        own = bool(self.config.own_keys_rank or self.config.own_values_rank)
+        state = run_main_path(self.decoder, input_ids, attention_mask, position_ids, cache, keep_received=own)
         if own and cache is not None:
-            for number, (values, layer) in enumerate(zip(own, state.layers, strict=True)):
+            for number, (part, layer) in enumerate(zip(self.path.layers, state.layers, strict=True), len(state.layers)):
                 # In the same cache, behind the base's layers, which never look there.
-                values.keep(layer, cache, len(own) + number)
+                keep(layer, state.position_ids, part.own_keys, part.own_values, cache, number)
         return state
 
     def logits(self, hidden: torch.Tensor, plain: bool = True) -> torch.Tensor:

@@ -54,7 +54,12 @@ _OTHER_KWARGS = (
 _FILTERS = ("top_p", "top_k", "min_p", "typical_p")  # they change nothing in greedy decoding
 _NEUTRAL = {"top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1, "num_beams": 1, "repetition_penalty": 1}
 _RECIPE_METHODS = {"lora_sft": "lora-ft", "full_sft": "full-ft"}
-_TRAINED = {"corruption_rate": "corrupted {}", "rollout_evaluations": "rollout {}", "own_values_rank": "own values {}"}
+_TRAINED = {
+    "corruption_rate": "corrupted {}",
+    "rollout_evaluations": "rollout {}",
+    "own_values_rank": "own values {}",
+    "own_keys_rank": "own keys {}",
+}
 _RETIRED = {"votes": 1}  # defaults of settings that only older versions recorded
 
 

@@ -119,7 +119,7 @@ SAMPLED = {"budget": 5, "choice": "sample", "choice_temperature": 1.0}
     [
         {"warm_start": True, "guidance_classes": ["a"]},
         {"carried_state": True},
-        {"warm_start": True, "own_values_rank": 4},
+        {"warm_start": True, "own_values_rank": 4, "own_keys_rank": 4},
     ],
 )
 def test_a_base_that_is_spread_over_devices_gives_the_same_answers(settings):
@@ -169,7 +169,7 @@ def test_the_host_waits_at_most_so_often_per_token(sampler, most):
 @pytest.mark.parametrize("kind", ["published", "corrupted", "rollout"])
 def test_a_training_step_is_the_same_on_devices(place, kind):
     generator = torch.Generator().manual_seed(7)
-    settings = {"carried_state": True, "own_values_rank": 4} if kind == "rollout" else {}
+    settings = {"carried_state": True, "own_values_rank": 4, "own_keys_rank": 4} if kind == "rollout" else {}
     noised = {
         "index": torch.arange(7).expand(2, -1),
         "targets": IDS.roll(-1, 1)[:, :-1],

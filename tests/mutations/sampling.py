@@ -8,6 +8,7 @@ _NOISE = "tests/l2d/test_noise.py"
 _CHOICES = "tests/l2d/test_choices.py"
 
 _GATE = "tests/l2d/test_confidence.py"
+_own, _OWN = "l2d/network/own_keys_values.py", "tests/l2d/test_own_keys_values.py"
 
 _fixed_grid, _evaluator, _noise, _adaptive, _speculation, _confidence = (
     f"l2d/sampling/{name}.py" for name in ("fixed_grid", "evaluator", "noise", "adaptive", "speculation", "confidence")
@@ -307,20 +308,34 @@ MUTATIONS = [
         "default_keys([row])[0]",
         f"{_NOISE}::test_continuations_of_one_context_share_their_noise",
     ),
-    # values of the path's own
+    # keys and values of the path's own
     Mutation(
-        "values: the cache gets the base's",
-        "l2d/network/own_values.py",
-        "made = self(layer.received, layer.values[..., -layer.received.shape[1] :, :])",
-        "made = layer.values[..., -layer.received.shape[1] :, :]",
-        "tests/l2d/test_own_values.py::test_decoding_with_a_cache_is_scoring_without_one",
+        "own: the cache gets the base's values",
+        _own,
+        "values = values[..., -received.shape[1] :, :]\n        change = self.change(received)",
+        "return values[..., -received.shape[1] :, :]\n        change = self.change(received)",
+        f"{_OWN}::test_decoding_with_a_cache_is_scoring_without_one",
     ),
     Mutation(
-        "values: the path reads the base's",
-        "l2d/network/own_values.py",
-        "return dataclasses.replace(layer, values=values)",
+        "own: the path reads the base's",
+        _own,
+        "return dataclasses.replace(layer, keys=made[0], values=made[1])",
         "return layer",
-        "tests/l2d/test_own_values.py::test_attention_reads_the_changed_values",
+        f"{_OWN}::test_they_are_those_of_a_base_with_changed_projections",
+    ),
+    Mutation(
+        "own: keys stay the base's",
+        _own,
+        "hidden_states=projected + self.change(received).to(projected.dtype),",
+        "hidden_states=projected,",
+        f"{_OWN}::test_they_are_those_of_a_base_with_changed_projections",
+    ),
+    Mutation(
+        "own: what was made with gradients stays",
+        _own,
+        "if not torch.is_grad_enabled():",
+        "if True:",
+        f"{_OWN}::test_with_gradients_they_are_made_anew",
     ),
     # the gate
     Mutation(

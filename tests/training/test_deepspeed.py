@@ -41,12 +41,13 @@ EVERY_STEP = {
 }  # fmt: skip
 L2D = {**SMALL, "draws": 2, "eval_draws": 2, "max_grad_norm": 0.03}
 LORA, MIXED = {"variant": "lora", "lora_rank": 2}, {"dtype": "bfloat16", "bf16": True}
+OWN = {"own_keys_rank": 2, "own_values_rank": 2}
 SFT = {**BASELINE, "method": "lora_sft", "lora_rank": 2, "max_grad_norm": 0.3}
 CASES = {
     "zero2-full": (2, L2D),
     "zero2-lora": (2, {**L2D, **LORA, **MIXED}),
     "zero3-full": (3, {**L2D, **MIXED}),
-    "zero3-lora": (3, {**L2D, **LORA, "activation_checkpointing": True, "warm_start": True, "own_values_rank": 2}),
+    "zero3-lora": (3, {**L2D, **LORA, **OWN, "activation_checkpointing": True, "warm_start": True}),
     "zero2-sft": (2, {**BASELINE, "method": "full_sft", "max_grad_norm": 0.3}),
     "zero3-sft": (3, SFT),
 }

@@ -31,7 +31,7 @@ OPTIONS = {
     "rollout": {**ROLLOUT, "draws": 2},
     "carried": {**ROLLOUT, "carried_state": True},
     "noise_free": {"noise_free": True},
-    "own values": {"own_values_rank": 4, "warm_start": True},
+    "own keys and values": {"own_keys_rank": 2, "own_values_rank": 4, "warm_start": True},
 }
 SAME_DRAWS = """
 import sys
@@ -147,6 +147,7 @@ def test_a_window_is_the_same_in_all_processes_and_moves(make_trainer):  # noqa:
         ("corruption_rate: 0.3", {}, "of which a share of 0.3 was built from wrong tokens"),
         ("rollout_evaluations: 8", {"carried_state": True}, "trajectories of 8 evaluations. The path carries a state"),
         ("draws: 1", {"own_values_rank": 8}, "attention reads values of its own, by a change of rank 8"),
+        ("draws: 1", {"own_keys_rank": 8}, "attention reads keys of its own, by a change of rank 8"),
         ("draws: 1", {"noise_free": True}, "A control: the path was trained without noise"),
         ("draws: 4", {}, "## Recipe"),
     ],
