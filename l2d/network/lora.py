@@ -4,8 +4,9 @@
 - `FusedLinear`: PEFT's layer with `y = x W' + b + s (x A') B'` as three products forward and five backward
 
 PEFT scales and adds the delta in passes of their own, over (N, O) forward and backward, which on a CPU are as slow as
-the small products; here each delta is added by the product that makes it. Results agree to rounding. Everything else
-(autocast, other dtypes, quantized layers, dropout, merged deltas, compiling, inference) is PEFT's own.
+the small products; here each delta is added by the product that makes it. Results agree to rounding. Under autocast, too,
+where the frozen weight has the dtype of autocast and the deltas are cast to it, as PEFT has it. Everything else (other
+dtypes, quantized layers, dropout, merged deltas, compiling, inference) is PEFT's own.
 
 Legend: N rows, I inputs, O outputs, R rank.
 """
@@ -58,6 +59,7 @@ class FusedLinear(Linear):
             return super().forward(x, *args, **kwargs)
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         rows = x.reshape(-1, x.shape[-1])
+        down, up = down.to(x.dtype), up.to(x.dtype)  # which differ under autocast alone
         output = _Product.apply(rows, base.weight, base.bias, down, up, self.scaling[name])
         return output.view(*x.shape[:-1], output.shape[-1])
 
@@ -65,15 +67,19 @@ class FusedLinear(Linear):
         """Whether one delta is trained on a frozen, unquantized weight, everything in one dtype."""
         down, up = self.lora_A[name].weight, self.lora_B[name].weight
         weight = base.weight
+        device = x.device.type
+        autocast = torch.is_autocast_enabled(device)
+        allowed = {torch.get_autocast_dtype(device), torch.float32} if autocast else {x.dtype}
         return (
             torch.is_grad_enabled()
             and not torch.compiler.is_compiling()
-            and not torch.is_autocast_enabled(x.device.type)
             and not (self.disable_adapters or self.merged or self.lora_variant)
             and type(base) is nn.Linear
             and not (weight.requires_grad or (base.bias is not None and base.bias.requires_grad))
             and isinstance(self.lora_dropout[name], nn.Identity)
-            and x.dtype == weight.dtype == down.dtype == up.dtype
+            and x.dtype == weight.dtype
+            and (not autocast or x.dtype == torch.get_autocast_dtype(device))
+            and {down.dtype, up.dtype} <= allowed
             and weight.shape == (up.shape[0], down.shape[-1])  # which a sharded weight is not until it is gathered
         )
 

@@ -63,6 +63,24 @@ def test_results_and_gradients_are_those_of_peft(dtype, bias, shape, products):
     assert products and fused.state_dict().keys() == plain.state_dict().keys()
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_under_autocast_they_are_those_of_peft_to_the_rounding_of_its_dtype(bias, products):
+    plain = layer(torch.float32, bias)
+    plain["one"].base_layer.bfloat16()
+    fused = copy.deepcopy(plain)
+    fuse_products(fused)
+    x = torch.randn(7, 12, dtype=torch.bfloat16)
+    found = []
+    for module in (plain, fused, copy.deepcopy(plain).float()):
+        exact = module is not plain and module is not fused
+        with torch.autocast("cpu", torch.bfloat16, enabled=not exact):
+            found.append(results(module, x.float() if exact else x))
+    assert products and [one.dtype for one in found[1]] == [one.dtype for one in found[0]]
+    for theirs, ours, exact in zip(*found, strict=True):
+        scale = exact.abs().max()
+        assert (ours - exact).abs().max() <= max((theirs - exact).abs().max(), 0.016 * scale)
+
+
 @pytest.mark.parametrize("frozen", ["input", "lora_A", "lora_B"])
 def test_only_what_is_asked_for_gets_a_gradient(frozen):
     module = layer()
