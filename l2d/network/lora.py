@@ -4,9 +4,9 @@
 - `FusedLinear`: PEFT's layer with `y = x W' + b + s (x A') B'` as three products forward and five backward
 
 PEFT scales and adds the delta in passes of their own, over (N, O) forward and backward, which on a CPU are as slow as
-the small products; here each delta is added by the product that makes it. Results agree to rounding. Under autocast, too,
-where the frozen weight has the dtype of autocast and the deltas are cast to it, as PEFT has it. Everything else (other
-dtypes, quantized layers, dropout, merged deltas, compiling, inference) is PEFT's own.
+the small products; here each delta is added by the product that makes it. Results agree to rounding. So they do under
+autocast, where the frozen weight has its dtype and the deltas are cast to it. Everything else (other dtypes, quantized
+layers, dropout, merged deltas, compiling, inference) is PEFT's own.
 
 Legend: N rows, I inputs, O outputs, R rank.
 """
