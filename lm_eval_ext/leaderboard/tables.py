@@ -37,7 +37,7 @@ def missing_controls(board: Board) -> list[str]:
     for base, present in board.controls.items():
         missing = [name for kind, name in CONTROL_NAMES.items() if kind not in present]
         shown = [CONTROL_NAMES[kind] for kind in present]
-        text = f"Controls for {Path(base).name}: {', '.join(shown) or 'none'} present; "
+        text = f"Controls for models on {Path(base).name}: {', '.join(shown) or 'none'} present; "
         text += f"missing: {', '.join(missing)}" if missing else "none missing"
         why = "; without them the curve over T does not tell whether its evaluations are what helps" if missing else ""
         sentences.append(f"{text}{why}.")

@@ -162,7 +162,8 @@ def test_the_cheapest_gate_within_one_error_is_named():
 def test_gates_are_measured_at_the_largest_budget(l2d_dir, make_l2d, base_dir, tmp_path, capsys):
     data = write_jsonl(tmp_path / "data.jsonl", sums(6))
     free = make_l2d(base_dir, noise_free=True)
-    for folder, name in ((l2d_dir, "T = 7, base from p = "), (free, "one evaluation, t = 1, base from p = ")):
+    stored = make_l2d(base_dir, sampler={"skip_confidence": 0.5})  # of no consequence where gates are asked for
+    for folder, name in ((l2d_dir, "T = 7, base from p = "), (stored, "T = 7, base from p = "), (free, "one evaluation, t = 1, base from p = ")):
         file = tmp_path / f"{folder.name}.json"
         some = ["--skip_confidence", "0.9,1e-9", "--device", "cpu", "--json", str(file)]
         budgets = [] if folder is free else ["--budgets", "7,1", "--times", "0.5"]
@@ -173,6 +174,7 @@ def test_gates_are_measured_at_the_largest_budget(l2d_dir, make_l2d, base_dir, t
         assert none["evaluations"] == 0 < most["evaluations"]
         (base,) = (one for one in written["budgets"] if one["sampler"]["budget"] == 1)
         assert none["accuracy"] == base["accuracy"] and none["nll"] == pytest.approx(base["nll"], abs=1e-5)
+        assert all(one["sampler"]["skip_confidence"] == 1 for one in written["budgets"] + written["single_evaluations"])
         reference = written["single_evaluations"][-1] if folder is free else written["budgets"][-1]
         assert none["difference"]["value"] == pytest.approx(none["accuracy"] - reference["accuracy"])
 

@@ -88,7 +88,10 @@ def _check(options: argparse.Namespace) -> _Plan:
     noise_free = checkpoint.settings.noise_free
     times = _numbers("times", options.times, float, (1.0,) if noise_free else TIMES)
     budgets = _numbers("budgets", options.budgets, int, (1,) if noise_free else BUDGETS)
-    singles, budget_samplers = [single_evaluation(time) for time in times], [{"budget": budget} for budget in budgets]
+    # Gates are compared with none, whatever the checkpoint stores.
+    ungated = {} if options.skip_confidence is None else {"skip_confidence": 1.0}
+    singles = [{**single_evaluation(time), **ungated} for time in times]
+    budget_samplers = [{"budget": budget, **ungated} for budget in budgets]
     gates = _gates(options.skip_confidence, singles[-1] if noise_free else budget_samplers[-1])
     for sampler in [*singles, *budget_samplers, *gates]:
         settings = checkpoint.sampler(**sampler)
