@@ -163,7 +163,11 @@ def test_gates_are_measured_at_the_largest_budget(l2d_dir, make_l2d, base_dir, t
     data = write_jsonl(tmp_path / "data.jsonl", sums(6))
     free = make_l2d(base_dir, noise_free=True)
     stored = make_l2d(base_dir, sampler={"skip_confidence": 0.5})  # of no consequence where gates are asked for
-    for folder, name in ((l2d_dir, "T = 7, base from p = "), (stored, "T = 7, base from p = "), (free, "one evaluation, t = 1, base from p = ")):
+    for folder, name in (
+        (l2d_dir, "T = 7, base from p = "),
+        (stored, "T = 7, base from p = "),
+        (free, "one evaluation, t = 1, base from p = "),
+    ):
         file = tmp_path / f"{folder.name}.json"
         some = ["--skip_confidence", "0.9,1e-9", "--device", "cpu", "--json", str(file)]
         budgets = [] if folder is free else ["--budgets", "7,1", "--times", "0.5"]

@@ -140,7 +140,7 @@ def test_recipes_are_accepted_by_the_entry_point(tmp_path):
 
 
 def test_steps_are_complete_and_in_order(tmp_path):
-    steps = build_steps(tmp_path, list(TASKS), quick=False)
+    steps = build_steps(tmp_path, list(TASKS), quick=False, methods=list(METHODS))
     seen = set()
     for step in steps:
         assert set(step.needs) <= seen and step.name not in seen
@@ -151,8 +151,11 @@ def test_steps_are_complete_and_in_order(tmp_path):
     assert first == sorted(first, reverse=True)  # two seeds of everything before the third of anything
     assert sum(step.name.startswith("train") for step in steps) == len(runs)
     assert sum(step.name.startswith("evaluate") for step in steps) == len(runs) + sum(len(base_seeds(t)) for t in TASKS)
-    only = build_steps(tmp_path, ["machine"], quick=False)
+    only = build_steps(tmp_path, ["machine"], quick=False, methods=list(METHODS))
     assert {step.name for step in only} == {step.name for step in steps if "machine" in step.name}
+    some = build_steps(tmp_path, ["products"], quick=False, methods=["lora"])
+    assert [step.name for step in some if step.name.startswith("train")] == [f"train products-lora-{n}" for n in SEEDS]
+    assert {step.name for step in some} < seen and all(set(step.needs) <= {one.name for one in some} for step in some)
 
 
 def test_folder_continues_and_is_no_demo(tmp_path, capsys):
@@ -289,6 +292,7 @@ def test_path_is_evaluated_at_the_time_that_validation_chooses(tmp_path, model):
 # ---- report ------------------------------------------------------------------------------------------------------
 
 SOLVED = {"plain": 0.7, "corrupted": 0.9, "carried": 0.95, "warm": 0.8, "warm_corrupted": 0.9, "warm_carried": 0.95}
+SOLVED |= {"warm_own": 0.85, "warm_carried_own": 0.97}
 ABOUT = {"command": "the command", "date": "2026-01-02", "commit": "abc", "machine": "2 cores"}
 
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from training.demo.plan import write_configs
 from training.demo.runner import run_or_exit
 from training.demo.workspace import open_workspace
+from training.studies.options import chosen_methods, refused
 from training.studies.packing import write_json
-from training.studies.plan import LAYOUT, build_steps, recipes
+from training.studies.plan import LAYOUT, METHODS, build_steps, recipes
 from training.studies.tasks import TASKS
 
 
@@ -26,6 +27,7 @@ def main() -> None:
     parser.add_argument(
         "--only", choices=list(TASKS), help="run the steps of one task; the same command without continues"
     )
+    parser.add_argument("--methods", help=f"run the steps of these only, with commas: {','.join(METHODS)}")
     parser.add_argument("--processes", type=int, default=2, metavar="N", help="steps at a time (default: 2)")
     parser.add_argument("--quick", action="store_true", help="twenty steps per training: shows that all works, no more")
     parser.add_argument("--overwrite", action="store_true", help="replace the study that the folder holds")
@@ -35,27 +37,23 @@ def main() -> None:
     try:
         if options.processes < 1:
             raise ValueError(f"processes={options.processes} must be at least 1.")
+        chosen = chosen_methods(options.methods, METHODS)
         workspace = open_workspace(out, recipes(out, options.quick), options.overwrite, LAYOUT)
     except OSError as error:
-        sys.exit(_refused(f"OUT={options.out} cannot be written to ({error}): choose another folder with OUT=."))
+        sys.exit(refused(f"OUT={options.out} cannot be written to ({error}): choose another folder with OUT=."))
     except ValueError as error:
-        sys.exit(_refused(str(error)))
+        sys.exit(refused(str(error)))
     print(f"study in {out}: about an hour on 2 cores; every step's output is in logs/", flush=True)
     for folder in ("data", "runs"):
         (out / folder).mkdir(exist_ok=True)
     write_configs(recipes(out, options.quick), out / "configs")
-    steps = build_steps(out, list(TASKS), options.quick)
+    steps = build_steps(out, list(TASKS), options.quick, list(METHODS))
     tasks = [options.only] if options.only else list(TASKS)
-    run_or_exit(build_steps(out, tasks, options.quick), workspace, options.processes)
+    run_or_exit(build_steps(out, tasks, options.quick, chosen), workspace, options.processes)
     write_report(out, options.quick)
     if all(workspace.complete(step.name, step.output) for step in steps):
         workspace.finish()
     print(f"\ndone in {time.monotonic() - started:.0f} s; see {out / 'study.md'}")
-
-
-def _refused(message: str) -> int:
-    print("error:", message, file=sys.stderr)
-    return 2
 
 
 def write_report(out: Path, quick: bool = False) -> None:

@@ -69,6 +69,7 @@ _CARRIED = {**_PATH, "draws": 1, "rollout_evaluations": 8, "rollout_window": 4, 
 _NOISE_FREE = {**_PATH, "noise_free": True}
 _LORA = {"method": "lora_sft", "learning_rate": 3e-3, "lora_rank": 32}
 _WARM = {"warm_start": True}
+_OWN = {**_WARM, "own_keys_rank": 16, "own_values_rank": 16}
 
 METHODS = {
     method.name: method
@@ -79,6 +80,8 @@ METHODS = {
         Method("warm_corrupted", "warm start: corrupted", {**_CORRUPTED, **_WARM}, 1.0),
         Method("carried", "L2D, rollout + carried state", _CARRIED, 1.3, True),
         Method("warm_carried", "warm start: rollout + carried state", {**_CARRIED, **_WARM}, 1.3),
+        Method("warm_own", "warm start: own keys and values", {**_PLAIN, **_OWN}, 1.05),
+        Method("warm_carried_own", "warm start: carried, own keys and values", {**_CARRIED, **_OWN}, 1.35),
         Method("noise_free", "control: noise-free path", _NOISE_FREE, 0.4, True),
         Method("warm_noise_free", "warm start: noise-free path", {**_NOISE_FREE, **_WARM}, 0.4),
         Method("lora", "LoRA finetuning, r = 32", _LORA, 0.55),
@@ -149,17 +152,22 @@ def recipes(out: Path, quick: bool) -> dict[str, dict[str, Any]]:
     return {run.name: recipe(out, run, quick) for run in all_runs(list(TASKS))}
 
 
-def build_steps(out: Path, tasks: list[str], quick: bool) -> list[Step]:
-    """All steps of one task before those of the next, what others wait for first."""
-    return [step for task in tasks for step in _task_steps(out, task, quick)]
+def build_steps(out: Path, tasks: list[str], quick: bool, methods: list[str]) -> list[Step]:
+    """The steps of some methods, all of one task before those of the next, what others wait for first.
+
+    Steps are timed where all methods are meant.
+    """
+    return [step for task in tasks for step in _task_steps(out, task, quick, methods)]
 
 
-def _task_steps(out: Path, task: str, quick: bool) -> list[Step]:
+def _task_steps(out: Path, task: str, quick: bool, methods: list[str]) -> list[Step]:
     data = out / "data" / task
     rows, target = ([str(QUICK_ROWS)], ["0"]) if quick else ([], [])
     steps = [Step(f"data {task}", _python("training.studies.prepare", "data", task, data, *rows), data)]
     bases: set[int] = set()
     for run in all_runs([task]):
+        if run.method not in methods:
+            continue
         if run.seed not in bases:
             base, name = base_folder(out, task, run.seed), f"base {task} {run.seed}"
             command = _python("training.studies.prepare", "base", task, run.seed, data, base, *target)
@@ -169,7 +177,7 @@ def _task_steps(out: Path, task: str, quick: bool) -> list[Step]:
         command = _python("training.train", "--config", out / "configs" / f"{run.name}.yaml")
         steps.append(Step(f"train {run.name}", command, out / "runs" / run.name, needs=(f"base {task} {run.seed}",)))
         steps.append(_evaluation(out, task, run.name, f"train {run.name}"))
-    return [*steps, _timing(out, task)]
+    return [*steps, _timing(out, task)] if set(methods) == set(METHODS) else steps
 
 
 def _python(*arguments: Any) -> tuple[str, ...]:

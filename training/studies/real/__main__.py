@@ -16,6 +16,7 @@ from l2d.cli.parser import Parser
 from training.demo.plan import write_configs
 from training.demo.runner import OutOfTime, run_or_exit
 from training.demo.workspace import Workspace, open_workspace
+from training.studies.options import chosen_methods, refused
 from training.studies.real import elsewhere
 from training.studies.real.data import targets_per_example, write_data
 from training.studies.real.plan import LAYOUT, METHODS, Settings, build_steps, has_bf16, recipes, steps_for
@@ -61,15 +62,15 @@ def main() -> None:
     until = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the running steps, too
     try:
-        chosen = _chosen(options.methods)
+        chosen = chosen_methods(options.methods, METHODS)
         settings, limits = _settings(options), _limits(options)
         if options.report:
             sys.exit(_report_only(out, settings, options.problems, limits))
         workspace = _open(options, settings, limits, out)
     except OSError as error:
-        sys.exit(_refused(f"OUT={options.out} cannot be written to ({error}): choose another folder with OUT=."))
+        sys.exit(refused(f"OUT={options.out} cannot be written to ({error}): choose another folder with OUT=."))
     except ValueError as error:
-        sys.exit(_refused(" ".join(str(error).split())))
+        sys.exit(refused(str(error)))
     print(f"study in {out}: hours on 2 cores; every step's output is in logs/", flush=True)
     steps = build_steps(out, settings, options.problems, chosen)
     steps += elsewhere.build_steps(out, settings, limits, chosen)
@@ -105,7 +106,7 @@ def write_report(out: Path, settings: Settings, problems: int, limits: elsewhere
 def _report_only(out: Path, settings: Settings, problems: int, limits: elsewhere.Limits) -> int:
     if write_report(out, settings, problems, limits):
         return 0
-    return _refused(f"OUT={out} holds nothing that was measured on problems={problems}: run the study first.")
+    return refused(f"OUT={out} holds nothing that was measured on problems={problems}: run the study first.")
 
 
 def _settings(options: argparse.Namespace) -> Settings:
@@ -139,14 +140,6 @@ def _open(options: argparse.Namespace, settings: Settings, limits: elsewhere.Lim
     return workspace
 
 
-def _chosen(methods: str | None) -> list[str]:
-    """The methods whose steps are run. Raises `ValueError`."""
-    names = list(METHODS) if methods is None else methods.split(",")
-    if unknown := [name for name in names if name not in METHODS]:
-        raise ValueError(f"methods={methods!r} holds {unknown[0]!r}, which is none of {', '.join(METHODS)}.")
-    return [name for name in METHODS if name in names]
-
-
 def _folder(base: str) -> str:
     """The folder of a base; one on the hub is fetched, since all steps run offline. Raises `ValueError`."""
     if os.path.isdir(base):
@@ -159,11 +152,6 @@ def _folder(base: str) -> str:
 
 def _source(data: str) -> str:
     return os.path.abspath(data) if os.path.exists(data) else data
-
-
-def _refused(message: str) -> int:
-    print("error:", message, file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":
