@@ -56,6 +56,7 @@ class Method:
 
 _PATH = {"method": "l2d", "variant": "lora", "lora_rank": 32, "learning_rate": 1e-3}
 _WARM = {**_PATH, "warm_start": True}
+_OWN = {"own_keys_rank": 32, "own_values_rank": 32}
 _LORA = {"method": "lora_sft", "lora_rank": 32, "learning_rate": 1e-3}
 
 METHODS = {
@@ -66,7 +67,7 @@ METHODS = {
         Method("warm_noise_free", "control: noise-free path, warm start", {**_WARM, "noise_free": True}),
         Method("plain", "L2D as published", _PATH),
         Method("warm_corrupted", "L2D, warm start, corrupted, q = 0.3", {**_WARM, "corruption_rate": 0.3}),
-        Method("warm_own_values", "L2D, warm start, own values", {**_WARM, "own_values_rank": 32}),
+        Method("warm_own", "L2D, warm start, own keys and values", {**_WARM, **_OWN}),
         Method("lora_qv", "LoRA finetuning, q and v", {**_LORA, "lora_target_modules": ["q_proj", "v_proj"]}),
         Method("full", "full finetuning", {"method": "full_sft", "learning_rate": 1e-4}),
     )

@@ -53,6 +53,8 @@ COMPARISONS: tuple[tuple[str, Key, Key], ...] = (
         for p in GATES
     ),
     ("corruption, warm start, at T = 15", ("warm_corrupted", "T15"), ("warm", "T15")),
+    ("own keys and values, warm start, at T = 15", ("warm_own", "T15"), ("warm", "T15")),
+    ("own keys and values at T = 15 against LoRA, all layers", ("warm_own", "T15"), ("lora_all", "plain")),
     ("warm start at T = 15 against a noise-free path", ("warm", "T15"), ("warm_noise_free", "single")),
     ("warm start at T = 15 against LoRA, all layers", ("warm", "T15"), ("lora_all", "plain")),
     ("warm start at T = 15 against LoRA, q and v", ("warm", "T15"), ("lora_qv", "plain")),
