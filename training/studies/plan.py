@@ -84,6 +84,7 @@ METHODS = {
         Method("warm_carried_own", "warm start: carried, own keys and values", {**_CARRIED, **_OWN}, 1.35),
         Method("noise_free", "control: noise-free path", _NOISE_FREE, 0.4, True),
         Method("warm_noise_free", "warm start: noise-free path", {**_NOISE_FREE, **_WARM}, 0.4),
+        Method("warm_noise_free_own", "control: noise-free path, own keys and values", {**_NOISE_FREE, **_OWN}, 0.45),
         Method("lora", "LoRA finetuning, r = 32", _LORA, 0.55),
     )
 }

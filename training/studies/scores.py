@@ -50,7 +50,7 @@ COMPARISONS: tuple[tuple[str, Key, Key], ...] = (
     ("own keys and values: warm carried, at T = 7", ("warm_carried_own", "T7"), ("warm_carried", "T7")),
     ("more evaluations: own, T = 31 against one", ("warm_own", "T31"), ("warm_own", "single")),
     ("more evaluations: carried, own, T = 7 against one", ("warm_carried_own", "T7"), ("warm_carried_own", "single")),
-    ("carried, own at T = 7 against a noise-free path", ("warm_carried_own", "T7"), ("warm_noise_free", "single")),
+    ("carried, own at T = 7 against a noise-free path", ("warm_carried_own", "T7"), ("warm_noise_free_own", "single")),
     ("carried, own at T = 7 against LoRA finetuning", ("warm_carried_own", "T7"), ("lora", "plain")),
 )
 
