@@ -14,6 +14,8 @@ from l2d.decoding import DraftLength
 from l2d.network.own_keys_values import read
 from lm_eval_ext.requests.token_search import beam_search
 from tests.conftest import randomise_path
+from tests.l2d.test_architectures import KNOWN, SMALL_PATH
+from tests.l2d.test_architectures import make_base as make_known_base
 from tests.l2d.test_sampling import GUIDED, decode, decode_and_score, prompts
 
 RANK = 4
@@ -178,3 +180,24 @@ def test_bases_without_such_projections_are_refused(make_base, what):
     words = f"own_{what}_rank=4 cannot be followed: Phi3Attention has no projection {what[0]}_proj for {what} alone"
     with pytest.raises(ValueError, match=words):
         fresh(make_base("phi3"), **OWN[what])
+
+
+NOT_FOLLOWED = {"axk1", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "persimmon", "phi3", "youtu"}
+"""Known bases whose attention has no projection for keys alone, or none for values."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", list(KNOWN))
+def test_fresh_ones_are_those_of_every_known_base(name):
+    """Through whatever the base's attention does to them: norms, rotary embeddings of all kinds, or neither."""
+    base, config = make_known_base(name), L2DConfig(**SMALL_PATH, **OWN["both"])
+    if name in NOT_FOLLOWED:
+        with pytest.raises(ValueError, match="_rank=4 cannot be followed: "):
+            L2DForCausalLM.from_base(base, config)
+        return
+    model = L2DForCausalLM.from_base(base, config).eval()
+    state = model.paths.main_path(torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1)))
+    for layer, part in zip(state.layers, model.path.layers, strict=True):
+        made = read(layer, state.position_ids, part.own_keys, part.own_values)
+        torch.testing.assert_close(made.keys, layer.keys)
+        assert made.keys is layer.own_keys is not layer.keys and torch.equal(made.values, layer.values)
