@@ -41,7 +41,7 @@ EVERY_STEP = {
 }  # fmt: skip
 L2D = {**SMALL, "draws": 2, "eval_draws": 2, "max_grad_norm": 0.03}
 LORA, MIXED = {"variant": "lora", "lora_rank": 2}, {"dtype": "bfloat16", "bf16": True}
-OWN = {"own_keys_rank": 2, "own_values_rank": 2}
+OWN = {"own_keys_rank": 8, "own_values_rank": 8}
 SFT = {**BASELINE, "method": "lora_sft", "lora_rank": 2, "max_grad_norm": 0.3}
 CASES = {
     "zero2-full": (2, L2D),

@@ -35,7 +35,7 @@ EVERY_STEP = {
 LORA, MIXED = {"variant": "lora", "lora_rank": 2}, {"dtype": "bfloat16", "bf16": True}
 CASES = {
     "full": {**SMALL, "draws": 2, "activation_checkpointing": True, "max_grad_norm": 0.03},
-    "lora": {**SMALL, **LORA, **MIXED, "warm_start": True, "own_values_rank": 2, "own_keys_rank": 2},
+    "lora": {**SMALL, **LORA, **MIXED, "warm_start": True, "own_values_rank": 8, "own_keys_rank": 8},
     "sft": {**BASELINE, "method": "lora_sft", "lora_rank": 2, "max_grad_norm": 0.3},
     "all": {**BASELINE, "method": "full_sft"},
 }
