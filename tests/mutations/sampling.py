@@ -310,10 +310,10 @@ MUTATIONS = [
     ),
     # keys and values of the path's own
     Mutation(
-        "own: the cache gets the base's values",
+        "own: decoding reads the base's values",
         _own,
-        "values = values[..., -received.shape[1] :, :]\n        change = self.change(received)",
-        "return values[..., -received.shape[1] :, :]\n        change = self.change(received)",
+        "layer.own_values = None if made[1] is None else kept[1]",
+        "layer.own_values = None if made[1] is None else layer.values",
         f"{_OWN}::test_decoding_with_a_cache_is_scoring_without_one",
     ),
     Mutation(
