@@ -35,7 +35,7 @@ from training.studies.real import elsewhere, evaluate, report
 from training.studies.real.data import read_part, targets_per_example, write_data
 from training.studies.real.elsewhere import Limits
 from training.studies.real.equal import at_equal_time, saved_steps
-from training.studies.real.evaluate import gated_setting
+from training.studies.real.evaluate import early_setting, gated_setting
 from training.studies.real.plan import METHODS, Settings, build_steps, losses_file, recipes, run_folder, steps_for
 from training.studies.real.plot import draw
 from training.studies.real.scores import (
@@ -392,7 +392,7 @@ def study():
     outcomes = {}
     for method in ("base", *METHODS, *EQUAL.values()):
         path = "l2d" in METHODS.get(method.removesuffix("-equal-time"), METHODS["full"]).options["method"]
-        settings = ["T3", "T7", "T15", "T31", "single"] if path else ["plain"]
+        settings = ["T3", "T7", "T15", early_setting(), "T31", "single"] if path else ["plain"]
         if method in METHODS:
             settings += [gated_setting(p) for p in METHODS[method].gates]
         for setting in ["single"] if "noise_free" in method else settings:

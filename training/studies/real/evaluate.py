@@ -29,6 +29,7 @@ from training.studies.real.data import read_part
 
 BUDGETS = (3, 7, 15, 31)  # T = 1 is the base, which is measured itself
 GATED_BUDGET = 15
+EARLY_END = 0.75  # of trajectories of the same budget that end before t = 1, where the input is the path's own choice
 BATCH = 8  # rows at a time
 PROMPTS, TOKENS = 4, 32  # that are decoded to measure what decoding costs
 
@@ -56,12 +57,18 @@ def samplers(
         return {"single": dict(NOISE_FREE_SAMPLER)}
     chosen = {} if single is None else {"single": single_evaluation(single)}
     gated = {gated_setting(p): {"budget": GATED_BUDGET, "skip_confidence": p} for p in gates}
-    return {**{f"T{budget}": {"budget": budget} for budget in budgets}, **gated, **chosen}
+    early = {early_setting(): {"budget": GATED_BUDGET, "final_time": EARLY_END}} if GATED_BUDGET in budgets else {}
+    return {**{f"T{budget}": {"budget": budget} for budget in budgets}, **early, **gated, **chosen}
 
 
 def gated_setting(p: float) -> str:
     """What results call a gate."""
     return f"T{GATED_BUDGET}-p{p:g}"
+
+
+def early_setting() -> str:
+    """What results call trajectories that end early."""
+    return f"T{GATED_BUDGET}-t{EARLY_END:g}"
 
 
 def record(measured: Measurement) -> dict[str, Any]:

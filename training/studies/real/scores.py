@@ -19,7 +19,7 @@ from l2d.statistics import Estimate, holm, mean, paired, ratio, verdict
 from training.studies.packing import pack, unpack
 from training.studies.real.elsewhere import ASKED, BUDGET, LOSSES, Limits, read_answers
 from training.studies.real.equal import saved_steps
-from training.studies.real.evaluate import BUDGETS, GATED_BUDGET, gated_setting
+from training.studies.real.evaluate import BUDGETS, EARLY_END, GATED_BUDGET, early_setting, gated_setting
 from training.studies.real.plan import (
     EQUAL_TIME,
     METHODS,
@@ -35,6 +35,7 @@ Key = tuple[str, str]
 GATES = sorted({p for method in METHODS.values() for p in method.gates})
 SETTINGS = {
     **{f"T{budget}": f"T = {budget}" for budget in BUDGETS},
+    early_setting(): f"T = {GATED_BUDGET}, ending at t = {EARLY_END:g}",
     **{gated_setting(p): f"T = {GATED_BUDGET}, base from p = {p:g}" for p in GATES},
     "single": "one evaluation",
     "plain": "",
@@ -48,6 +49,8 @@ COMPARISONS: tuple[tuple[str, Key, Key], ...] = (
     ("warm start, at T = 15", ("warm", "T15"), ("plain", "T15")),
     ("more evaluations: warm start, T = 31 against T = 3", ("warm", "T31"), ("warm", "T3")),
     ("more evaluations: warm start, T = 15 against one", ("warm", "T15"), ("warm", "single")),
+    ("ending at t = 0.75: warm start, at T = 15", ("warm", early_setting()), ("warm", "T15")),
+    ("ending at t = 0.75: warm start, T = 15 against one", ("warm", early_setting()), ("warm", "single")),
     *(
         (f"gate of p = {p:g}, warm start, at T = 15", ("warm", gated_setting(p)), ("warm", f"T{GATED_BUDGET}"))
         for p in GATES
