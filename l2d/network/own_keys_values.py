@@ -125,10 +125,11 @@ def read(
 ) -> LayerState:
     """The state of a layer as the path reads it: with the keys and values that were kept, or made now.
 
-    Those made with gradients are made at every call; others stay in `layer`.
+    Those made with gradients are made at every call, also after a call without; others stay in `layer`.
     """
     own = layer.own_keys, layer.own_values
-    if own == (None, None):
+    learning = torch.is_grad_enabled() and layer.received is not None
+    if learning or (layer.own_keys is None and layer.own_values is None):
         own = _made(layer, position_ids, keys, values)
         if not torch.is_grad_enabled():
             layer.own_keys, layer.own_values = own

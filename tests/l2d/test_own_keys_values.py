@@ -120,15 +120,17 @@ def test_attention_reads_them(model):
 
 @pytest.mark.parametrize("kind", OWN)
 def test_with_gradients_they_are_made_anew(make_model, kind):
-    """Otherwise a second microbatch over the same state would find a graph that was used up."""
+    """Otherwise a second microbatch over the same state would find a graph that was used up, and the scored part of a
+    rollout the results of the part before it, which have no gradient."""
     model = make_model(kind)
     ids = torch.randint(3, 400, (2, 9), generator=torch.Generator().manual_seed(1))
-    state = model.paths.main_path(ids)
-    for _ in range(2):
+    state, x = model.paths.main_path(ids), torch.randn(2, 16, dtype=torch.float64)
+    for learning in (True, True, False, True):
         model.zero_grad()
-        hidden, _ = model.paths.path_hidden(
-            state, torch.arange(2), torch.tensor([8, 5]), torch.randn(2, 16, dtype=torch.float64), torch.full((2,), 0.5)
-        )
+        with torch.set_grad_enabled(learning):
+            hidden, _ = model.paths.path_hidden(state, torch.arange(2), torch.tensor([8, 5]), x, torch.full((2,), 0.5))
+        if not learning:
+            continue
         hidden.sum().backward()
         gradients = [p.grad for name, p in model.trained_parameters() if "own_" in name]
         assert gradients and all(bool(gradient.any()) for gradient in gradients)

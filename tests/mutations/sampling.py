@@ -331,10 +331,10 @@ MUTATIONS = [
         f"{_OWN}::test_they_are_those_of_a_base_with_changed_projections",
     ),
     Mutation(
-        "own: what was made with gradients stays",
+        "own: after a call without gradients there are none",
         _own,
-        "if not torch.is_grad_enabled():",
-        "if True:",
+        "learning = torch.is_grad_enabled() and layer.received is not None",
+        "learning = False",
         f"{_OWN}::test_with_gradients_they_are_made_anew",
     ),
     # the gate
