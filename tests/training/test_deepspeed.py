@@ -80,8 +80,9 @@ def runs(tmp_path_factory, base_dir) -> Path:
 def test_two_processes_equal_one(runs, name):
     """Losses, norms before clipping, evaluation, trained weights after three steps, and the model that is left."""
     found, expected = runs / name, runs / f"{name}-1"
-    rounded = CASES[name][1].get("bf16", False)  # products of other shapes round otherwise
-    for value, bound in (("loss", 5e-4 if rounded else 1e-5), ("eval_loss", 2e-3 if rounded else 2e-5)):
+    rounded = CASES[name][1].get("bf16", False)  # ZeRO-3's linear layers round before they add a bias, and after
+    for value in ("loss", "eval_loss"):
+        bound = 3e-3 if rounded else 2e-5  # 4e-4 of a loss, a tenth of bfloat16's spacing
         assert logged(found, value) == pytest.approx(logged(expected, value), abs=bound), value
     same_gradients(found, expected, rel=5e-3 if rounded else 1e-4)
     assert min(logged(found, "grad_norm").values()) > CASES[name][1]["max_grad_norm"]
