@@ -172,8 +172,8 @@ class L2DTrainingConfig(SFTConfig):
     """TRL's `SFTConfig` with the options of diffusion training.
 
     Other defaults than there: `max_length` (the base's own limit, and longer examples are an error, not cut),
-    `assistant_only_loss` (on for conversations), `use_cpu` (on where there is no accelerator), `bf16` (on where there
-    is one), and `ddp_find_unused_parameters` (off).
+    `assistant_only_loss` (on for conversations), `activation_checkpointing` (for L2D by an estimate of memory),
+    `use_cpu` (on where there is no accelerator), `bf16` (on where there is one), `ddp_find_unused_parameters` (off).
     """
 
     if TYPE_CHECKING:  # theirs, which `__post_init__` settles
@@ -256,6 +256,13 @@ class L2DTrainingConfig(SFTConfig):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start afresh in an output_dir that already holds something."}
     )
+    gradient_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Older name of activation_checkpointing. Default: yes, but for L2D that is not sharded only where "
+            "memory for all activations may be short."
+        },
+    )
     max_length: int | None = field(
         default=None, metadata={"help": "Longest example in tokens. Default: the base's own limit."}
     )
@@ -283,8 +290,7 @@ class L2DTrainingConfig(SFTConfig):
         known = tuple(part.name for part in dataclasses.fields(AcceleratorConfig))
         for name in self.accelerator_config if isinstance(self.accelerator_config, dict) else ():
             one_of("accelerator_config", name, known)
-        if self.activation_checkpointing is None:  # TRL's default goes by the old name, of which transformers warns
-            self.activation_checkpointing = self.gradient_checkpointing
+        self._settle_checkpointing()
         self._follow_total_batch_size()
         super().__post_init__()
         launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -309,6 +315,12 @@ class L2DTrainingConfig(SFTConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be a probability, from 0 to 1.")
         one_of("too_long", self.too_long, ("error", "drop", "truncate"))
         self._check_release_options()
+
+    def _settle_checkpointing(self) -> None:
+        """On, as in TRL, unless it is set; by the new name, as transformers warns of the old one."""
+        chosen = self.gradient_checkpointing if self.activation_checkpointing is None else self.activation_checkpointing
+        self.checkpointing_is_chosen = chosen is not None
+        self.activation_checkpointing = True if chosen is None else chosen
 
     def _check_release_options(self) -> None:
         one_of("loss_average", self.loss_average, ("token", "example"))

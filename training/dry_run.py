@@ -1,14 +1,8 @@
 """What a recipe would do, without weights: `python -m training.train --config RECIPE.yaml --dry_run`.
 
 - `dry_run`: builds the model on the meta device, reads the data, prints, and stops
-- `estimate_memory`, `estimate_flops`: per device, from shapes alone
-- `settle_checkpointing`: activation checkpointing off where the estimate leaves plenty of memory, and a line about it
 - `coloured`: a decoded example with its targets marked
 - `write_examples`: all of them, for programs
-
-Estimates count what dominates: weights, gradients and AdamW's two moments, activations kept for the backward pass,
-keys and values of the main path, and one chunk of logits. Attention's own operations and buffers of communication are
-left out.
 """
 
 import contextlib
@@ -21,14 +15,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import datasets
-import psutil
 import torch
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from l2d.checkpoint import bases
 from l2d.checkpoint.quantization import quantizing
-from l2d.network.cross_entropy import chunk_rows
+from training import estimates
 from training.checks import longest_example
 from training.config import L2DTrainingConfig, ModelArguments
 from training.console import say
@@ -37,46 +30,19 @@ from training.data.ready import encode, keep
 from training.data.tokenizer import base_of, generation_config, load_tokenizer
 from training.data.tokenizing import IGNORED, runs_of, target_texts, tokenize
 from training.data.values import Unavailable
-from training.draws import default_evaluations, layer_bytes, window_length
+from training.estimates import GIB, STATE, Shape, counts, estimate_flops, estimate_memory
 from training.recipe import Recipe
 
 ASSUMED_LENGTH, ASSUMED_RESPONSE = 700, 0.5  # mean tokens per example and share of targets, where the data are not here
 FLOPS_PER_S = 0.4 * 989e12  # 40 % of an H100's bfloat16 peak
-GIB = 2**30
 STREAMED = 1000  # examples of a stream that are read, and of others that are averaged over
-_PLENTY = 0.5  # part of a device's memory up to which activations are kept
-_STATE = "trained weights, gradients, AdamW"
 _GREEN, _GREY, _END = "\033[1;32m", "\033[90m", "\033[0m"
-
-
-@dataclasses.dataclass
-class Shape:
-    """What estimates need to know of a run, per device."""
-
-    base: PreTrainedConfig
-    method: str
-    variant: str
-    trained: int
-    frozen: int
-    frozen_bytes: float  # per weight of the frozen base
-    stream_bytes: int  # per activation
-    rows: int
-    length: int
-    mean_length: int  # tokens of an example, of which `response` are targets
-    response: float
-    draws: int
-    max_evaluations_per_pass: int
-    checkpointing: bool
-    device: str = "cuda"  # kind that it will run on
-    scored: int = 1  # evaluations of each draw that have a loss,
-    unscored: float = 0.0  # and on average before them, for a rollout
 
 
 def dry_run(recipe: Recipe) -> None:
     """Print parameters, memory, some examples and the schedule. Raises `ValueError` as a real run would."""
     model = build_on_meta(recipe)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
+    trained, frozen = counts(model)
     say(f"{recipe.model.method}: {trained:,} trained parameters, {frozen:,} frozen")
     encoded = read_data(recipe)
     if encoded is None:
@@ -85,7 +51,7 @@ def dry_run(recipe: Recipe) -> None:
         say(f"assumed below: {length} tokens per example, {response:.0%} of them targets")
     else:
         examples, length, response = describe(encoded)
-    shape = shape_of(recipe, model, trained, frozen, length, response)
+    shape = shape_of(recipe, model, length, response)
     say_memory(shape, recipe)
     say_schedule(recipe.training, examples, shape)
 
@@ -196,34 +162,13 @@ def describe(encoded: Any) -> tuple[int, int, float]:
 # ---- estimates ---------------------------------------------------------------------------------------------------
 
 
-def shape_of(recipe: Recipe, model: PreTrainedModel, trained: int, frozen: int, length: int, response: float) -> Shape:
+def shape_of(recipe: Recipe, model: PreTrainedModel, length: int, response: float) -> Shape:
     """The run's shape: memory is for a batch of the longest examples, with their usual share of targets."""
-    training = recipe.training
-    mixed = training.bf16 or training.fp16
-    l2d = recipe.model.method == "l2d"
-    rollout: dict[str, Any] = {}
-    if l2d and training.rollout_evaluations is not None:
-        window = window_length(training)
-        rollout = {"scored": window, "unscored": (training.rollout_evaluations - window) / 2}
-    base, stream_bytes = (model.base if l2d else model).config.get_text_config(), 2 if mixed else 4
-    device = "cuda" if mixed else "cpu"
-    return Shape(
-        base=base,
-        method=recipe.model.method,
-        variant=recipe.model.variant,
-        trained=trained,
-        frozen=frozen,
-        frozen_bytes=_frozen_bytes(recipe.model, mixed),
-        stream_bytes=stream_bytes,
-        rows=training.per_device_train_batch_size,
-        length=training.max_length or length,
-        mean_length=length,
-        response=response,
-        draws=training.draws if l2d else 1,
-        max_evaluations_per_pass=training.max_evaluations_per_pass or default_evaluations(base, stream_bytes, device),
-        checkpointing=bool(training.activation_checkpointing),
-        device=device,
-        **rollout,
+    training, mixed = recipe.training, recipe.training.bf16 or recipe.training.fp16
+    method, variant, device = recipe.model.method, recipe.model.variant, "cuda" if mixed else "cpu"
+    shape = estimates.shape_of(model, training, method, variant, length, response, device)
+    return dataclasses.replace(
+        shape, length=training.max_length or length, frozen_bytes=_frozen_bytes(recipe.model, mixed)
     )
 
 
@@ -234,103 +179,13 @@ def _frozen_bytes(model: ModelArguments, mixed: bool) -> float:
     return 4 if model.dtype == "float32" or (model.dtype is None and not mixed) else 2
 
 
-def estimate_memory(shape: Shape) -> dict[str, float]:
-    """Bytes per device by what they are for, where nothing is sharded."""
-    base, s = shape.base, shape.stream_bytes
-    layers, hidden = base.num_hidden_layers, base.hidden_size
-    head = getattr(base, "head_dim", None) or hidden // base.num_attention_heads
-    kept, tokens = base.num_key_value_heads * head, shape.rows * shape.length
-    block = layer_bytes(base, s, modulated=shape.method == "l2d")
-    parts: dict[str, float] = {"frozen weights": shape.frozen * shape.frozen_bytes, _STATE: shape.trained * 16}
-    targets = math.ceil(tokens * shape.response)
-    if shape.method == "l2d":
-        targets = evaluations = min(targets * shape.draws, shape.max_evaluations_per_pass)
-        per_layer = hidden * s if shape.checkpointing else block
-        parts["keys and values of the main path"] = 2 * layers * kept * tokens * s
-        parts["activations"] = evaluations * (layers * per_layer + (block if shape.checkpointing else 0))
-    else:
-        block += s * 2 * kept
-        parts["activations"] = tokens * (layers * hidden * s + block if shape.checkpointing else layers * block)
-    chunk = min(chunk_rows(base.vocab_size, torch.device(shape.device)), targets)
-    parts["logits"] = 3 * 4 * chunk * base.vocab_size
-    return parts
-
-
-def settle_checkpointing(recipe: Recipe, model: PreTrainedModel, train: Any, limit: int) -> str | None:
-    """Switch activation checkpointing off for L2D where a run without it needs little memory; what was done, in a line.
-
-    TRL's default switches it on, which costs a forward pass of the path and changes no result. Left alone are sharded
-    runs and recipes that set it. `model` is the one to be trained, `limit` the longest example.
-    """
-    training = recipe.training
-    names = ("activation_checkpointing", "gradient_checkpointing")
-    chosen = any(name in recipe.settings or f"{name}_kwargs" in recipe.settings for name in names)
-    sharded = training.fsdp or training.fsdp_config or training.deepspeed or os.environ.get("ACCELERATE_USE_FSDP")
-    sharded = sharded or os.environ.get("ACCELERATE_USE_DEEPSPEED")
-    if recipe.model.method != "l2d" or chosen or sharded or not training.activation_checkpointing:
-        return None
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    frozen = sum(p.numel() for p in model.parameters()) - trained
-    shape = shape_of(recipe, model, trained, frozen, longest_of(train, limit, training.packing), response=1.0)
-    kind = training.device.type
-    most = training.max_evaluations_per_pass or default_evaluations(shape.base, shape.stream_bytes, kind)
-    shape = dataclasses.replace(
-        shape, length=shape.mean_length, checkpointing=False, device=kind, max_evaluations_per_pass=most
-    )
-    need, memory = sum(estimate_memory(shape).values()), memory_of(training.device)
-    if need > _PLENTY * memory:
-        return None
-    training.activation_checkpointing = training.gradient_checkpointing = False
-    return (
-        f"activation checkpointing is off: without it the run needs about {need / GIB:.1f} of {memory / GIB:.1f} GiB "
-        "(activation_checkpointing: true saves memory and takes longer)"
-    )
-
-
-def longest_of(train: Any, limit: int, packing: bool) -> int:
-    """Tokens of the longest encoded example, or the most that are allowed where they are packed or streamed."""
-    if packing or not isinstance(train, datasets.Dataset):
-        return limit
-    chunks = train.data.column("input_ids").chunks
-    return max((int(chunk.value_lengths().to_numpy().max()) for chunk in chunks if len(chunk)), default=limit)
-
-
-def memory_of(device: torch.device) -> float:
-    """Bytes that a process may use: all of an accelerator, and its share of what is free for processes on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().available / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def estimate_flops(shape: Shape) -> float:
-    """Floating-point operations of one training example, attention scores left out."""
-    base = shape.base
-    vocabulary = base.vocab_size * base.hidden_size
-    embedded = vocabulary if base.tie_word_embeddings else 2 * vocabulary
-    length, targets = shape.mean_length, shape.mean_length * shape.response * shape.draws
-    again = 1 if shape.checkpointing else 0
-    if shape.method != "l2d":
-        body = (shape.frozen or shape.trained) - embedded
-        backward = 2 if shape.method == "full_sft" else 1
-        adapters = 0 if shape.method == "full_sft" else 6 * shape.trained
-        return length * (2 * body * (1 + backward + again) + adapters) + targets * 4 * vocabulary
-    body = shape.frozen - embedded
-    if shape.variant == "full":
-        forward, path = 2 * shape.trained, 2 * shape.trained * (3 + again)
-    else:
-        forward = 2 * (body + shape.trained)
-        path = 2 * body * (2 + again) + 2 * shape.trained * (3 + again)
-    evaluations = shape.scored * (path + 4 * vocabulary) + shape.unscored * (forward + 2 * vocabulary)
-    return length * 2 * body + targets * evaluations
-
-
 def say_memory(shape: Shape, recipe: Recipe) -> None:
     """Print the memory of one device, and with the trained state sharded over eight."""
     parts = estimate_memory(shape)
     total = sum(parts.values())
     lines = [f"  {value / GIB:7.1f} GiB  {name}" for name, value in parts.items()]
     say(f"memory per device, estimated for {shape.rows} x {shape.length} tokens:\n" + "\n".join(lines))
-    sharded = total - parts[_STATE] * 7 / 8
+    sharded = total - parts[STATE] * 7 / 8
     say(f"  {total / GIB:7.1f} GiB  in all; {sharded / GIB:.1f} GiB with the trained state sharded over 8 devices")
 
 

@@ -214,9 +214,6 @@ def build_trainer(job: Job) -> Any:
         options |= model.quantization()
         with whole_loading(training):
             built = L2DForCausalLM.from_base(model.base, model.l2d_config(), **options)
-        from training.dry_run import settle_checkpointing
-
-        say(settle_checkpointing(job.recipe, built, job.train, job.limit))
         trainer = L2DTrainer(model=built, **common)
     else:
         with whole_loading(training):

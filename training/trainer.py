@@ -24,11 +24,13 @@ from l2d.network.diffusion_path import NoisedTargets
 from training.budget_metrics import budget_accuracy, write_samples
 from training.checkpointing.atomic import SafeCheckpoints
 from training.checkpointing.sharding import gather_by_layer
-from training.checks import check_objective, longest_example, refuse_ignored_by_l2d
+from training.checks import check_objective, longest_example, refuse_ignored_by_l2d, sharded
 from training.config import L2DTrainingConfig
+from training.console import say
 from training.data.ready import for_encoded_data, ready
 from training.data.tokenizer import base_of, prepare_tokenizer
 from training.draws import default_evaluations, evaluation_targets, split_targets, training_targets, window_length
+from training.estimates import without_checkpointing
 from training.optimization import target_weights
 
 
@@ -62,6 +64,7 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
             raise ValueError("processing_class is missing: give the base's tokenizer.")
         self._take_data(model, args, kwargs)
         args = for_encoded_data(args, self._limit)
+        self._settle_checkpointing(model, args, kwargs["train_dataset"])
         if args.rollout_evaluations is not None or model.config.noise_free:
             model.path.vocabulary.requires_grad_(False)  # no gradient would reach it
         backend = take_compile(args)
@@ -101,6 +104,15 @@ class L2DTrainer(SafeCheckpoints, SFTTrainer):
             for name in ("train_dataset", "eval_dataset"):
                 kwargs[name] = self._ready(kwargs.get(name), name=name.removesuffix("_dataset"))
         kwargs["processing_class"] = tokenizer
+
+    def _settle_checkpointing(self, model: L2DForCausalLM, args: L2DTrainingConfig, train: Any) -> None:
+        """Keep all activations where memory is plenty, and say so, unless the configuration or sharding decides."""
+        if args.checkpointing_is_chosen or sharded() or args.fsdp or args.fsdp_config or args.deepspeed:
+            return
+        enough, line = without_checkpointing(model, args, train, self._limit)
+        if enough:
+            args.activation_checkpointing = args.gradient_checkpointing = False
+            say(line)
 
     # ---- loss ----------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from l2d import L2DForCausalLM
 from tests.training_runs import BASELINE, SMALL, same_bits, sums, train_here, weights, write_jsonl, write_recipe
-from training import dry_run, train
+from training import estimates, train
 from training.checkpointing.resume import check_output_dir, choose_checkpoint, clear_output_dir, missing_parts
 from training.console import log_line
 
@@ -108,7 +108,7 @@ def test_checkpointing_is_off_where_memory_is_plenty_unless_it_is_set(
     recipe, monkeypatch, capsys, settings, memory, on
 ):
     """Results are the same bits; it is said when it is switched off, and of L2D only."""
-    monkeypatch.setattr(dry_run, "memory_of", lambda device: memory)
+    monkeypatch.setattr(estimates, "memory_of", lambda device: memory)
     path = recipe(**{"activation_checkpointing": None, **settings})
     seen = []
     monkeypatch.setattr(train, "run", lambda trainer, job: seen.append(trainer))
@@ -122,9 +122,9 @@ def test_checkpointing_is_off_where_memory_is_plenty_unless_it_is_set(
 
 def test_the_longest_example_is_found():
     rows = Dataset.from_dict({"input_ids": [[1] * 3, [1] * 7, [1]]})
-    assert dry_run.longest_of(rows, 100, packing=False) == 7
-    assert dry_run.longest_of(rows, 100, packing=True) == 100
-    assert dry_run.longest_of(rows.to_iterable_dataset(), 100, packing=False) == 100
+    assert estimates.longest_of(rows, 100, packing=False) == 7
+    assert estimates.longest_of(rows, 100, packing=True) == 100
+    assert estimates.longest_of(rows.to_iterable_dataset(), 100, packing=False) == 100
 
 
 def test_a_line_holds_all_that_is_logged():

@@ -12,6 +12,7 @@ from l2d import L2DConfig, L2DForCausalLM
 from l2d.network.diffusion_path import NoisedTargets, PathInputs
 from tests.conftest import randomise_path
 from tests.training_runs import same_bits, sums
+from training import estimates
 from training.config import L2DTrainingConfig
 from training.data.ready import encode
 from training.draws import keyed_generator, split_targets
@@ -232,6 +233,20 @@ def test_checkpointing_changes_nothing(make_trainer, variant):
     assert trainer.model.is_activation_checkpointing
     for name, expected in found[0].items():
         torch.testing.assert_close(found[1][name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "memory", "on"),
+    [({}, 1 << 40, False), ({}, 1 << 20, True), ({"activation_checkpointing": True}, 1 << 40, True),
+     ({"gradient_checkpointing": True}, 1 << 40, True)],
+)  # fmt: skip
+def test_a_trainer_keeps_activations_where_memory_is_plenty_unless_it_is_told(
+    make_trainer, monkeypatch, capsys, settings, memory, on
+):
+    monkeypatch.setattr(estimates, "memory_of", lambda device: memory)
+    trainer = make_trainer(**{"activation_checkpointing": None, **settings})
+    assert trainer.args.activation_checkpointing is trainer.args.gradient_checkpointing is on
+    assert ("activation checkpointing is off" in capsys.readouterr().out) == (not on)
 
 
 def test_evaluation_does_not_depend_on_batches(make_trainer):
