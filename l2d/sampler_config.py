@@ -5,7 +5,7 @@
 - `budget_for_levels`, `levels_for_budget`, `nearest_budgets`: number of time levels <-> budget T
 - `unusual`: in words, what of a sampler is not the default
 - `temperature_at`: the choice temperature at a time, constant or scheduled
-- `NOISE_FREE_SAMPLER`: the only trajectory of a noise-free path
+- `NOISE_FREE_SAMPLER`: the only trajectory of a noise-free path; `single_evaluation`: of one evaluation at a time
 
 A budget T counts every evaluation of the diffusion path, the last one (which reads the output) included. T = 1 is the
 base model. With `n` time levels a solver of `s` stages spends `s (n - 1) + 1`; Euler spends `n`.
@@ -31,6 +31,17 @@ ADAPTIVE_SOLVERS: tuple[str, ...] = ("adaptive_heun", "bosh3", "fehlberg2", "dop
 NOISE_FREE_SAMPLER: dict[str, Any] = {"solver": "euler", "budget": 2}
 """The base's answer at t = 0, which costs nothing, and one evaluation of the path at t = 1."""
 
+SINGLE: dict[str, Any] = {
+    **NOISE_FREE_SAMPLER, "start_time": 0.0, "mc_samples": 1, "early_confidence": 1.0,
+}  # fmt: skip
+"""One evaluation of the path, at `final_time`: the one before it, at t = 0, is the base's own."""
+
+
+def single_evaluation(time: float) -> dict[str, Any]:
+    """Changes to a sampler that make it one evaluation of the path at `time`."""
+    return {**SINGLE, "final_time": time}
+
+
 REMOVED = {"votes": "votes was removed, since averaging over noise draws gained no accuracy: leave it out."}
 """Settings of earlier versions, and what to tell whoever still names them."""
 
@@ -45,6 +56,7 @@ def _check_temperature(name: str, value: Any) -> float | str:
 
 _not_negative = number("a number of at least 0, or polynomial_p_end, e.g. polynomial_1_1.0", lambda value: value >= 0)
 _temperature = Kind("a number of at least 0, or polynomial_p_end", _check_temperature)
+_sure = _time = number("a number above 0 and at most 1", lambda value: 0 < value <= 1)
 _share = number("a number from 0 to 1", lambda value: 0 <= value <= 1)
 _class = matching(
     "a class name or its index", lambda value: isinstance(value, (str, int, type(None))) and not isinstance(value, bool)
@@ -115,9 +127,19 @@ class SamplerConfig:
     )
     skip_confidence: float = setting(
         1.0,
-        number("a number above 0 and at most 1", lambda value: 0 < value <= 1),
+        _sure,
         "take the base's answer, without evaluations, where its most likely token is at least so likely; 1: nowhere",
         shown="the base's answer from p = {} on",
+    )
+    early_confidence: float = setting(
+        1.0,
+        _sure,
+        "take the answer of one evaluation at early_time where its most likely token is at least so likely; 1: nowhere",
+        compute=True,
+        shown="one evaluation's answer from p = {} on",
+    )
+    early_time: float = setting(
+        0.5, _time, "time of the evaluation that early_confidence asks", compute=True, shown="at t = {}"
     )
     seed: int = setting(0, whole(0, (1 << 64) - 1, "2**64 - 1"), "seed of all noise", shown="seed {}")
     speculation: bool = setting(
@@ -168,8 +190,8 @@ class SamplerConfig:
             if any(getattr(self, name) != value for name, value in fixed.items()):
                 raise ValueError(
                     f"diffusion_budget={self.budget}, solver={self.solver!r} cannot be spent by a noise-free path, "
-                    "which is evaluated once: use diffusion_budget=2 with solver=euler and no times, guidance or "
-                    "draws, or diffusion_budget=1 for the base."
+                    "which is evaluated once: use diffusion_budget=2 with solver=euler and no times, early answers, "
+                    "guidance or draws, or diffusion_budget=1 for the base."
                 )
         return dataclasses.replace(self, speculation=False) if carried_state else self
 

@@ -235,7 +235,7 @@ class DiffusionPath(nn.Module):
             *(norm for twin in twins for norm in twin.modulated_norms()),
         )
         self._conditioning = tuple(m for part in parts if part is not None for m in part.modules() if m._parameters)
-        self._table: tuple[tuple, Modulation] | None = None
+        self._tables: dict[tuple, Modulation] = {}
 
     def embed_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Embeddings (..., d) float32 of tokens (...), with gradients to the vocabulary embedding."""
@@ -249,7 +249,7 @@ class DiffusionPath(nn.Module):
     def forget(self) -> None:
         """Drop the tables that were computed from the weights for inference."""
         self.vocabulary.forget()
-        self._table = None
+        self._tables = {}
 
     def conditioning(self, time: torch.Tensor, classes: torch.Tensor | None = None) -> torch.Tensor:
         """Time embedding plus class embedding, (..., C); `classes=None` is "no class"."""
@@ -272,17 +272,18 @@ class DiffusionPath(nn.Module):
 
     @torch.no_grad()
     def modulation_table(self, times: torch.Tensor, kinds: tuple[int, ...] | None) -> Modulation:
-        """Modulation at grid times (E,) for each class of `kinds` (`None`: "no class"), kept until weights change.
+        """Modulation at grid times (E,) for each class of `kinds` (`None`: "no class").
 
-        Row `k * E + e` belongs to class `kinds[k]` and time `times[e]`.
+        Row `k * E + e` belongs to class `kinds[k]` and time `times[e]`. The last two tables are kept until weights
+        change: a solver's, and that of a gate before it.
         """
         device = next(self.output_modulation.parameters()).device
         weights = tuple(
             (p.data_ptr(), p.dtype, version(p)) for module in self._conditioning for p in module._parameters.values()
         )
         key = (tuple(times.tolist()), kinds, device, weights)
-        kept = self._table  # another thread may replace it by another grid's table
-        if kept is None or kept[0] != key:
+        kept = self._tables  # another thread may replace them
+        if key not in kept:
             grid = times.to(device, torch.float32)
             classes = None
             if kinds is not None:
@@ -297,8 +298,9 @@ class DiffusionPath(nn.Module):
                         runs.append([])
                     runs[-1].append(made)
             stacks = [torch.stack(run) for run in runs]
-            self._table = kept = (key, Modulation(table.output, table.input_std, None, stacks))
-        return kept[1]
+            last = dict(list(kept.items())[-1:])
+            self._tables = kept = {**last, key: Modulation(table.output, table.input_std, None, stacks)}
+        return kept[key]
 
     def forward(
         self,

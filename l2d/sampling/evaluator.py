@@ -67,7 +67,7 @@ class PathEvaluator:
     """
 
     def __init__(self, paths: TwoPaths, state: MainPathState, sampler: SamplerConfig, site_class: int | None):
-        self.paths, self.state, self.sampler = paths, state, sampler
+        self.paths, self.state, self.sampler, self.site_class = paths, state, sampler, site_class
         self.table = paths.vocabulary_table()
         self.chunk = logit_rows(self.table.shape[0], state.hidden.device, _ON_CPU, _SHARE)
         classes = len(paths.config.guidance_classes or [])

@@ -52,7 +52,7 @@ class _Plan:
 
 
 def solve_speculatively(evaluator: PathEvaluator, sites: Sites, grid: FixedGrid, record: bool) -> SiteSolution:
-    """Same arguments and result as `sampling.solve_sequentially`; `nfe_computed` and `passes` record the cost.
+    """Same arguments and result as `sequential.solve_sequentially`; `nfe_computed` and `passes` record the cost.
 
     Which evaluations are pending is kept on the host, which waits once per pass: for the evaluations that differ.
     """

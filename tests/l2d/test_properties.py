@@ -273,6 +273,7 @@ SETTINGS = st.fixed_dictionaries(
         "choice_temperature": st.sampled_from([0.0, 0.7, "polynomial_1_1.0"]), "speculation": st.booleans(),
         "guidance_class": st.sampled_from(["math", "coding", 0, 1]), "guidance_scale": st.just(1.0),
         "skip_confidence": st.sampled_from([0.5, 0.95, 1.0]),
+        "early_confidence": st.sampled_from([0.3, 1.0]),
     },
 )  # fmt: skip
 

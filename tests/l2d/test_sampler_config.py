@@ -46,6 +46,8 @@ WRONG = [
     (dict(skip_confidence=0), "skip_confidence=0 must be a number above 0 and at most 1"),
     (dict(skip_confidence=1.01), "skip_confidence"),
     (dict(skip_confidence="high"), "skip_confidence"),
+    (dict(early_confidence=0), "early_confidence=0 must be a number above 0 and at most 1"),
+    (dict(early_time=0), "early_time=0 must be a number above 0 and at most 1"),
     (dict(seed=-1), "seed"),
     (dict(speculation="perhaps"), "speculation"),
 ]

@@ -1,5 +1,6 @@
 """One evaluation at its best time against the budgets. `python -m pytest tests/training/test_compare_budgets.py`"""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from scipy import stats
 
 from l2d import L2DForCausalLM, SamplerConfig
+from l2d.sampler_config import single_evaluation
 from lm_eval_ext.arguments import parse_arguments
 from tests.training_runs import sums, write_jsonl
 from training.compare_budgets.__main__ import main
@@ -18,7 +20,6 @@ from training.compare_budgets.measuring import (
     choose_best,
     compare,
     measure,
-    single_evaluation,
 )
 from training.compare_budgets.report import comparison, gate_verdict
 
@@ -156,6 +157,8 @@ def test_the_cheapest_gate_within_one_error_is_named():
     sentence = gate_verdict([far, close, same], ungated)
     assert "skip_confidence=0.7 computes 4.25 evaluations a token in place of 15.50" in sentence
     assert "token accuracy -0.0125 [" in sentence
+    early = dataclasses.replace(same, sampler=SamplerConfig(early_confidence=0.8, early_time=0.2))
+    assert gate_verdict([early], ungated).startswith("early_confidence=0.8,early_time=0.2 computes 6.00 evaluations")
     assert gate_verdict([far], ungated) == "No gate keeps token accuracy within one standard error of T = 15."
 
 
@@ -181,6 +184,20 @@ def test_gates_are_measured_at_the_largest_budget(l2d_dir, make_l2d, base_dir, t
         assert all(one["sampler"]["skip_confidence"] == 1 for one in written["budgets"] + written["single_evaluations"])
         reference = written["single_evaluations"][-1] if folder is free else written["budgets"][-1]
         assert none["difference"]["value"] == pytest.approx(none["accuracy"] - reference["accuracy"])
+
+
+def test_an_early_gate_asks_the_best_single_evaluation(l2d_dir, tmp_path, capsys):
+    """With the base's gate beside it, one at a time; a noise-free path, which is one evaluation, has none."""
+    data, file = write_jsonl(tmp_path / "data.jsonl", sums(6)), tmp_path / "written.json"
+    asked = ["--early_confidence", "1e-9", "--skip_confidence", "0.9", "--device", "cpu", "--json", str(file)]
+    main([str(l2d_dir), "--data", str(data), "--budgets", "7", "--times", "0.2,0.75", *asked])
+    printed, written = capsys.readouterr().out, json.loads(file.read_text())
+    base, early = written["gates"]
+    assert early["sampler"]["early_time"] == written["best_time"]
+    (best,) = (one for one in written["single_evaluations"] if one["sampler"]["final_time"] == written["best_time"])
+    assert early["accuracy"] == best["accuracy"] and early["evaluations"] == 1
+    assert base["sampler"]["early_confidence"] == early["sampler"]["skip_confidence"] == 1
+    assert "T = 7, one evaluation from p = 1e-09  1.00 " in printed
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
@@ -244,6 +261,7 @@ def test_noise_free_paths_have_one_evaluation(make_l2d, base_dir, tmp_path, caps
         (["--skip_confidence", "0,0.5"], "skip_confidence=0 must be a number above 0 and at most 1"),
         (["--skip_confidence", "high"], "skip_confidence='high' must be numbers with commas"),
         (["--skip_confidence", "0.5", "--budgets", "1"], "budgets=1 has none: give a larger one"),
+        (["--early_confidence", "2"], "early_confidence=2 must be a number above 0 and at most 1"),
         (["--limit", "0"], "limit=0 must be a whole number"),
         (["--batch_size", "-1"], "batch_size=-1 must be"),
         (["--json", "absent/file.json"], "json='absent/file.json' is in a folder that does not exist"),

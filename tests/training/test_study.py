@@ -19,10 +19,11 @@ import torch
 from scipy import stats
 
 from l2d import L2DConfig, L2DForCausalLM
+from l2d.sampler_config import single_evaluation
 from l2d.sampling.noise import default_keys
 from l2d.statistics import mean, shown
 from tests.conftest import nine_digits, randomise_path
-from training.compare_budgets.measuring import TIMES, single_evaluation
+from training.compare_budgets.measuring import TIMES
 from training.demo.base import build_base, encode_rows
 from training.demo.data import build_tokenizer
 from training.demo.plan import LAYOUT as DEMO

@@ -14,7 +14,8 @@ from typing import Any
 from l2d.checkpoint.opening import Checkpoint, open_checkpoint
 from l2d.cli.parser import Parser
 from l2d.cli.session import load_session
-from training.compare_budgets.measuring import BUDGETS, TIMES, measure, single_evaluation
+from l2d.sampler_config import single_evaluation
+from training.compare_budgets.measuring import BUDGETS, GATES, TIMES, Measurement, choose_best, measure
 from training.compare_budgets.report import report, told
 from training.compare_budgets.rows import read_rows
 
@@ -22,7 +23,7 @@ from training.compare_budgets.rows import read_rows
 @dataclasses.dataclass(frozen=True)
 class _Plan:
     """What was asked for, checked: the checkpoint, and the sampler settings of the single evaluations, of the budgets,
-    and of the largest of these with gates."""
+    and of the largest of these with gates; `early_confidence` asks the best single evaluation."""
 
     checkpoint: Checkpoint
     singles: list[dict[str, Any]]
@@ -41,11 +42,14 @@ def main(arguments: list[str] | None = None) -> None:
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)
     ids, mask, is_target = (part.to(session.model.device) for part in (ids, mask, is_target))
-    found = (
-        [told(measure(session.model, ids, mask, is_target, sampler, options.batch_size)) for sampler in part]
-        for part in (plan.singles, plan.budgets, plan.gates)
-    )
-    report(options, plan.checkpoint, *found)
+
+    def measured(samplers: list[dict[str, Any]]) -> list[Measurement]:
+        return [told(measure(session.model, ids, mask, is_target, one, options.batch_size)) for one in samplers]
+
+    singles, budgets = measured(plan.singles), measured(plan.budgets)
+    best = choose_best(singles).sampler.final_time
+    gates = measured([{**one, "early_time": best} if one["early_confidence"] < 1 else one for one in plan.gates])
+    report(options, plan.checkpoint, singles, budgets, gates)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -62,6 +66,11 @@ def _parser() -> argparse.ArgumentParser:
         "--skip_confidence",
         "--skip-confidence",
         help="the base's answers from these probabilities on, at the largest budget; default: none",
+    )
+    parser.add_argument(
+        "--early_confidence",
+        "--early-confidence",
+        help="the best single evaluation's answers from these probabilities on, at the largest budget; default: none",
     )
     parser.add_argument("--limit", type=int, help="use the first N examples only")
     parser.add_argument("--batch_size", "--batch-size", type=int, default=32)
@@ -88,11 +97,12 @@ def _check(options: argparse.Namespace) -> _Plan:
     noise_free = checkpoint.settings.noise_free
     times = _numbers("times", options.times, float, (1.0,) if noise_free else TIMES)
     budgets = _numbers("budgets", options.budgets, int, (1,) if noise_free else BUDGETS)
-    # Gates are compared with none, whatever the checkpoint stores.
-    ungated = {} if options.skip_confidence is None else {"skip_confidence": 1.0}
+    asked = {name: text for name in GATES if (text := getattr(options, name)) is not None}
+    ungated = dict.fromkeys(GATES, 1.0) if asked else {}  # compared with no gate, whatever the checkpoint stores
     singles = [{**single_evaluation(time), **ungated} for time in times]
     budget_samplers = [{"budget": budget, **ungated} for budget in budgets]
-    gates = _gates(options.skip_confidence, singles[-1] if noise_free else budget_samplers[-1])
+    largest = singles[-1] if noise_free else budget_samplers[-1]
+    gates = [gate for name, text in asked.items() for gate in _gates(name, text, largest)]
     for sampler in [*singles, *budget_samplers, *gates]:
         settings = checkpoint.sampler(**sampler)
         if settings.adaptive and not settings.is_base:
@@ -104,13 +114,11 @@ def _check(options: argparse.Namespace) -> _Plan:
     return _Plan(checkpoint, singles, budget_samplers, gates)
 
 
-def _gates(text: str | None, sampler: dict[str, Any]) -> list[dict[str, Any]]:
-    """`sampler` with each probability of a list with commas."""
-    if text is None:
-        return []
+def _gates(name: str, text: str, sampler: dict[str, Any]) -> list[dict[str, Any]]:
+    """`sampler` with a gate at each probability of a list with commas."""
     if sampler["budget"] == 1:
-        raise ValueError("skip_confidence says where to spend a budget, and budgets=1 has none: give a larger one.")
-    return [{**sampler, "skip_confidence": p} for p in _numbers("skip_confidence", text, float, (0.5, 0.9))]
+        raise ValueError(f"{name} says where to spend a budget, and budgets=1 has none: give a larger one.")
+    return [{**sampler, name: p} for p in _numbers(name, text, float, (0.5, 0.9))]
 
 
 def _numbers(name: str, text: str | None, kind: type, default: Sequence[float]) -> list[Any]:

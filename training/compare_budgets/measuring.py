@@ -2,7 +2,7 @@
 
 - `measure`: token accuracy, exact match, loss and cost of one sampler setting
 - `best_single_evaluation`: the time at which one evaluation of the path does best
-- `cheapest_gate`: the `skip_confidence` that computes least at the same accuracy
+- `cheapest_gate`: the gate that computes least at the same accuracy
 - `compare`: a setting against another one, paired by example
 
 Legend: E examples, S positions.
@@ -12,7 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from l2d.sampler_config import SamplerConfig
+from l2d.sampler_config import SamplerConfig, single_evaluation
 from l2d.statistics import Estimate, Paired, mean, paired, ratio
 
 if TYPE_CHECKING:
@@ -22,12 +22,7 @@ if TYPE_CHECKING:
 
 TIMES = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 BUDGETS = (1, 3, 7, 15, 31)
-SINGLE: dict[str, Any] = {"solver": "euler", "budget": 2, "start_time": 0.0, "mc_samples": 1}
-
-
-def single_evaluation(time: float) -> dict[str, Any]:
-    """Sampler settings of one evaluation of the path, at `time`: the one before it, at t = 0, is the base's own."""
-    return {**SINGLE, "final_time": time}
+GATES = ("skip_confidence", "early_confidence")
 
 
 @dataclasses.dataclass(frozen=True)

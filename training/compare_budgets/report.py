@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from l2d.checkpoint.opening import Checkpoint
-from l2d.sampler_config import SamplerConfig
+from l2d.sampler_config import SINGLE, SamplerConfig
 from l2d.statistics import shown, verdict
 from training.compare_budgets.measuring import (
-    SINGLE,
     Measurement,
     cheapest_gate,
     choose_best,
@@ -50,9 +49,10 @@ def report(
     ungated = singles[-1] if largest.sampler.is_base else largest
     if gates:
         print(gate_verdict(gates, ungated))
-    if len(singles) > 1 or len(gates) > 1:
-        what = " and ".join(["time"] * (len(singles) > 1) + ["gate"] * (len(gates) > 1))
-        print(f"The {what} was chosen on these data: judge it on other data before you believe the difference.")
+    chosen = ["time"] * (len(singles) > 1) + ["gate"] * (len(gates) > 1)
+    if chosen:
+        what = f"{' and '.join(chosen)} {'were' if len(chosen) > 1 else 'was'}"
+        print(f"The {what} chosen on these data: judge it on other data before you believe the difference.")
     if options.json is None:
         return
     content = {
@@ -95,8 +95,13 @@ def gate_verdict(gates: list[Measurement], ungated: Measurement) -> str:
     if gate is None:
         return f"No gate keeps token accuracy within one standard error of {setting_name(ungated)}."
     less, all_of_it = gate.evaluations.value, ungated.evaluations.value
+    sampler = gate.sampler
+    if sampler.early_confidence < 1:
+        arguments = f"early_confidence={sampler.early_confidence:g},early_time={sampler.early_time:g}"
+    else:
+        arguments = f"skip_confidence={sampler.skip_confidence:g}"
     return (
-        f"skip_confidence={gate.sampler.skip_confidence:g} computes {less:.2f} evaluations a token in place of "
+        f"{arguments} computes {less:.2f} evaluations a token in place of "
         f"{all_of_it:.2f}, the fewest within one standard error: token accuracy "
         f"{shown(compare_tokens(gate, ungated), 4, signed=True)} (95 % interval)."
     )
@@ -106,7 +111,9 @@ def model_args(checkpoint: Checkpoint, sampler: SamplerConfig) -> str:
     """Arguments of `lm_eval --model l2d` for one evaluation, beside what the checkpoint stores."""
     stored = checkpoint.settings.default_sampler()
     named = {"diffusion_budget": "budget", "solver": "solver", "final_time": "final_time"}
-    named |= {name: name for name in ("start_time", "mc_samples") if getattr(stored, name) != SINGLE[name]}
+    named |= {
+        name: name for name in ("start_time", "mc_samples", "early_confidence") if getattr(stored, name) != SINGLE[name]
+    }
     where = [f"pretrained={checkpoint.name}"]
     where += [f"revision={checkpoint.revision}"] if checkpoint.revision is not None else []
     return ",".join([*where, *(f"{name}={_word(getattr(sampler, f))}" for name, f in named.items())])
@@ -139,6 +146,7 @@ def setting_name(one: Measurement) -> str:
     """What the table calls a setting."""
     sampler = one.sampler
     gate = f", base from p = {sampler.skip_confidence:g}" if sampler.skip_confidence < 1 else ""
+    gate += f", one evaluation from p = {sampler.early_confidence:g}" if sampler.early_confidence < 1 else ""
     if sampler.solver == SINGLE["solver"] and sampler.budget == SINGLE["budget"]:
         return f"one evaluation, t = {sampler.final_time:g}{gate}"
     return "T = 1 (the base)" if sampler.is_base else f"T = {sampler.budget}{gate}"

@@ -22,9 +22,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from l2d import L2DForCausalLM
-from l2d.sampler_config import NOISE_FREE_SAMPLER
+from l2d.sampler_config import NOISE_FREE_SAMPLER, single_evaluation
 from training.compare_budgets import measuring
-from training.compare_budgets.measuring import single_evaluation
 from training.demo.base import encode_rows
 from training.demo.data import read_rows
 from training.studies.packing import write_json
