@@ -35,7 +35,7 @@ from training.studies.real import elsewhere, evaluate, report
 from training.studies.real.data import read_part, targets_per_example, write_data
 from training.studies.real.elsewhere import Limits
 from training.studies.real.equal import at_equal_time, saved_steps
-from training.studies.real.evaluate import early_setting, gated_setting
+from training.studies.real.evaluate import early_gate, ended_setting, gated_setting, whole_setting
 from training.studies.real.plan import METHODS, Settings, build_steps, losses_file, recipes, run_folder, steps_for
 from training.studies.real.plot import draw
 from training.studies.real.scores import (
@@ -230,9 +230,15 @@ def test_adapters_are_merged(tmp_path, data, base_dir):
 
 
 def test_budgets_are_scored_as_the_plain_solver_does(tmp_path, data, base_dir, l2d_dir, short):
-    options = ("--choosing", data / "validation.jsonl", "--budgets", "3,7", "--gates", "1e-9,0.9")
+    gates = ("--gates", "1e-9,0.9", "--early-gates", "1e-9")
+    options = ("--choosing", data / "validation.jsonl", "--budgets", "3,7", *gates)
     found = run_evaluation(l2d_dir, data, base_dir, tmp_path / "l2d.json", *options)
-    assert list(found["scores"]) == ["T3", "T7", "T15-p1e-09", "T15-p0.9", "single"]
+    early = [early_gate(at, 1e-9) for at in (whole_setting(), ended_setting())]
+    assert list(found["scores"]) == ["T3", "T7", "T15-p1e-09", "T15-p0.9", *early, "single"]
+    assert early == ["T15-e1e-09", "T15-t0.75-e1e-09"]
+    for setting in early:  # everything is the one evaluation's
+        assert all(found["scores"][setting][name] == found["scores"]["single"][name] for name in ("right", "nll"))
+        assert found["scores"][setting]["evaluations"] == found["scores"][setting]["passes"] == 1
     model, rows = L2DForCausalLM.from_pretrained(l2d_dir), read_part(data / "test.jsonl", base_dir, 2)
     for budget in (3, 7):
         plain = measure(model, *rows, {"budget": budget, "speculation": False})
@@ -392,9 +398,11 @@ def study():
     outcomes = {}
     for method in ("base", *METHODS, *EQUAL.values()):
         path = "l2d" in METHODS.get(method.removesuffix("-equal-time"), METHODS["full"]).options["method"]
-        settings = ["T3", "T7", "T15", early_setting(), "T31", "single"] if path else ["plain"]
+        settings = ["T3", "T7", "T15", ended_setting(), "T31", "single"] if path else ["plain"]
         if method in METHODS:
             settings += [gated_setting(p) for p in METHODS[method].gates]
+            for at in (whole_setting(), ended_setting()):
+                settings += [early_gate(at, p) for p in METHODS[method].early_gates]
         for setting in ["single"] if "noise_free" in method else settings:
             right = draw_.binomial(targets, 0.9 if method == "warm" else 0.7).astype(np.int16)
             right[: problems // 3] = targets[: problems // 3] if method == "warm" else right[: problems // 3]
@@ -473,7 +481,10 @@ def test_report_holds_everything(study):
     assert "| 75 | 12.5 |" in text and "0.0001: full finetuning)" in text
     mean = np.sum(study.elsewhere["humaneval"]["full"]["values"]) / 100
     assert "HumanEval, loss (50) |" in text and f"| {mean:.3f} [" in text.split("## Elsewhere")[1]
-    assert "| T = 15, base from p = 0.7 |" in text and "gate of p = 0.7, warm start, at T = 15" in text
+    assert "| T = 15, base from p = 0.7 |" in text and "| base from p = 0.7: warm start, at T = 15 |" in text
+    ended = "T = 15, ending at t = 0.75"
+    assert f"| {ended}, one evaluation from p = 0.8 |" in text
+    assert f"| one evaluation from p = 0.8: warm start, {ended} |" in text
     assert all(text.count(method.title) >= 3 for method in METHODS.values())
 
 

@@ -22,8 +22,8 @@ import torch
 
 from l2d import L2DConfig, L2DForCausalLM
 from l2d.checkpoint.bases import base_configuration, load_base
-from l2d.sampler_config import NOISE_FREE_SAMPLER
-from training.compare_budgets.measuring import Measurement, best_single_evaluation, measure, single_evaluation
+from l2d.sampler_config import NOISE_FREE_SAMPLER, single_evaluation
+from training.compare_budgets.measuring import Measurement, best_single_evaluation, measure
 from training.studies.packing import write_json
 from training.studies.real.data import read_part
 
@@ -46,29 +46,49 @@ def open_model(folder: Path, base: Path, dtype: torch.dtype | None) -> tuple[L2D
 
 
 def samplers(
-    model: L2DForCausalLM, budgets: list[int], single: float | None, gates: list[float]
+    model: L2DForCausalLM, budgets: list[int], single: float | None, gates: list[float], early_gates: list[float]
 ) -> dict[str, dict[str, Any]]:
     """Name -> sampler settings of all that is measured of an L2D checkpoint.
 
     Args:
-        single: time of one evaluation. gates: of `skip_confidence`, at `GATED_BUDGET`.
+        single: time of one evaluation, which `early_gates`, of `early_confidence`, ask first. gates: of
+            `skip_confidence`. Both at `GATED_BUDGET`.
     """
     if model.config.noise_free:
         return {"single": dict(NOISE_FREE_SAMPLER)}
     chosen = {} if single is None else {"single": single_evaluation(single)}
-    gated = {gated_setting(p): {"budget": GATED_BUDGET, "skip_confidence": p} for p in gates}
-    early = {early_setting(): {"budget": GATED_BUDGET, "final_time": EARLY_END}} if GATED_BUDGET in budgets else {}
+    whole: dict[str, Any] = {"budget": GATED_BUDGET}
+    ended: dict[str, Any] = {**whole, "final_time": EARLY_END}
+    gated = {gated_setting(p): {**whole, "skip_confidence": p} for p in gates}
+    if single is not None:
+        for p in early_gates:
+            gate = {"early_confidence": p, "early_time": single}
+            gated |= {
+                early_gate(whole_setting(), p): {**whole, **gate},
+                early_gate(ended_setting(), p): {**ended, **gate},
+            }
+    early = {ended_setting(): ended} if GATED_BUDGET in budgets else {}
     return {**{f"T{budget}": {"budget": budget} for budget in budgets}, **early, **gated, **chosen}
 
 
+def whole_setting() -> str:
+    """What results call trajectories that are not gated."""
+    return f"T{GATED_BUDGET}"
+
+
+def ended_setting() -> str:
+    """What results call those that end early."""
+    return f"{whole_setting()}-t{EARLY_END:g}"
+
+
 def gated_setting(p: float) -> str:
-    """What results call a gate."""
-    return f"T{GATED_BUDGET}-p{p:g}"
+    """What results call a gate by the base's confidence."""
+    return f"{whole_setting()}-p{p:g}"
 
 
-def early_setting() -> str:
-    """What results call trajectories that end early."""
-    return f"T{GATED_BUDGET}-t{EARLY_END:g}"
+def early_gate(setting: str, p: float) -> str:
+    """What results call a gate, of one of these trajectories, by the confidence of one evaluation."""
+    return f"{setting}-e{p:g}"
 
 
 def record(measured: Measurement) -> dict[str, Any]:
@@ -133,6 +153,7 @@ def evaluate(
     choosing: Rows | None,
     budgets: list[int],
     gates: list[float],
+    early_gates: list[float],
     progress: Progress,
 ) -> dict[str, Any]:
     """Everything that is measured of a model, as plain values.
@@ -146,7 +167,9 @@ def evaluate(
     if l2d and choosing is not None and not model.config.noise_free:
         times = progress.measured("times", lambda: _times(model, choosing))
         single = times["best"]
-    wanted: dict[str, dict[str, Any]] = samplers(model, budgets, single, gates) if l2d else {"plain": {"budget": 1}}
+    wanted: dict[str, dict[str, Any]] = {"plain": {"budget": 1}}
+    if l2d:
+        wanted = samplers(model, budgets, single, gates, early_gates)
     scores = {}
     for name, sampler in wanted.items():
 
@@ -177,7 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--limit", type=int, help="of these, the first so many")
     parser.add_argument("--choosing", type=Path, help="rows that choose the time of one evaluation (default: none)")
     parser.add_argument("--budgets", default=",".join(map(str, BUDGETS)))
-    parser.add_argument("--gates", help=f"of skip_confidence, at T = {GATED_BUDGET} (default: none)")
+    for name, gate in (("--gates", "skip_confidence"), ("--early-gates", "early_confidence")):
+        parser.add_argument(name, default="", help=f"of {gate}, at T = {GATED_BUDGET} (default: none)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of all models")
     options = parser.parse_args(arguments)
     settings = {name: str(value) for name, value in vars(options).items()}
@@ -187,8 +211,11 @@ def main(arguments: list[str] | None = None) -> None:
     choosing = None if options.choosing is None else read_part(options.choosing, options.base)
     progress = Progress(options.out, settings)
     budgets = [int(word) for word in options.budgets.split(",")]
-    gates = [float(word) for word in options.gates.split(",")] if options.gates else []
-    progress.finish({"model": options.model.name, **evaluate(model, l2d, rows, choosing, budgets, gates, progress)})
+    gates, early_gates = (
+        [float(word) for word in text.split(",") if word] for text in (options.gates, options.early_gates)
+    )
+    found = evaluate(model, l2d, rows, choosing, budgets, gates, early_gates, progress)
+    progress.finish({"model": options.model.name, **found})
 
 
 if __name__ == "__main__":

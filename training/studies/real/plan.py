@@ -45,13 +45,14 @@ class Method:
     Attributes:
         title: in tables and figures.
         options: of the recipe.
-        gates: of `skip_confidence`, at which it is measured, too.
+        gates, early_gates: of `skip_confidence` and `early_confidence`, at which it is measured, too.
     """
 
     name: str
     title: str
     options: dict[str, Any]
     gates: tuple[float, ...] = ()
+    early_gates: tuple[float, ...] = ()
 
 
 _PATH = {"method": "l2d", "variant": "lora", "lora_rank": 32, "learning_rate": 1e-3}
@@ -62,7 +63,7 @@ _LORA = {"method": "lora_sft", "lora_rank": 32, "learning_rate": 1e-3}
 METHODS = {
     method.name: method
     for method in (
-        Method("warm", "L2D, warm start", _WARM, gates=(0.5, 0.7, 0.9)),
+        Method("warm", "L2D, warm start", _WARM, gates=(0.5, 0.7, 0.9), early_gates=(0.5, 0.8)),
         Method("lora_all", "LoRA finetuning, all linear layers", _LORA),
         Method("warm_noise_free", "control: noise-free path, warm start", {**_WARM, "noise_free": True}),
         Method("plain", "L2D as published", _PATH),
@@ -213,8 +214,9 @@ def evaluation_command(settings: Settings, folder: Path, file: Path, *options: A
 
 def _evaluation(out: Path, settings: Settings, problems: int, name: str, *needs: str) -> Step:
     file = score_file(out, name, problems)
-    gates = METHODS[name].gates if name in METHODS else ()
-    gated = ("--gates", ",".join(map(str, gates))) if gates else ()
+    method = METHODS.get(name)
+    lists = {"--gates": method.gates, "--early-gates": method.early_gates} if method else {}
+    gated = [word for option, gates in lists.items() if gates for word in (option, ",".join(map(str, gates)))]
     command = evaluation_command(settings, model_folder(out, settings, name), file, *_problems(out, problems), *gated)
     return Step(f"evaluate {name} on {problems}", command, file, needs, result=lambda: summary(file))
 

@@ -31,7 +31,7 @@ the true tokens before it, its loss in nats, and whether this holds for all toke
 decoding gives that solution word for word. Brackets are 95 % intervals over problems, of which the tokens are one
 cluster. T is the budget: evaluations per token, midpoint solver; T = 1 is the base, whatever the path. One evaluation
 is at the time that held-out training rows choose. "Base from p" is `skip_confidence`: the base's answer wherever its
-most likely token is at least so likely.
+most likely token is at least so likely; "one evaluation from p" is `early_confidence`: the answer of that evaluation.
 
 Cost: evaluations and passes of the path that a scored token took, beside the model's own step, with speculation, which
 changes no result; and the processor time of a decoded token, prompt and all, divided by that of the base's own greedy

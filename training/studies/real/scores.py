@@ -19,7 +19,15 @@ from l2d.statistics import Estimate, holm, mean, paired, ratio, verdict
 from training.studies.packing import pack, unpack
 from training.studies.real.elsewhere import ASKED, BUDGET, LOSSES, Limits, read_answers
 from training.studies.real.equal import saved_steps
-from training.studies.real.evaluate import BUDGETS, EARLY_END, GATED_BUDGET, early_setting, gated_setting
+from training.studies.real.evaluate import (
+    BUDGETS,
+    EARLY_END,
+    GATED_BUDGET,
+    early_gate,
+    ended_setting,
+    gated_setting,
+    whole_setting,
+)
 from training.studies.real.plan import (
     EQUAL_TIME,
     METHODS,
@@ -33,10 +41,19 @@ from training.studies.real.plan import (
 Key = tuple[str, str]
 """Method, and setting: `T3` and so on, `single`, or `plain`."""
 GATES = sorted({p for method in METHODS.values() for p in method.gates})
-SETTINGS = {
+EARLY_GATES = [
+    (setting, p)
+    for setting in (whole_setting(), ended_setting())
+    for p in sorted({p for method in METHODS.values() for p in method.early_gates})
+]
+_TRAJECTORIES = {
     **{f"T{budget}": f"T = {budget}" for budget in BUDGETS},
-    early_setting(): f"T = {GATED_BUDGET}, ending at t = {EARLY_END:g}",
+    ended_setting(): f"T = {GATED_BUDGET}, ending at t = {EARLY_END:g}",
+}
+SETTINGS = {
+    **_TRAJECTORIES,
     **{gated_setting(p): f"T = {GATED_BUDGET}, base from p = {p:g}" for p in GATES},
+    **{early_gate(at, p): f"{_TRAJECTORIES[at]}, one evaluation from p = {p:g}" for at, p in EARLY_GATES},
     "single": "one evaluation",
     "plain": "",
 }
@@ -49,11 +66,15 @@ COMPARISONS: tuple[tuple[str, Key, Key], ...] = (
     ("warm start, at T = 15", ("warm", "T15"), ("plain", "T15")),
     ("more evaluations: warm start, T = 31 against T = 3", ("warm", "T31"), ("warm", "T3")),
     ("more evaluations: warm start, T = 15 against one", ("warm", "T15"), ("warm", "single")),
-    ("ending at t = 0.75: warm start, at T = 15", ("warm", early_setting()), ("warm", "T15")),
-    ("ending at t = 0.75: warm start, T = 15 against one", ("warm", early_setting()), ("warm", "single")),
+    ("ending at t = 0.75: warm start, at T = 15", ("warm", ended_setting()), ("warm", "T15")),
+    ("ending at t = 0.75: warm start, T = 15 against one", ("warm", ended_setting()), ("warm", "single")),
     *(
-        (f"gate of p = {p:g}, warm start, at T = 15", ("warm", gated_setting(p)), ("warm", f"T{GATED_BUDGET}"))
+        (f"base from p = {p:g}: warm start, at T = 15", ("warm", gated_setting(p)), ("warm", whole_setting()))
         for p in GATES
+    ),
+    *(
+        (f"one evaluation from p = {p:g}: warm start, {_TRAJECTORIES[at]}", ("warm", early_gate(at, p)), ("warm", at))
+        for at, p in EARLY_GATES
     ),
     ("corruption, warm start, at T = 15", ("warm_corrupted", "T15"), ("warm", "T15")),
     ("own keys and values, warm start, at T = 15", ("warm_own", "T15"), ("warm", "T15")),
