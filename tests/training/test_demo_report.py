@@ -32,6 +32,7 @@ PRODUCTS = {"base": 0.50, "l2d-1": 0.50, "l2d-3": 0.52, "l2d-7": 0.88, "l2d-15":
             "corrupted-3": 0.80, "corrupted-7": 0.93, "corrupted-15": 0.96, "corrupted-31": 0.955,
             "corrupted_once": 0.85, "warm-3": 0.7, "warm-7": 0.9,
             "warm-15": 0.95, "warm-31": 0.95, "warm_once": 0.95,
+            "l2d_gated": 0.93, "corrupted_gated": 0.96, "warm_gated": 0.6,
             "noise_free": 0.99, "lora_sft": 0.99, "full_sft": 1.00}  # fmt: skip
 SUMS = {name: 1.0 for name in PRODUCTS} | {"l2d-15": 0.8, "lora_sft": 0.1, "full_sft": 0.0}
 SECONDS = {"l2d": 0.07, "corrupted": 0.07, "noise_free": 0.028, "lora_sft": 0.042, "full_sft": 0.035}
@@ -87,7 +88,7 @@ def interval(values):
 def test_table_by_scipy(results):
     header, *lines = table(read_demo(results))
     assert header == ["method", "T", *(f"{task}, {how}" for task in ("products", "sums") for how in DECODINGS)]
-    assert len(lines) == len(SETTINGS) == 20
+    assert len(lines) == len(SETTINGS) == 23
     for setting, line in zip(SETTINGS, lines, strict=True):
         cells = []
         for task, decoding in itertools.product(TASKS, DECODINGS):
@@ -95,7 +96,7 @@ def test_table_by_scipy(results):
             low, high = interval(values)
             cells.append(f"{values.mean():.3f} [{max(low, 0):.3f}, {min(high, 1):.3f}]")
         assert line[1:] == [str(setting.budget), *cells]
-    assert lines[14][0] == "control: one evaluation, L2D, t = 0.02"
+    assert lines[17][0] == "control: one evaluation, L2D, t = 0.02"
 
 
 def test_differences_by_scipy(results):
@@ -151,6 +152,10 @@ def test_sentences_hold_the_numbers(results):
         f"{NAMES[one]} {compared[at(one, 1, task=TASKS[1]), at('base', 1, task=TASKS[1])]}" in shown
         for one in FINETUNED
     )
+    without, gated = at("l2d", 15, task=TASKS[1]), at("l2d_gated", 15, task=TASKS[1])
+    assert f"of the products and 1.000 ({compared[gated, without]}) of the sums; " in shown
+    warm, share = at("warm_gated", 15), right_of(results, at("warm_gated", 15)).mean()
+    assert f"L2D, warm start {share:.3f} ({compared[warm, at('warm', 15)]}) of the products" in shown
     assert f"Iterating helps {NAMES['corrupted']}: one evaluation" in shown and "(t = 0.1)" in shown
     assert f"That iterating helps {NAMES['l2d']} (greedy): one evaluation" in not_shown and "(t = 0.02)" in not_shown
     assert "trained for 1.0 times L2D's processor time (5,000 steps)" in not_shown

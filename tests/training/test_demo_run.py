@@ -17,7 +17,7 @@ from tests.training_runs import BASELINE, SMALL, sums, write_jsonl, write_recipe
 from training.demo import __main__ as demo
 from training.demo import timing
 from training.demo.evaluate import evaluate
-from training.demo.plan import CONTROLS, LAYOUT, SETTINGS, build_steps, recipes, write_recipes
+from training.demo.plan import CONTROLS, GATED, LAYOUT, SETTINGS, build_steps, lm_eval_command, recipes, write_recipes
 from training.demo.runner import OutOfTime, Step, StepFailed, run_steps
 from training.demo.workspace import LOCK, open_workspace
 from training.recipe import read_recipe
@@ -202,7 +202,7 @@ def test_every_setting_is_evaluated_in_both_ways(tmp_path, monkeypatch, capsys):
     steps = {step.name: step for step in build_steps(tmp_path)}
     assert {need for step in steps.values() for need in step.needs} <= set(steps)
     evaluations = [step for name, step in steps.items() if name.startswith("evaluate")]
-    assert len(evaluations) == len({step.output for step in evaluations}) == len(SETTINGS) == 20
+    assert len(evaluations) == len({step.output for step in evaluations}) == len(SETTINGS) == 23
     run: list[list[str]] = []
     monkeypatch.setattr("lm_eval.__main__.cli_evaluate", lambda: run.append(sys.argv))
     monkeypatch.setattr(sys, "argv", [])
@@ -218,6 +218,14 @@ def test_every_setting_is_evaluated_in_both_ways(tmp_path, monkeypatch, capsys):
         assert "--model_args pretrained=X,seed=1 --tasks" in greedy and "--gen_kwargs" not in greedy
         assert "--gen_kwargs do_sample=true,temperature=1.0" in sampled
         assert all(str(step.output) in words for words in (greedy, sampled)) and greedy != sampled
+
+
+def test_gated_settings_name_their_gate(tmp_path):
+    gated = [setting for setting in SETTINGS if setting.method in GATED.values()]
+    assert [setting.folder for setting in gated] == list(GATED)
+    for setting in SETTINGS:
+        words = lm_eval_command(tmp_path, setting, "greedy") if not setting.at_best_time else []
+        assert any("diffusion_budget=15,skip_confidence=0.9" in word for word in words) == (setting in gated)
 
 
 @pytest.mark.parametrize("alone", [False, True])

@@ -29,11 +29,14 @@ CURVES: dict[str, tuple[str, dict[str, Any]]] = {  # name -> title, options beyo
     "warm": ("L2D, warm start", {"warm_start": True}),
 }
 CONTROLS = {curve: f"{curve}_once" for curve in CURVES}  # the same path, evaluated once
+GATED = {curve: f"{curve}_gated" for curve in CURVES}  # the same path, where the base is not sure
+GATED_BUDGET, GATE = 15, 0.9
 FINETUNED = {"lora_sft": "LoRA finetuning", "full_sft": "full finetuning"}
 NAMES = {
     "base": "base",
     **{curve: title for curve, (title, _) in CURVES.items()},
     **{f"{curve}_once": f"control: one evaluation, {title}" for curve, (title, _) in CURVES.items()},
+    **{f"{curve}_gated": f"{title}, base from p = {GATE:g}" for curve, (title, _) in CURVES.items()},
     "noise_free": "control: noise-free path",
     **FINETUNED,
 }
@@ -64,6 +67,7 @@ class Setting:
         budget: evaluations per token; a plain model spends 1.
         solver: of the trajectory; `None` for plain models.
         at_best_time: one evaluation, at the time that was best on validation data.
+        gate: probability from which on the base's answer is taken; 1 for nowhere.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Setting:
     budget: int = 1
     solver: str | None = None
     at_best_time: bool = False
+    gate: float = 1.0
 
     def model(self, out: Path) -> list[str]:
         """Arguments of `lm_eval` that choose the model."""
@@ -80,6 +85,7 @@ class Setting:
         if self.at_best_time:
             return ["--model", "l2d", "--model_args", chosen(out, self.folder)["model_args"]]
         sampler = f"solver={self.solver},diffusion_budget={self.budget}"
+        sampler += f",skip_confidence={self.gate:g}" if self.gate < 1 else ""
         return ["--model", "l2d", "--model_args", f"pretrained={out / self.folder},{sampler}"]
 
     def final_time(self, out: Path) -> float | None:
@@ -93,6 +99,7 @@ SETTINGS = (
     Setting("base", "base", "base"),
     Setting("l2d-1", "l2d", "l2d", 1, "midpoint"),  # the base, with any curve's path
     *(Setting(f"{curve}-{budget}", curve, curve, budget, "midpoint") for curve in CURVES for budget in BUDGETS[1:]),
+    *(Setting(method, method, curve, GATED_BUDGET, "midpoint", gate=GATE) for curve, method in GATED.items()),
     *(Setting(method, method, folder, 2, "euler", at_best_time=True) for folder, method in CONTROLS.items()),
     Setting("noise_free", "noise_free", "noise_free", 2, "euler"),
     Setting("lora_sft", "lora_sft", "lora_sft"),

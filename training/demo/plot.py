@@ -1,7 +1,7 @@
 """The demo's figure: accuracy against budget.
 
-* `draw`: one panel per task and decoding; the budget curves of plain and corrupted L2D with error bars, and the base,
-  the controls and finetuning as horizontal lines; error bars are 95 % intervals over problems
+* `draw`: one panel per task and decoding; the budget curves of L2D with error bars, with a gate as an open mark; base,
+  controls and finetuning as horizontal lines; error bars are 95 % intervals over problems
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 
 from l2d.statistics import mean
-from training.demo.plan import BUDGETS, CONTROLS, CURVES, DECODINGS, NAMES, TASKS
+from training.demo.plan import BUDGETS, CONTROLS, CURVES, DECODINGS, GATED, GATED_BUDGET, NAMES, TASKS
 from training.demo.report import Demo, at, title
 
 # Colours that the colour-blind tell apart (Okabe and Ito), and with each another mark or dash.
@@ -55,6 +55,8 @@ def _panel(axes: Axes, demo: Demo, task: str, decoding: str) -> None:
                 [high - value for value, (_, high) in zip(values, ends, strict=True)]]  # fmt: skip
         style: dict[str, Any] = {"capsize": 3, "markersize": 5, "elinewidth": 1.2}
         axes.errorbar(BUDGETS, values, bars, fmt=mark, color=color, label=NAMES[method], **style)
+        gated = demo.share(at(GATED[method], GATED_BUDGET, decoding, task))
+        axes.plot(GATED_BUDGET, gated, mark[0], color=color, mfc="white", ms=9, mew=1.8, label=NAMES[GATED[method]])
     for method, (color, dashes) in LINES.items():
         key = at(method, 2 if method in (*CONTROLS.values(), "noise_free") else 1, decoding, task)
         axes.axhline(demo.share(key), color=color, linestyle=dashes, linewidth=1.8, label=title(demo, method))

@@ -21,6 +21,9 @@ from training.demo.plan import (
     CURVES,
     DECODINGS,
     FINETUNED,
+    GATE,
+    GATED,
+    GATED_BUDGET,
     NAMES,
     SETTINGS,
     TASKS,
@@ -102,6 +105,7 @@ def _comparisons() -> list[tuple[Key, Key]]:
         pairs.append((at(curve, 15), at(curve, 1)))
         pairs += [(at(curve, b), at(curve, a)) for a, b in zip(BUDGETS, BUDGETS[1:], strict=False)]
         pairs += [(at(curve, LARGEST, decoding), at(CONTROLS[curve], 2, decoding)) for decoding in DECODINGS]
+        pairs += [(at(GATED[curve], GATED_BUDGET, task=task), at(curve, GATED_BUDGET, task=task)) for task in TASKS]
         pairs.append((at(curve, 15), at("noise_free", 2)))
         pairs += [(at(curve, 15), at(method, 1)) for method in FINETUNED]
         pairs += [(at(curve, budget), at("l2d", budget)) for budget in BUDGETS[1:] if curve != "l2d"]
@@ -142,7 +146,8 @@ def findings(demo: Demo) -> dict[str, list[str]]:
     compared = compare(demo)
     shown_lines = [_curve(demo, compared, curve) for curve in CURVES]
     shown_lines += [_against_plain(compared, curve) for curve in CURVES if curve != "l2d"]
-    shown_lines += [_base_kept(demo), _sampling(demo), _skills_kept(demo), _finetuning_cost(demo, compared)]
+    shown_lines += [_base_kept(demo), _sampling(demo), _skills_kept(demo), _gated(demo, compared)]
+    shown_lines.append(_finetuning_cost(demo, compared))
     iterating = [(compared[_once(curve)].word, _iterating(demo, compared, curve)) for curve in CURVES]
     shown_lines += [line for word, line in iterating if word == "better"]
     not_shown = [line for word, line in iterating if word != "better"]
@@ -189,6 +194,21 @@ def _skills_kept(demo: Demo) -> str:
         f"The other skill (sums, greedy): {demo.share(at('base', 1, task=SUMS)):.3f} for the base and "
         f"{demo.share(at('l2d', 1, task=SUMS)):.3f} for L2D at T = 1. Budgets above 1 use the diffusion path, which "
         f"was trained on products only: at T = 15 {curves}."
+    )
+
+
+def _gated(demo: Demo, compared: Comparisons) -> str:
+    """What the gate changes on both tasks."""
+
+    def solved(curve: str, task: str) -> str:
+        gated, plain = at(GATED[curve], GATED_BUDGET, task=task), at(curve, GATED_BUDGET, task=task)
+        return f"{demo.share(gated):.3f} ({compared[gated, plain]})"
+
+    shares = ((NAMES[curve], *(solved(curve, task) for task in TASKS)) for curve in CURVES)
+    parts = "; ".join(f"{name} {products} of the products and {sums} of the sums" for name, products, sums in shares)
+    return (
+        f"With a gate, skip_confidence={GATE:g}, which takes the base's answer for every token of which it is so sure, "
+        f"the paths solve at T = {GATED_BUDGET}, greedily, and against no gate: {parts}."
     )
 
 
