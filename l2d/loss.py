@@ -1,17 +1,19 @@
-"""The training loss of the diffusion path, as published and with two changes of what the path sees.
+"""The training loss of the diffusion path, as published and with three changes of what the path sees.
 
 - `diffusion_loss`: main path, noised states, diffusion path, cross-entropy -> `L2DTrainingOutput`
 
 As published, `x_t` is built from the true token, so training never shows the path a wrong guess. `corrupted` targets
 build it from other tokens (the target stays the true one). A `rollout` builds it from the path's own guesses: it
 starts from noise, moves towards the embedding of the token that the path just chose (at first the base's), and only
-its last evaluations have a loss; a carried state is trained by backpropagation through these.
+its last evaluations have a loss; a carried state is trained by backpropagation through these. `spared` targets are
+left out where the base gives them `EASY` or more.
 
 Legend: B rows, Q sites per row, K draws, J evaluations of a rollout, N evaluations, H hidden size, d diffusion
 dimension.
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -24,10 +26,13 @@ from l2d.network.main_path import MainPathState
 from l2d.network.two_paths import TwoPaths
 from l2d.sampling.noise import draw_token
 
+EASY = 0.9  # probability of a target under the base
+
 
 @dataclasses.dataclass
 class L2DTrainingOutput(ModelOutput):
-    """nll (K, B, Q) float32, 0 at padding; correct (K, B, Q) bool: argmax is the target; valid (B, Q) bool.
+    """nll (K, B, Q) float32, 0 at padding and where nothing is trained; correct (K, B, Q) bool: argmax is the target;
+    valid (B, Q) bool: neither of these.
 
     For a rollout K counts every scored evaluation of every draw. `state` is the main path, for further targets over
     the same inputs.
@@ -43,8 +48,12 @@ def diffusion_loss(paths: TwoPaths, state: MainPathState, noised: NoisedTargets)
     """Cross-entropy of the targets under the diffusion path, per site and draw, with gradients to the trained weights.
 
     The main path `state` has no autograd state: sites are independent given its keys and values.
-    Source: Cetin et al., 2025, section 3; corruption and rollout are not part of it.
+    Source: Cetin et al., 2025, section 3; corruption, rollout and spared targets are not part of it.
     """
+    trained = noised.index >= 0
+    if noised.spared is not None:
+        trained = trained & ~(noised.spared & _easy(paths, state, noised))
+        noised = dataclasses.replace(noised, index=noised.index.masked_fill(~_at_least_one(trained, noised.index), -1))
     # 1. The sites and their draws as one flat batch of evaluations.
     flat = _Flat(noised)
     # 2. The state x_t of each evaluation, 3. the path's hidden state there, 4. loss and most likely token.
@@ -55,7 +64,28 @@ def diffusion_loss(paths: TwoPaths, state: MainPathState, noised: NoisedTargets)
     # 5. Back to (draws, rows, sites), zero at padding.
     nll = torch.cat([flat.padded(losses, noised.index) for losses, _ in scored])
     correct = torch.cat([flat.padded(chosen == flat.targets, noised.index) for _, chosen in scored])
-    return L2DTrainingOutput(nll=nll, correct=correct, valid=noised.index >= 0, state=state)
+    if noised.spared is not None:
+        nll = nll * trained
+    return L2DTrainingOutput(nll=nll, correct=correct, valid=trained, state=state)
+
+
+@torch.no_grad()
+def _easy(paths: TwoPaths, state: MainPathState, noised: NoisedTargets) -> torch.Tensor:
+    """(B, Q) bool: where the base gives the target `EASY` or more."""
+    rows, columns = torch.nonzero(noised.index >= 0, as_tuple=True)
+    hidden = _at(state.hidden, rows, noised.index[rows, columns])
+    losses, _ = _cross_entropy(paths, hidden, noised.targets[rows, columns])
+    easy = torch.zeros_like(noised.index, dtype=torch.bool)
+    easy[rows, columns] = losses.to(easy.device) <= -math.log(EASY)
+    return easy
+
+
+def _at_least_one(trained: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """`trained` (B, Q), or where that is no site the first one of index (B, Q): every call has gradients, if of 0."""
+    if bool(trained.any()):
+        return trained
+    valid = index >= 0
+    return valid & (valid.flatten().cumsum(0).view_as(valid) == 1)
 
 
 def _noised(

@@ -146,7 +146,8 @@ def draw_by_example(trainer: Any, inputs: dict[str, torch.Tensor], index: torch.
 
     dim = rows[0].time.dim() - 2
     fields = [joined("time", (), dim), joined("noise", (0, 0), 1), None, joined("sources", (), 1)]
-    return NoisedTargets(index, targets, *fields, joined("uniforms", (), 1), unscored=rows[0].unscored)
+    others = {"unscored": rows[0].unscored, "spared": joined("spared", (), 0)}
+    return NoisedTargets(index, targets, *fields, joined("uniforms", (), 1), **others)
 
 
 def _run(command: list[str], env: dict[str, str] | None = None, cwd: Path = REPOSITORY) -> subprocess.CompletedProcess:

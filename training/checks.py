@@ -35,6 +35,7 @@ _PATH_ONLY = set(L2D_SETTINGS) - {"base_revision", "base_gguf_file", "lora_rank"
 L2D_ONLY = _PATH_ONLY | set(QUANTIZATION) | {
     "guidance_column", "guidance_class", "guidance_map",
     "draws", "max_evaluations_per_pass", "time_power", "corruption_rate", "corruption_base_share",
+    "easy_target_rate",
     "rollout_evaluations", "rollout_window", "guidance_dropout", "eval_draws", "time_bins", "eval_budgets",
     "eval_budget_examples", "eval_samples", "eval_sample_tokens",
 }  # fmt: skip

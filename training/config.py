@@ -196,6 +196,13 @@ class L2DTrainingConfig(SFTConfig):
         default=0.5,
         metadata={"help": "Share of these tokens that are samples of the base; the others are from the same answer."},
     )
+    easy_target_rate: float = field(
+        default=1.0,
+        metadata={
+            "help": "Probability, in a step, of training on a target to which the base gives 0.9 or more; the others "
+            "are always trained on. One that is left out counts as a loss of 0 in the step's mean."
+        },
+    )
     rollout_evaluations: int | None = field(
         default=None,
         metadata={"help": "Train on the path's own trajectories of this many evaluations, instead of noised targets."},
@@ -310,7 +317,7 @@ class L2DTrainingConfig(SFTConfig):
         self._check_schedule()
         if not 0 < self.time_power < float("inf"):
             raise ValueError(f"time_power={self.time_power} must be a number above 0.")
-        for name in ("guidance_dropout", "corruption_rate", "corruption_base_share"):
+        for name in ("guidance_dropout", "corruption_rate", "corruption_base_share", "easy_target_rate"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be a probability, from 0 to 1.")
         one_of("too_long", self.too_long, ("error", "drop", "truncate"))

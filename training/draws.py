@@ -1,6 +1,7 @@
 """Which noise, times and tokens the path is trained on: the draws of one batch, and its microbatches.
 
-- `training_targets`: as published, corrupted (`corruption_rate`), rolled out (`rollout_evaluations`), or noise-free
+- `training_targets`: as published, corrupted (`corruption_rate`), rolled out (`rollout_evaluations`), or noise-free;
+  some are spared where the base knows them (`easy_target_rate`)
 - `evaluation_targets`: stratified times, and noise that belongs to an example
 - `split_targets`: microbatches of evaluations, which go through the path one after the other, forward and backward
 - `default_evaluations`, `layer_bytes`: how many evaluations a microbatch has, and what they keep in memory
@@ -52,6 +53,8 @@ def training_targets(
         dropped = torch.rand(shape, **options) < args.guidance_dropout
         classes = classes.expand(shape).masked_fill(dropped, len(config.guidance_classes or []))
     noised = NoisedTargets(index, targets, _times(uniform, config, args), noise, classes)
+    if args.easy_target_rate < 1:
+        noised.spared = torch.rand(index.shape, **options) >= args.easy_target_rate
     if args.corruption_rate:
         corrupt(noised, args.corruption_rate, args.corruption_base_share, options)
     if args.rollout_evaluations is not None:

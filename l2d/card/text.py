@@ -139,6 +139,8 @@ def _options(config: L2DConfig, recipe: dict[str, Any]) -> str:
     for what, rank in (("keys", config.own_keys_rank), ("values", config.own_values_rank)):
         if rank:
             sentences.append(f"Its attention reads {what} of its own, by a change of rank {rank}.")
+    if (kept := recipe.get("easy_target_rate", 1)) < 1:
+        sentences.append(f"Targets to which the base gives .9 or more were trained on at a rate of {kept:g}.")
     if rate := recipe.get("corruption_rate"):
         sentences.append(f"Trained on noised targets of which a share of {rate:g} was built from wrong tokens.")
     if evaluations := recipe.get("rollout_evaluations"):

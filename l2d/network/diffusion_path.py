@@ -62,6 +62,7 @@ class NoisedTargets:
         sources: (K, B, Q) int64 tokens that `x_t` is built from in place of the targets; -1 for a sample
             of the base's distribution without the target, which `uniforms` (K, B, Q) float64 fix.
         unscored: makes it a rollout: how many of its first evaluations have no loss.
+        spared: (B, Q) bool, sites that are left out where the base is almost sure of the target; `None` for no site.
     """
 
     index: torch.Tensor
@@ -72,6 +73,7 @@ class NoisedTargets:
     sources: torch.Tensor | None = None
     uniforms: torch.Tensor | None = None
     unscored: int | None = None
+    spared: torch.Tensor | None = None
 
     @property
     def scored_time(self) -> torch.Tensor:

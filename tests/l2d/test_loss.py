@@ -1,10 +1,12 @@
 """What the path is trained on beyond the published loss: corrupted targets and rollouts, against plain arithmetic."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from l2d import L2DConfig, L2DForCausalLM, SamplerConfig
+from l2d import L2DConfig, L2DForCausalLM, SamplerConfig, loss
 from l2d.network.diffusion_path import NoisedTargets, PathInputs
 from l2d.sampling.noise import draw_token
 from l2d.sampling.sites import Sites
@@ -44,6 +46,39 @@ def losses_by_hand(model, state, x, time, classes) -> tuple[torch.Tensor, torch.
     logits = model.paths.path_logits(state, PathInputs(INDEX, x, time, classes))
     losses = cross_entropy(logits.flatten(0, 1), TARGETS.flatten(), reduction="none").view(INDEX.shape)
     return losses.masked_fill(INDEX < 0, 0), logits.argmax(-1)
+
+
+def gradients(model, nll) -> dict[str, torch.Tensor]:
+    """Of the summed losses, by name."""
+    model.zero_grad()
+    nll.sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("unscored", [None, 1])
+def test_spared_targets_are_left_out_where_the_base_is_sure(make_model, monkeypatch, unscored):
+    """Losses and gradients are those of the other targets; where none is left, both are 0."""
+    model, valid = make_model(), INDEX >= 0
+    noised = targets(*((3, unscored) if unscored else ()))
+    base = torch.softmax(model.paths.base_logits(model.paths.main_path(IDS), INDEX), -1)
+    sure = base.gather(-1, TARGETS[..., None])[..., 0]
+    monkeypatch.setattr(loss, "EASY", float(sure[valid].median()) - 1e-12)
+    spared = torch.tensor([[True, False, True, True], [True, True, True, True]])
+    left_out = spared & (sure >= sure[valid].median() - 1e-12)
+    assert 1 < int((left_out & valid).sum()) < int((spared & valid).sum())
+    plain = model(input_ids=IDS, noised_targets=noised)
+    output = model(input_ids=IDS, noised_targets=dataclasses.replace(noised, spared=spared))
+    assert torch.equal(output.valid, valid & ~left_out)
+    torch.testing.assert_close(output.nll, plain.nll * ~left_out)
+    found, expected = gradients(model, output.nll), gradients(model, plain.nll * ~left_out)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-8, atol=1e-10)
+    monkeypatch.setattr(loss, "EASY", 1e-9)
+    output = model(input_ids=IDS, noised_targets=dataclasses.replace(noised, spared=torch.ones_like(spared)))
+    assert not output.valid.any() and not output.nll.any()
+    found = gradients(model, output.nll)
+    assert found.keys() == expected.keys() and not any(gradient.any() for gradient in found.values())
 
 
 def test_corrupted_targets_are_built_from_other_tokens(make_model):

@@ -117,6 +117,7 @@ REFUSED = {
     "class without classes": ({"guidance_class": "math"}, "guidance_classes"),
     "foreign class": ({"guidance_classes": ["math"], "guidance_class": "code"}, "'code'"),
     "corruption rate": ({"corruption_rate": 1.5}, "corruption_rate=1.5"),
+    "rate of easy targets": ({"easy_target_rate": -0.1}, "easy_target_rate=-0.1 must be a probability"),
     "share of no corruption": ({"corruption_base_share": 0.2}, "set corruption_rate too"),
     "corrupted rollout": ({"corruption_rate": 0.3, "rollout_evaluations": 8}, "corruption_rate=0.3 changes the tokens"),
     "window without rollout": ({"rollout_window": 4}, "set rollout_evaluations too"),

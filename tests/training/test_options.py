@@ -6,7 +6,7 @@ Run: `python -m pytest tests/training/test_options.py`. The loss itself is in `t
 import pytest
 import torch
 
-from l2d import L2DConfig
+from l2d import L2DConfig, loss
 from l2d.card.text import write_card
 from tests.training.test_trainer import batch_of, gradients, make_trainer  # noqa: F401  a fixture among them
 from tests.training_runs import (
@@ -31,17 +31,26 @@ OPTIONS = {
     "rollout": {**ROLLOUT, "draws": 2},
     "carried": {**ROLLOUT, "carried_state": True},
     "noise_free": {"noise_free": True},
+    "easy": {"easy_target_rate": 0.3, "draws": 2},
     "own keys and values": {"own_keys_rank": 2, "own_values_rank": 4, "warm_start": True},
 }
-SAME_DRAWS = """
+EASY = 0.0025  # what the random base of these tests gives to half of the targets
+SAME_DRAWS = f"""
 import sys
+import l2d.loss
 from tests.training_runs import draw_by_example
 from training.train import main
 from training.trainer import L2DTrainer
 
+l2d.loss.EASY = {EASY}
 L2DTrainer._draw = draw_by_example
 main(sys.argv[1:])
 """
+
+
+@pytest.fixture(autouse=True)
+def easy(monkeypatch):
+    monkeypatch.setattr(loss, "EASY", EASY)
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -69,7 +78,7 @@ def option_trainer(make, option, **settings):
     return make(carried_state=option == "carried", **{**chosen, **whole, **settings})
 
 
-@pytest.mark.parametrize("option", ["corrupted", "rollout", "carried"])
+@pytest.mark.parametrize("option", ["corrupted", "rollout", "carried", "easy"])
 def test_accumulation_changes_nothing(make_trainer, monkeypatch, option):  # noqa: F811
     """1 x 8, 2 x 4 and 4 x 2 examples of unequal lengths: the same loss and gradient."""
     monkeypatch.setattr(L2DTrainer, "_draw", draw_by_example)
@@ -84,7 +93,7 @@ def test_accumulation_changes_nothing(make_trainer, monkeypatch, option):  # noq
     assert any(gradient.abs().max() > 1e-3 for gradient in expected.values())
 
 
-@pytest.mark.parametrize("option", ["corrupted", "rollout", "carried"])
+@pytest.mark.parametrize("option", ["corrupted", "rollout", "carried", "easy"])
 def test_pieces_change_nothing(make_trainer, option):  # noqa: F811
     """However many evaluations go through the path at a time: the same loss, gradients and metrics."""
     found = []
@@ -100,10 +109,12 @@ def test_pieces_change_nothing(make_trainer, option):  # noqa: F811
         torch.testing.assert_close(other[0], found[0][0], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(other[1], found[0][1], rtol=1e-4, atol=2e-6)
         torch.testing.assert_close(other[2], found[0][2], rtol=1e-6, atol=1e-6)
-    assert found[0][2][:, 2].sum() > 0
+    trained = found[0][2][:, 2].sum()
+    everything = 2 * (batch_of(trainer, range(4))["labels"][:, 1:] != -100).sum()
+    assert (0.4 * everything < trained < 0.9 * everything) if option == "easy" else trained >= everything / 2
 
 
-@pytest.mark.parametrize("option", ["corrupted", "carried"])
+@pytest.mark.parametrize("option", ["corrupted", "carried", "easy"])
 def test_two_processes_equal_one(tmp_path, base_dir, monkeypatch, option):
     """2 x 2 examples x 2 accumulated steps and 1 x 8: the same losses and weights, given the same draws."""
     script = tmp_path / "same_draws.py"
@@ -149,6 +160,7 @@ def test_a_window_is_the_same_in_all_processes_and_moves(make_trainer):  # noqa:
         ("draws: 1", {"own_values_rank": 8}, "attention reads values of its own, by a change of rank 8"),
         ("draws: 1", {"own_keys_rank": 8}, "attention reads keys of its own, by a change of rank 8"),
         ("draws: 1", {"noise_free": True}, "A control: the path was trained without noise"),
+        ("easy_target_rate: 0.1", {}, "to which the base gives .9 or more were trained on at a rate of 0.1"),
         ("draws: 4", {}, "## Recipe"),
     ],
 )
@@ -158,4 +170,4 @@ def test_the_card_tells_the_options(tmp_path, recipe, config, sentence):
     card = write_card(tmp_path, "name")
     assert sentence in card
     assert ("diffusion_budget=15" in card) == ("noise_free" not in config)
-    assert ("Trained on" in card) == ("rate" in recipe or "rollout" in recipe)
+    assert ("Trained on" in card) == ("corruption" in recipe or "rollout" in recipe)
