@@ -54,11 +54,12 @@ _OTHER_KWARGS = (
 _FILTERS = ("top_p", "top_k", "min_p", "typical_p")  # they change nothing in greedy decoding
 _NEUTRAL = {"top_p": 1, "top_k": 0, "min_p": 0, "typical_p": 1, "num_beams": 1, "repetition_penalty": 1}
 _RECIPE_METHODS = {"lora_sft": "lora-ft", "full_sft": "full-ft"}
-_TRAINED = {
-    "corruption_rate": "corrupted {}",
-    "rollout_evaluations": "rollout {}",
-    "own_values_rank": "own values {}",
-    "own_keys_rank": "own keys {}",
+_TRAINED = {  # option -> what it is called, and the value that changes nothing
+    "corruption_rate": ("corrupted {}", 0),
+    "easy_target_rate": ("easy targets at {}", 1),
+    "rollout_evaluations": ("rollout {}", 0),
+    "own_values_rank": ("own values {}", 0),
+    "own_keys_rank": ("own keys {}", 0),
 }
 _RETIRED = {"votes": 1}  # defaults of settings that only older versions recorded
 
@@ -226,7 +227,7 @@ def _details(ours: dict[str, Any], sampler: dict[str, Any], kind: str, adaptive:
     """How the path was trained, where a recipe tells, and what of its sampler is not the default."""
     if kind in ("base", "l2d-base", "other") or not ours:
         return ""
-    parts = [text.format(recipe[name]) for name, text in _TRAINED.items() if recipe.get(name)]
+    parts = [text.format(recipe[name]) for name, (text, off) in _TRAINED.items() if recipe.get(name) not in (None, off)]
     parts += ["warm start"] if ours.get("warm_start") or recipe.get("warm_start") is True else []
     parts += ["carried state"] if ours.get("carried_state") or recipe.get("carried_state") is True else []
     in_label = ("solver", "final_time") if kind in ("one-evaluation", "noise-free") else ("solver",) if adaptive else ()

@@ -214,7 +214,9 @@ def test_settings_of_other_versions_are_shown(tmp_path):
 def test_training_options_are_told_from_the_recipe(tmp_path):
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
-    (checkpoint / "recipe.yaml").write_text("method: l2d\ncorruption_rate: 0.3\nrollout_evaluations: null\n")
+    (checkpoint / "recipe.yaml").write_text(
+        "method: l2d\ncorruption_rate: 0.3\nrollout_evaluations: null\neasy_target_rate: 1.0\n"
+    )
     config = {"model_args": {"pretrained": str(checkpoint)}, "model": "l2d", "limit": None, "gen_kwargs": {}}
     config["l2d"] = {"sampler": SAMPLER, "variant": "full", "base": "/models/base"}
     write_run(tmp_path / "runs", {"gsm8k": coins(40, 0.5, 1)}, model="l2d", config=config)

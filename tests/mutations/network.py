@@ -137,6 +137,20 @@ MUTATIONS = [
     ),
     # loss
     Mutation(
+        "loss: spared targets are left out wherever the base stands",
+        "l2d/loss.py",
+        "trained & ~(noised.spared & _easy(paths, state, noised))",
+        "trained & ~noised.spared",
+        "tests/l2d/test_loss.py::test_spared_targets_are_left_out_where_the_base_is_sure",
+    ),
+    Mutation(
+        "loss: one spared target counts where all are",
+        "l2d/loss.py",
+        "        nll = nll * trained\n",
+        "        pass\n",
+        "tests/l2d/test_loss.py::test_spared_targets_are_left_out_where_the_base_is_sure",
+    ),
+    Mutation(
         "loss: noise is not scaled",
         "l2d/loss.py",
         "(flat.of(noised.noise) * paths.config.noise_std) + time",
