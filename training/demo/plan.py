@@ -5,7 +5,7 @@
 * `SETTINGS`: which models are evaluated, and how
 * `build_steps`: data, base, trainings (`python -m training.train`) and the time that a step of each takes, the time of
   one evaluation for every budget curve (`python -m training.compare_budgets`, on validation data), and for every
-  setting its evaluations
+  model the evaluations of its settings
 * `lm_eval_command`: one evaluation; every setting has two, one greedy and one sampled at temperature 1
 """
 
@@ -61,7 +61,7 @@ class Setting:
     """A model and how it is sampled.
 
     Attributes:
-        name: of its folder under `results`.
+        name: of its folder under that of its model in `results`.
         method: in the leaderboard.
         folder: of the checkpoint in the demo's output folder.
         budget: evaluations per token; a plain model spends 1.
@@ -189,7 +189,7 @@ def build_steps(out: Path) -> list[Step]:
     timing = (*python, "training.demo.timing", str(timing_file(out)), *configs)
     steps.append(Step("time", timing, timing_file(out), needs=("base",)))
     steps += [_choice(out, folder) for folder in CURVES]
-    return steps + [_evaluation(out, setting) for setting in SETTINGS]
+    return steps + [_evaluations(out, folder) for folder in dict.fromkeys(setting.folder for setting in SETTINGS)]
 
 
 def chosen(out: Path, folder: str) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def _choice(out: Path, folder: str) -> Step:
 
 def result_folder(out: Path, setting: Setting, decoding: str) -> Path:
     """Where `lm_eval` writes the results of one evaluation."""
-    return out / "results" / setting.name / decoding
+    return out / "results" / setting.folder / setting.name / decoding
 
 
 def lm_eval_command(out: Path, setting: Setting, decoding: str) -> list[str]:
@@ -227,11 +227,11 @@ def lm_eval_command(out: Path, setting: Setting, decoding: str) -> list[str]:
     ]
 
 
-def _evaluation(out: Path, setting: Setting) -> Step:
-    command = (sys.executable, "-m", "training.demo.evaluate", str(out), setting.name)
-    trained = "base" if setting.folder == "base" else f"train {setting.folder}"
-    needed = f"choose time {setting.folder}" if setting.at_best_time else trained
-    return Step(f"evaluate {setting.name}", command, out / "results" / setting.name, needs=(needed,))
+def _evaluations(out: Path, folder: str) -> Step:
+    command = (sys.executable, "-m", "training.demo.evaluate", str(out), folder)
+    trained = "base" if folder == "base" else f"train {folder}"
+    needed = f"choose time {folder}" if folder in CURVES else trained
+    return Step(f"evaluate {folder}", command, out / "results" / folder, needs=(needed,))
 
 
 def _base_result(base: Path) -> str:
