@@ -19,7 +19,7 @@ from pathlib import Path
 
 HEAVY = (
     "torch", "trl", "peft", "datasets", "transformers.models.auto.tokenization_auto", "l2d.modeling", "l2d.cli.session",
-    "training.config", "training.data.loading", "training.dry_run",
+    "training.config", "training.data.loading", "training.planning.dry_run",
     "lm_eval._cli.run", "lm_eval.config.evaluate_config",
     "lm_eval_ext.harness.plugin", "lm_eval_ext.harness.preflight", "lm_eval_ext.leaderboard.board",
 )  # fmt: skip

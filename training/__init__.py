@@ -8,6 +8,6 @@
 - `optimization`: options of the optimizer step that the release has
 - `budget_metrics`: accuracy at several budgets and generated responses during training
 - `checkpointing`: atomic checkpoints, resuming, full disks, damaged files
-- `dry_run`: parameters, memory, schedule and what is trained, without weights
+- `planning`: the dry run, and estimates of memory and operations
 - `console`: one line for all processes
 """

@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> None:
         with no_collection():
             recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
         if recipe.command.dry_run:
-            from training.dry_run import dry_run
+            from training.planning.dry_run import dry_run
 
             dry_run(recipe)
             return

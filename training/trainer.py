@@ -30,8 +30,8 @@ from training.console import say
 from training.data.ready import for_encoded_data, ready
 from training.data.tokenizer import base_of, prepare_tokenizer
 from training.draws import default_evaluations, evaluation_targets, split_targets, training_targets, window_length
-from training.estimates import without_checkpointing
 from training.optimization import target_weights
+from training.planning.estimates import without_checkpointing
 
 
 class L2DTrainer(SafeCheckpoints, SFTTrainer):

@@ -12,7 +12,7 @@ from training.config import L2DTrainingConfig
 from training.data.loading import load_examples
 from training.data.options import DataArguments
 from training.data.ready import encode
-from training.dry_run import coloured
+from training.planning.dry_run import coloured
 from training.recipe import read_recipe
 from training.train import build_trainer, prepare
 

@@ -18,9 +18,10 @@ from transformers.utils.logging import is_progress_bar_enabled
 
 from l2d import L2DForCausalLM
 from tests.training_runs import BASELINE, SMALL, same_bits, sums, train_here, weights, write_jsonl, write_recipe
-from training import estimates, train
+from training import train
 from training.checkpointing.resume import check_output_dir, choose_checkpoint, clear_output_dir, missing_parts
 from training.console import log_line
+from training.planning import estimates
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from tests.training_runs import REPOSITORY, SMALL, sums, train_here, write_jsonl, write_recipe
 from training.data.tokenizer import load_tokenizer
 from training.draws import default_evaluations, layer_bytes
-from training.estimates import Shape, estimate_flops, estimate_memory
+from training.planning.estimates import Shape, estimate_flops, estimate_memory
 from training.recipe import read_recipe
 
 RECIPES = REPOSITORY / "training" / "recipes"

@@ -12,10 +12,10 @@ from l2d import L2DConfig, L2DForCausalLM
 from l2d.network.diffusion_path import NoisedTargets, PathInputs
 from tests.conftest import randomise_path
 from tests.training_runs import same_bits, sums
-from training import estimates
 from training.config import L2DTrainingConfig
 from training.data.ready import encode
 from training.draws import keyed_generator, split_targets
+from training.planning import estimates
 from training.trainer import (
     L2DTrainer,
     classes_at,

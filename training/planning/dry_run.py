@@ -21,7 +21,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from l2d.checkpoint import bases
 from l2d.checkpoint.quantization import quantizing
-from training import estimates
 from training.checks import longest_example
 from training.config import L2DTrainingConfig, ModelArguments
 from training.console import say
@@ -30,7 +29,8 @@ from training.data.ready import encode, keep
 from training.data.tokenizer import base_of, generation_config, load_tokenizer
 from training.data.tokenizing import IGNORED, runs_of, target_texts, tokenize
 from training.data.values import Unavailable
-from training.estimates import GIB, STATE, Shape, counts, estimate_flops, estimate_memory
+from training.planning import estimates
+from training.planning.estimates import GIB, STATE, Shape, counts, estimate_flops, estimate_memory
 from training.recipe import Recipe
 
 ASSUMED_LENGTH, ASSUMED_RESPONSE = 700, 0.5  # mean tokens per example and share of targets, where the data are not here
