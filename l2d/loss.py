@@ -52,7 +52,7 @@ def diffusion_loss(paths: TwoPaths, state: MainPathState, noised: NoisedTargets)
     """
     trained = noised.index >= 0
     if noised.spared is not None:
-        trained = trained & ~(noised.spared & _easy(paths, state, noised))
+        trained = trained & ~_easy(paths, state, noised, trained & noised.spared)
         noised = dataclasses.replace(noised, index=noised.index.masked_fill(~_at_least_one(trained, noised.index), -1))
     # 1. The sites and their draws as one flat batch of evaluations.
     flat = _Flat(noised)
@@ -70,9 +70,11 @@ def diffusion_loss(paths: TwoPaths, state: MainPathState, noised: NoisedTargets)
 
 
 @torch.no_grad()
-def _easy(paths: TwoPaths, state: MainPathState, noised: NoisedTargets) -> torch.Tensor:
-    """(B, Q) bool: where the base gives the target `EASY` or more."""
-    rows, columns = torch.nonzero(noised.index >= 0, as_tuple=True)
+def _easy(paths: TwoPaths, state: MainPathState, noised: NoisedTargets, asked: torch.Tensor) -> torch.Tensor:
+    """(B, Q) bool: of the sites `asked` (B, Q), those to whose target the base gives `EASY` or more."""
+    rows, columns = torch.nonzero(asked, as_tuple=True)
+    if not len(rows):
+        return asked
     hidden = _at(state.hidden, rows, noised.index[rows, columns])
     losses, _ = _cross_entropy(paths, hidden, noised.targets[rows, columns])
     easy = torch.zeros_like(noised.index, dtype=torch.bool)

@@ -128,18 +128,18 @@ def _licence(base: str | None, revision: str | None) -> dict[str, Any]:
 
 def _options(config: L2DConfig, recipe: dict[str, Any]) -> str:
     """In sentences, the training options beyond the paper; empty where none was used."""
+    sentences = []
     if config.noise_free:
-        return (
+        sentences.append(
             "A control: the path was trained without noise and is evaluated once (`diffusion_budget=2,solver=euler`, "
             "its default)."
         )
-    sentences = []
     if config.warm_start:
         sentences.append("The path was trained from a warm start, as the base itself, which is not as published.")
     for what, rank in (("keys", config.own_keys_rank), ("values", config.own_values_rank)):
         if rank:
             sentences.append(f"Its attention reads {what} of its own, by a change of rank {rank}.")
-    if (kept := recipe.get("easy_target_rate", 1)) < 1:
+    if (kept := recipe.get("easy_target_rate")) is not None and kept < 1:
         sentences.append(f"Targets to which the base gives .9 or more were trained on at a rate of {kept:g}.")
     if rate := recipe.get("corruption_rate"):
         sentences.append(f"Trained on noised targets of which a share of {rate:g} was built from wrong tokens.")

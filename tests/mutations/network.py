@@ -139,7 +139,7 @@ MUTATIONS = [
     Mutation(
         "loss: spared targets are left out wherever the base stands",
         "l2d/loss.py",
-        "trained & ~(noised.spared & _easy(paths, state, noised))",
+        "trained & ~_easy(paths, state, noised, trained & noised.spared)",
         "trained & ~noised.spared",
         "tests/l2d/test_loss.py::test_spared_targets_are_left_out_where_the_base_is_sure",
     ),

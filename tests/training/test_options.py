@@ -161,6 +161,13 @@ def test_a_window_is_the_same_in_all_processes_and_moves(make_trainer):  # noqa:
         ("draws: 1", {"own_keys_rank": 8}, "attention reads keys of its own, by a change of rank 8"),
         ("draws: 1", {"noise_free": True}, "A control: the path was trained without noise"),
         ("easy_target_rate: 0.1", {}, "to which the base gives .9 or more were trained on at a rate of 0.1"),
+        (
+            "easy_target_rate: 0.0",
+            {"noise_free": True},
+            "without noise and is evaluated once (`diffusion_budget=2,solver"
+            "=euler`, its default). Targets to which the base gives .9 or more were trained on at a rate of 0.",
+        ),
+        ("easy_target_rate: null", {}, "## Recipe"),
         ("draws: 4", {}, "## Recipe"),
     ],
 )

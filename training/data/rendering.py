@@ -52,6 +52,10 @@ class _Template:
     ends: tuple[str, ...]  # texts of the tokenizer's special tokens
 
     def write(self, turns: list[dict[str, Any]], spans: bool = False, **more: Any) -> tuple[str, list[tuple[int, int]]]:
+        """The text of some turns and, with `spans`, where in it the assistant speaks.
+
+        Raises `ValueError` for turns that the template cannot render.
+        """
         if _wants_parts(self.source, self.specials):
             turns = [{**turn, "content": [{"type": "text", "text": turn["content"]}]} for turn in turns]
         try:
